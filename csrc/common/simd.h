@@ -1,0 +1,129 @@
+// One float32 vector type a ISA, with loads and stores from float32, bfloat16 and float16. For *_isa.cpp files only:
+// everything lies in granvit::GRANVIT_ISA, so that each ISA links its own copy.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace granvit {
+namespace GRANVIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(WIDTH * 4)));
+typedef float VecU __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t VecI __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t VecH __attribute__((vector_size(WIDTH * 2)));
+typedef uint16_t VecHU __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+// ---- one value ----
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+inline float to_float(float16 x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
+    // Shift exponent and mantissa into float32's place; a multiplication fixes the bias and normalises subnormals.
+    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+    float out;
+    std::memcpy(&out, &magnitude, 4);
+    out *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &out, 4);
+    if ((x.bits & 0x7c00) == 0x7c00) bits = magnitude | 0x7f800000u;  // infinity and NaN
+    bits |= uint32_t(x.bits & 0x8000) << 16;
+    std::memcpy(&out, &bits, 4);
+    return out;
+#endif
+}
+// All round to the nearest, ties to even, as torch does.
+inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, bfloat16& out) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) out.bits = 0x7fc0;  // NaN: rounding could carry it into infinity
+    else out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void from_float(float x, float16& out) {
+#if defined(__F16C__)
+    out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+    bits &= 0x7fffffffu;
+    uint16_t half;
+    if (bits > 0x7f800000u) {
+        half = 0x7e00;
+    } else if (bits >= 0x477ff000u) {  // rounds to more than the largest float16
+        half = 0x7c00;
+    } else if (bits < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
+        float value;
+        std::memcpy(&value, &bits, 4);
+        value += 0.5f;
+        std::memcpy(&bits, &value, 4);
+        half = uint16_t(bits - 0x3f000000u);
+    } else {
+        half = uint16_t((bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13);
+    }
+    out.bits = half | sign;
+#endif
+}
+
+// ---- WIDTH values ----
+inline Vec splat(float x) { return x - Vec{}; }
+
+inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+inline void store(float* p, Vec x) { *reinterpret_cast<VecU*>(p) = x; }
+
+inline Vec load(const bfloat16* p) {
+    const VecH half = *reinterpret_cast<const VecHU*>(p);
+    return (Vec)(__builtin_convertvector(half, VecI) << 16);
+}
+inline void store(bfloat16* p, Vec x) {
+    const VecI bits = (VecI)x;
+    const VecI nan = (VecI)((bits & 0x7fffffffu) > 0x7f800000u);
+    const VecI rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const VecI out = (nan & 0x7fc0u) | (~nan & rounded);
+    *reinterpret_cast<VecHU*>(p) = __builtin_convertvector(out, VecH);
+}
+
+inline Vec load(const float16* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Vec out;
+    for (int i = 0; i < WIDTH; ++i) out[i] = to_float(p[i]);
+    return out;
+#endif
+}
+inline void store(float16* p, Vec x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < WIDTH; ++i) from_float(x[i], p[i]);
+#endif
+}
+
+}  // namespace GRANVIT_ISA
+}  // namespace granvit

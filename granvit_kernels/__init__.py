@@ -1,0 +1,9 @@
+"""Operators on packed token sequences: several images' tokens in one [T, C] tensor, described by a PackedLayout.
+
+`python -m granvit_kernels` prints which backend runs where, and why the others don't.
+"""
+
+from granvit_kernels.layout import PackedLayout, fit_grid
+from granvit_kernels.ops.roi_gather import roi_gather
+
+__all__ = ["PackedLayout", "fit_grid", "roi_gather"]

@@ -1,0 +1,37 @@
+"""`python -m granvit_kernels`: a table of which backend runs where, and why the others don't."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from granvit_kernels import backends, native
+
+
+def main() -> None:
+    console = Console()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    reason = native.why_not()
+    built = (
+        reason
+        or f"instruction set {native.library().isa()}, CUDA kernels {'' if native.library().cuda else 'not '}built"
+    )
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {gpu}", highlight=False)
+    console.print(f"native library: {built}", highlight=False)
+    forced = os.environ.get(backends.VARIABLE)
+    if forced:
+        console.print(f"{backends.VARIABLE}={forced} forces a backend", highlight=False)
+    table = Table("operator", "backend", "runs", "why not")
+    last = None
+    for operator, name, reason in backends.survey():
+        verdict = "[green]yes[/green]" if reason is None else "[red]no[/red]"
+        table.add_row("" if operator == last else operator, name, verdict, reason or "", end_section=False)
+        last = operator
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

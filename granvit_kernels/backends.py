@@ -1,0 +1,83 @@
+"""Which backend runs an operator.
+
+A backend is a module with `why_not(device, dtype, **problem) -> str | None`: None where it can run, else the reason.
+`problem` is what else decides; each of its arguments has a default, so that the table of `python -m granvit_kernels` can
+ask without one. Each package under granvit_kernels.ops lists its own in CANDIDATES = {operator: {backend: module}}.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+"""Best first."""
+
+VARIABLE = "GRANVIT_KERNELS_BACKEND"
+
+
+def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> ModuleType:
+    """The first backend of ORDER that can run the problem, or the one that GRANVIT_KERNELS_BACKEND forces.
+
+    problem: device (torch.device), dtype, and what else the operator's backends decide by.
+    Raises RuntimeError with the reason(s) where the forced one, or every one, can't run.
+    """
+    forced = _forced(os.environ.get(VARIABLE, ""))
+    name = forced.get(operator, forced.get("*"))
+    if name is not None:
+        if name not in candidates:
+            raise RuntimeError(f"{VARIABLE} forces {name}, and {operator} has only {', '.join(candidates)}")
+        reason = candidates[name].why_not(**problem)
+        if reason is not None:
+            raise RuntimeError(f"{VARIABLE} forces {name} for {operator}, which can't run: {reason}")
+        return candidates[name]
+    reasons = []
+    for name in ORDER:
+        if name in candidates:
+            reason = candidates[name].why_not(**problem)
+            if reason is None:
+                return candidates[name]
+            reasons.append(f"{name}: {reason}")
+    raise RuntimeError(f"no backend can run {operator}: {'; '.join(reasons)}")
+
+
+@functools.cache
+def _forced(value: str) -> dict[str, str]:
+    """{operator: backend} of the variable's value, with "*" for all operators."""
+    forced = {}
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        operator, name = part.split("=", 1) if "=" in part else ("*", part)
+        if name.strip() not in ORDER:
+            raise RuntimeError(
+                f"{VARIABLE} is {value!r}; it takes {', '.join(ORDER)}, or operator=backend,..."
+            )
+        forced[operator.strip()] = name.strip()
+    return forced
+
+
+def operators() -> dict[str, dict[str, ModuleType]]:
+    """{operator: {backend: module}} of every package under granvit_kernels.ops."""
+    from granvit_kernels import ops
+
+    found: dict[str, dict[str, ModuleType]] = {}
+    for package in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
+        found.update(getattr(importlib.import_module(package.name), "CANDIDATES", {}))
+    return dict(sorted(found.items()))
+
+
+def survey() -> list[tuple[str, str, str | None]]:
+    """(operator, backend, why it can't run on this machine or None) for all, in float32 on the backend's own device."""
+    rows = []
+    for operator, candidates in operators().items():
+        for name in ORDER:
+            if name not in candidates:
+                continue
+            device = torch.device("cuda" if name in ("cuda", "triton") else "cpu")
+            rows.append((operator, name, candidates[name].why_not(device=device, dtype=torch.float32)))
+    return rows

@@ -1,0 +1,131 @@
+"""PackedLayout: where each image's tokens lie in a packed tensor; and the rule that sizes an image's grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from granvit_kernels import checks
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Grids of B images whose tokens lie one after another in a packed tensor [T, ...].
+
+    Image i owns the rows cu_seqlens[i]:cu_seqlens[i + 1], row-major over its grid of (h, w) patches.
+
+    Fields: grids int32 [B, 2] (h, w) · cu_seqlens int32 [B + 1] · num_tokens = T and max_seqlen, the longest image's
+    tokens, as Python ints, so that nobody has to ask a device for them. Make one with `from_grids`.
+    """
+
+    grids: Tensor
+    cu_seqlens: Tensor
+    num_tokens: int
+    max_seqlen: int
+
+    @classmethod
+    def from_grids(
+        cls, grids: Sequence[Sequence[int]] | Tensor, device: torch.device | str | None = None
+    ) -> PackedLayout:
+        """Layout of images with these (h, w), in this order; an empty list is valid.
+
+        grids: B pairs, or an integer tensor [B, 2] (one on a device costs a synchronisation).
+        device: where the tensors go; by default where `grids` is, the CPU for a list.
+        Raises ValueError for another shape or dtype, a side under 1, or 2**31 tokens and more.
+        """
+        given = grids.detach() if isinstance(grids, Tensor) else torch.tensor(list(map(tuple, grids)))
+        if given.numel() == 0:
+            given = given.reshape(0, 2).to(torch.int64)
+        if given.dim() != 2 or given.shape[1] != 2:
+            raise ValueError(f"grids has shape {list(given.shape)}; it takes [B, 2], (h, w) an image")
+        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            raise ValueError(f"grids has dtype {given.dtype}; it takes integers")
+        host = given.to("cpu", torch.int64)
+        if host.numel() and int(host.min()) < 1:
+            image = int((host < 1).any(1).nonzero()[0])
+            raise ValueError(
+                f"grids[{image}] is {tuple(host[image].tolist())}; both sides must be at least 1"
+            )
+        lengths = host[:, 0] * host[:, 1]
+        ends = [0, *lengths.cumsum(0).tolist()]
+        if ends[-1] >= 2**31:
+            raise ValueError(f"grids hold {ends[-1]} tokens together; a layout takes fewer than 2**31")
+        device = given.device if device is None else torch.device(device)
+        return cls(
+            grids=host.to(device, torch.int32).contiguous(),
+            cu_seqlens=torch.tensor(ends, dtype=torch.int32).to(device),
+            num_tokens=ends[-1],
+            max_seqlen=max(lengths.tolist(), default=0),
+        )
+
+    def __len__(self) -> int:
+        """Number of images, B."""
+        return self.grids.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.grids.device
+
+    def to(self, device: torch.device | str) -> PackedLayout:
+        """The same layout with its tensors on `device`."""
+        return PackedLayout(
+            self.grids.to(device), self.cu_seqlens.to(device), self.num_tokens, self.max_seqlen
+        )
+
+    def image_ids(self) -> Tensor:
+        """int64 [T]: which image each token belongs to."""
+        lengths = self.cu_seqlens.diff().long()
+        images = torch.arange(len(self), device=self.device)
+        return torch.repeat_interleave(images, lengths, output_size=self.num_tokens)
+
+    def positions(self) -> Tensor:
+        """int64 [T, 2]: each token's (row, column) in its image's grid."""
+        images = self.image_ids()
+        within = torch.arange(self.num_tokens, device=self.device) - self.cu_seqlens[:-1].long()[images]
+        widths = self.grids[:, 1].long()[images]
+        return torch.stack((within // widths, within % widths), dim=1)
+
+    def to_grid(self, boxes: Tensor, image_index: Tensor) -> Tensor:
+        """Boxes relative to their image -> boxes in patch units, as the operators take them.
+
+        boxes [R, 4]: xyxy in [0, 1] of the image, floating point. image_index [R]: int32 or int64, the image of each.
+        Returns float32 [R, 4], xyxy, image i spanning [0, w] x [0, h]. No gradient.
+        Raises ValueError for other shapes or dtypes and, on the CPU, for an index outside [0, B).
+        """
+        if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+            raise ValueError(f"boxes is {checks.describe(boxes)}; it takes floating-point [R, 4]")
+        checks.image_index_shape(image_index, boxes.shape[0])
+        checks.image_index_values(image_index, len(self))
+        sides = self.grids[image_index.long()].flip(1).to(torch.float32)
+        return boxes.detach().to(torch.float32) * sides.repeat(1, 2)
+
+
+def fit_grid(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
+    """Grid (h, w) of an image so that h * w <= max_tokens, with its aspect ratio about kept: SigLIP2 NaFlex's rule.
+
+    The largest scale at which both sides, rounded up to whole patches, still fit, found by the same bisection as
+    transformers' `get_image_size_for_max_num_patches`, so that both give the same grid. Small images are scaled up.
+    height, width, patch_size: pixels. Raises ValueError where an argument is under 1.
+    """
+    for name, value in (
+        ("height", height), ("width", width), ("patch_size", patch_size), ("max_tokens", max_tokens)
+    ):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+    def patches(scale: float, side: int) -> int:
+        return max(1, math.ceil(side * scale / patch_size))
+
+    precision = 1e-5
+    low, high = precision / 10, 100.0
+    while high - low >= precision:
+        scale = (low + high) / 2
+        if patches(scale, height) * patches(scale, width) <= max_tokens:
+            low = scale
+        else:
+            high = scale
+    return patches(low, height), patches(low, width)

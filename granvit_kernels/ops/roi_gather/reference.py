@@ -1,0 +1,100 @@
+"""RoIAlign on packed tokens in plain PyTorch: the specification. Any device, any floating dtype, autograd's backward.
+
+Formula: Mask R-CNN's RoIAlign (He et al. 2017, section 3) with half-pixel alignment, as torchvision.ops.roi_align with
+aligned=True and spatial_scale=1 computes it. The four corners of a sample are weighted bilinearly, and a sample's weight
+is the product of a row's and a column's: so a bin is the sum of (row weight * column weight * token) over the rows and
+columns that its samples touch, over the number of samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """It runs everywhere."""
+    return None
+
+
+def forward(
+    tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor,
+    out_h: int, out_w: int, sampling_ratio: int,
+) -> Tensor:  # fmt: skip
+    """tokens [T, C], grids [B, 2], cu_seqlens [B + 1], boxes float32 [R, 4], image_index [R] -> [R, out_h, out_w, C].
+
+    A box that is not finite, or whose index names no image, reads nothing and gives zeros. Accumulates in float32 at least.
+    """
+    compute = torch.promote_types(tokens.dtype, torch.float32)
+    outputs = []
+    sides, starts, images = grids.tolist(), cu_seqlens.tolist(), image_index.tolist()
+    boxes = boxes.cpu()
+    finite = boxes.isfinite().all(1).tolist()
+    for box, image, fine in zip(boxes, images, finite, strict=True):
+        if not fine or not 0 <= image < len(sides):
+            outputs.append(tokens.new_zeros(out_h, out_w, tokens.shape[1], dtype=compute))
+            continue
+        h, w = sides[image]
+        feature = tokens[starts[image] : starts[image + 1]].to(compute).unflatten(0, (h, w))
+        rows = axis_weights(box[1], box[3], h, out_h, sampling_ratio).to(feature)
+        columns = axis_weights(box[0], box[2], w, out_w, sampling_ratio).to(feature)
+        outputs.append(torch.einsum("qw,pwc->pqc", columns, torch.einsum("ph,hwc->pwc", rows, feature)))
+    if not outputs:
+        return tokens.new_zeros(0, out_h, out_w, tokens.shape[1]) + 0 * tokens.sum()
+    return torch.stack(outputs).to(tokens.dtype)
+
+
+def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio: int) -> Tensor:
+    """Share of each of `size` cells in each of `bins` bins along one axis: float64 [bins, size].
+
+    low, high: the box's two ends, float32 scalars on the CPU. Sample positions are float32 in torchvision's order of operations, one
+    rounding each; they decide which cells are read. Only samples within [-1, size] are visited.
+    """
+    weights = torch.zeros(bins, size, dtype=torch.float64)
+    start = low - 0.5
+    bin_size = ((high - 0.5) - start) / bins
+    if not bin_size.isfinite():  # ends so far apart that their distance overflows: no sample has a place
+        return weights
+    samples = sampling_ratio if sampling_ratio > 0 else int(bin_size.ceil())
+    if samples <= 0:
+        return weights
+    for index in range(bins):
+
+        def position(sample: int, offset: Tensor = start + index * bin_size) -> Tensor:
+            return offset + (torch.tensor(sample, dtype=torch.float32) + 0.5) * bin_size / float(samples)
+
+        for sample in inside(position, samples, size):
+            at = position(sample).clamp(min=0)
+            cell = min(int(at), size - 1)
+            share = (at - cell).double() if cell < size - 1 else 0.0
+            weights[index, cell] += 1 - share
+            if cell < size - 1:
+                weights[index, cell + 1] += share
+    return weights / samples
+
+
+def inside(position, samples: int, size: int) -> range:
+    """The samples whose position lies in [-1, size], by bisection: positions rise or fall with the sample's number."""
+
+    def first(passes) -> int:
+        low, high = 0, samples
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if passes(middle) else (middle + 1, high)
+        return low
+
+    if position(0) <= position(samples - 1):
+        return range(first(lambda s: position(s) >= -1), first(lambda s: position(s) > size))
+    return range(first(lambda s: position(s) <= size), first(lambda s: position(s) < -1))
+
+
+def backward(
+    grad: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor,
+    num_tokens: int, sampling_ratio: int,
+) -> Tensor:  # fmt: skip
+    """grad [R, out_h, out_w, C] -> the gradient of tokens, [num_tokens, C]. By autograd: the operator is linear in tokens."""
+    _, out_h, out_w, channels = grad.shape
+    with torch.enable_grad():
+        tokens = grad.new_zeros(num_tokens, channels, requires_grad=True)
+        output = forward(tokens, grids, cu_seqlens, boxes, image_index, out_h, out_w, sampling_ratio)
+        return torch.autograd.grad(output, tokens, grad)[0]
