@@ -1,0 +1,165 @@
+"""Floors: what somebody reaches who sees nothing. A claim that a model sees is a claim against these.
+
+| floor | bbox2caption | caption2bbox |
+|---|---|---|
+| most_frequent | the training caption that occurs most often in the region's kind | |
+| blind | knows the box's kind, width and height: of all training captions the one with the highest mean ROUGE-L over the training regions of that kind and size class | of all training boxes of the kind the one that most training boxes overlap by IoU >= 0.5 |
+| centre_box, whole_image, mean_box | | the middle half of the image, all of it, the mean training box of the kind |
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from rouge_score.tokenizers import DefaultTokenizer
+
+from granvit.eval.metrics import BBOX2CAPTION, CAPTION2BBOX, Prediction, box_iou, summarise
+
+MIN_CLASS = 20  # a size class with fewer training regions than this falls back on its kind
+MAX_CAPTIONS = 1000  # candidates for the blind caption: the most frequent ones
+MAX_BOXES = 4000  # training boxes compared with each other, all against all; an even subset above
+
+
+def rouge_l_matrix(candidates: list[str], references: list[str]) -> np.ndarray:
+    """ROUGE-L F-measure of every candidate against every reference, float64 [candidates, references].
+
+    Equal to the rouge-score library's (a test compares them), but fast enough for all against all: the length of the
+    longest common subsequence by Hyyro's bit-parallel recurrence (2004), one uint64 a pair, so that words past the
+    64th are cut off.
+    """
+    tokenizer = DefaultTokenizer(use_stemmer=False)
+    tokens = [[tokenizer.tokenize(text)[:64] for text in texts] for texts in (candidates, references)]
+    vocabulary = {word: i for i, word in enumerate(sorted({w for texts in tokens for t in texts for w in t}))}
+    where = np.zeros((len(vocabulary) + 1, len(references)), dtype=np.uint64)  # bit p: word stands at place p
+    for r, reference in enumerate(tokens[1]):
+        for place, word in enumerate(reference):
+            where[vocabulary[word], r] |= np.uint64(1 << place)
+    sizes = [np.array([len(t) for t in texts]) for texts in tokens]
+    padding = len(vocabulary)  # matches nowhere and so changes nothing
+    padded = np.full((len(candidates), max(sizes[0], default=0)), padding)
+    for c, candidate in enumerate(tokens[0]):
+        padded[c, : len(candidate)] = [vocabulary[word] for word in candidate]
+
+    state = np.full((len(candidates), len(references)), np.uint64(2**64 - 1))
+    for column in padded.T:
+        match = state & where[column]
+        state = (state + match) | (state - match)
+    used = np.uint64(1) << np.clip(sizes[1], 0, 63).astype(np.uint64)
+    mask = np.where(sizes[1] >= 64, np.uint64(2**64 - 1), used - np.uint64(1))
+    common = np.bitwise_count(~state & mask).astype(np.float64)
+    total = sizes[0][:, None] + sizes[1][None, :]
+    return np.divide(2 * common, total, out=np.zeros_like(common), where=common > 0)
+
+
+def best_caption(captions: list[str]) -> str:
+    """The caption with the highest mean ROUGE-L against all of `captions`; of several, the most frequent one."""
+    distinct = Counter(captions).most_common()
+    texts = [text for text, _ in distinct]
+    weights = np.array([count for _, count in distinct], dtype=np.float64)
+    candidates = texts[:MAX_CAPTIONS]
+    block = max(1, 2_000_000 // len(texts))  # 2 million pairs at a time, 16 MB
+    blocks = [candidates[i : i + block] for i in range(0, len(candidates), block)]
+    return candidates[int(np.argmax(np.concatenate([rouge_l_matrix(b, texts) @ weights for b in blocks])))]
+
+
+def best_box(boxes: np.ndarray) -> np.ndarray:
+    """Of `boxes` [N, 4] the one that overlaps most of them by IoU >= 0.5; of several, the one with the best mean IoU."""
+    boxes = boxes[:: -(-len(boxes) // MAX_BOXES)]
+    overlap = np.stack([box_iou(box, boxes) for box in boxes])
+    return boxes[int(np.argmax((overlap >= 0.5).sum(axis=1) + overlap.mean(axis=1) / 2))]
+
+
+def spread(dataset: Any, limit: int | None) -> list[int]:
+    """At most `limit` row numbers of a dataset, spread evenly over it, so that no source is left out."""
+    rows = len(dataset)
+    return list(range(rows)) if limit is None or limit >= rows else [i * rows // limit for i in range(limit)]
+
+
+def _regions(dataset: Any, limit: int | None = None) -> list[dict[str, Any]]:
+    """Every region of a GranDataset as the truth half of a prediction; faulty rows are skipped (and counted there)."""
+    rows = (dataset[i] for i in spread(dataset, limit))
+    return [
+        {"id": s.id, "source": s.source, "kind": r.kind, "box": list(r.box), "caption": r.caption}
+        for s in rows
+        if s is not None
+        for r in s.regions
+    ]
+
+
+class _Blind:
+    """The speaker who knows a box's kind and size, fitted on training regions."""
+
+    def __init__(self, train: list[dict[str, Any]]) -> None:
+        self.thirds: dict[str, np.ndarray] = {}  # kind -> bounds of the thirds of widths and heights, [2, 2]
+        by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for region in train:
+            by_kind[region["kind"]].append(region)
+        self.caption: dict[Any, str] = {}
+        for kind, regions in by_kind.items():
+            boxes = np.array([r["box"] for r in regions])
+            self.thirds[kind] = np.quantile(boxes[:, 2:] - boxes[:, :2], [1 / 3, 2 / 3], axis=0)
+            self.caption[kind] = best_caption([r["caption"] for r in regions])
+            classes: dict[Any, list[str]] = defaultdict(list)
+            for region in regions:
+                classes[self.size_class(region)].append(region["caption"])
+            for size, captions in classes.items():
+                if len(captions) >= MIN_CLASS:
+                    self.caption[kind, size] = best_caption(captions)
+
+    def size_class(self, region: dict[str, Any]) -> tuple[int, int]:
+        """Which third of its kind's training widths, and of their heights, a region's box falls in."""
+        x1, y1, x2, y2 = region["box"]
+        bounds = self.thirds[region["kind"]]
+        return int((x2 - x1 > bounds[:, 0]).sum()), int((y2 - y1 > bounds[:, 1]).sum())
+
+    def __call__(self, region: dict[str, Any]) -> str:
+        kind = region["kind"]
+        if kind not in self.caption:  # never seen in training: what is best for another kind
+            return next(iter(self.caption.values()))
+        return self.caption.get((kind, self.size_class(region)), self.caption[kind])
+
+
+def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[str, float]]:
+    """Metrics of every floor, {floor: {metric: value}}, fitted on `train` and measured on `test` (both GranDatasets).
+
+    `limit` as in `evaluate`: that many test images. ValueError where either has no region.
+    """
+    known, asked = _regions(train), _regions(test, limit)
+    for name, regions in (("train", known), ("test", asked)):
+        if not regions:
+            raise ValueError(f"{name} has no region; floors need at least one in each split")
+
+    kinds = {r["kind"] for r in known}
+    of_kind = {kind: [r for r in known if r["kind"] == kind] for kind in kinds} | {None: known}
+    frequent = {k: Counter(r["caption"] for r in v).most_common(1)[0][0] for k, v in of_kind.items()}
+    boxes = {k: np.array([r["box"] for r in v]) for k, v in of_kind.items()}
+    mean_box = {k: b.mean(axis=0) for k, b in boxes.items()}
+    likely_box = {k: best_box(b) for k, b in boxes.items()}
+    blind = _Blind(known)
+
+    def kind(region: dict[str, Any]) -> str | None:
+        return region["kind"] if region["kind"] in kinds else None  # a kind never seen in training: all of it
+
+    def captions(answers: Iterable[str]) -> list[Prediction]:
+        return [
+            {**r, "task": BBOX2CAPTION, "answer": answer, "predicted_box": None}
+            for r, answer in zip(asked, answers, strict=True)
+        ]
+
+    def found(answers: Iterable[Any]) -> list[Prediction]:
+        return [
+            {**r, "task": CAPTION2BBOX, "answer": "", "predicted_box": list(box)}
+            for r, box in zip(asked, answers, strict=True)
+        ]
+
+    answers = {
+        "most_frequent": captions(frequent[kind(r)] for r in asked),
+        "blind": captions(map(blind, asked)) + found(likely_box[kind(r)] for r in asked),
+        "centre_box": found((0.25, 0.25, 0.75, 0.75) for _ in asked),
+        "whole_image": found((0.0, 0.0, 1.0, 1.0) for _ in asked),
+        "mean_box": found(mean_box[kind(r)] for r in asked),
+    }
+    return {floor: summarise(predictions) for floor, predictions in answers.items()}

@@ -1,0 +1,133 @@
+"""What a list of predictions is worth: captions by ROUGE-L, CIDEr and exact match, boxes by IoU, text by CER.
+
+A prediction is a plain dictionary (it goes to predictions.json as it is):
+
+    {"id", "source", "task": "bbox2caption" | "caption2bbox", "kind": "natural" | "ocr",
+     "box": [x1, y1, x2, y2], "caption": str, "answer": str, "predicted_box": [x1, y1, x2, y2] | None}
+
+`box` and `caption` are the truth, relative xyxy; `answer` is the model's text and `predicted_box` what could be read
+from it (caption2bbox only). Every metric is a fraction except CIDEr, which keeps its authors' scale (at most 10).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from functools import lru_cache
+from statistics import fmean
+from typing import Any
+
+import jiwer
+import numpy as np
+from pycocoevalcap.cider.cider import Cider
+from rouge_score.rouge_scorer import RougeScorer
+
+Prediction = dict[str, Any]
+
+BBOX2CAPTION = "bbox2caption"
+CAPTION2BBOX = "caption2bbox"
+
+
+@lru_cache(maxsize=1)
+def _rouge() -> RougeScorer:
+    return RougeScorer(["rougeL"])
+
+
+def rouge_l(truth: str, answer: str) -> float:
+    """F-measure of the longest common subsequence of words (Lin 2004), by the rouge-score library, without stemming."""
+    return _rouge().score(truth, answer)["rougeL"].fmeasure
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation: what CIDEr and the exact match compare."""
+    return re.findall(r"\w+", text.lower())
+
+
+def exact(truth: str, answer: str) -> bool:
+    """Equal but for case, punctuation and spaces; text of nothing but punctuation is compared as it is."""
+    return (words(truth) or truth.split()) == (words(answer) or answer.split())
+
+
+def exact_text(truth: str, answer: str) -> bool:
+    """Equal to the letter, white space normalised: the exact match of text that was to be read."""
+    return truth.split() == answer.split()
+
+
+def cider(truths: list[str], answers: list[str]) -> np.ndarray:
+    """CIDEr-D (Vedantam et al. 2015) of each answer, float64 [N], by pycocoevalcap: 10 for equal captions of at least
+    four words, less for shorter ones, which lack the longer n-grams. Document frequencies are those of `truths`.
+    """
+    references = {i: [" ".join(words(truth))] for i, truth in enumerate(truths)}
+    candidates = {i: [" ".join(words(answer))] for i, answer in enumerate(answers)}
+    return Cider().compute_score(references, candidates)[1]
+
+
+def cer(truths: list[str], answers: list[str]) -> float:
+    """Character error rate over a corpus, by jiwer: edits / characters of the truths. It can exceed 1."""
+    return jiwer.cer([" ".join(t.split()) for t in truths], [" ".join(a.split()) for a in answers])
+
+
+def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Intersection over union of xyxy boxes [..., 4], broadcast to [...]; inverted and empty boxes give 0."""
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    corner = np.maximum(first[..., :2], second[..., :2])
+    sides = np.clip(np.minimum(first[..., 2:], second[..., 2:]) - corner, 0, None)
+    intersection = sides[..., 0] * sides[..., 1]
+    areas = [np.clip(b[..., 2:] - b[..., :2], 0, None).prod(axis=-1) for b in (first, second)]
+    union = areas[0] + areas[1] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+def iou(prediction: Prediction) -> float:
+    """IoU of a caption2bbox prediction; a box that couldn't be parsed counts as 0."""
+    if prediction["predicted_box"] is None:
+        return 0.0
+    return float(box_iou(prediction["box"], prediction["predicted_box"]))
+
+
+def summarise(predictions: list[Prediction]) -> dict[str, float]:
+    """Every metric by name: over all predictions, per kind (prefix natural_ or ocr_) and per source (prefix SOURCE/).
+
+    Names: bbox2caption_{rouge_l, exact, cider}, caption2bbox_{acc50, miou, unparsed}, ocr_cer and ocr_exact (text
+    regions of bbox2caption, to the letter). A metric without a prediction to measure is absent.
+    """
+    captions = [p for p in predictions if p["task"] == BBOX2CAPTION]
+    scores = cider([p["caption"] for p in captions], [p["answer"] for p in captions]) if captions else []
+    # One row of values a prediction, computed once and averaged over every group that the prediction belongs to.
+    rows: list[tuple[Prediction, dict[str, float]]] = []
+    for prediction, score in zip(captions, scores, strict=True):
+        truth, answer = prediction["caption"], prediction["answer"]
+        row = {"rouge_l": rouge_l(truth, answer), "exact": exact(truth, answer), "cider": score}
+        rows.append((prediction, row))
+    for prediction in predictions:
+        if prediction["task"] == CAPTION2BBOX:
+            overlap = iou(prediction)
+            unparsed = prediction["predicted_box"] is None
+            rows.append((prediction, {"acc50": overlap >= 0.5, "miou": overlap, "unparsed": unparsed}))
+
+    groups: dict[str, list[float]] = defaultdict(list)
+    texts: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for prediction, row in rows:
+        source, kind, task = prediction["source"], prediction["kind"], prediction["task"]
+        for name, value in row.items():
+            for prefix in ("", f"{kind}_", f"{source}/"):
+                groups[f"{prefix}{task}_{name}"].append(float(value))
+        if kind == "ocr" and task == BBOX2CAPTION:
+            for prefix in ("", f"{source}/"):
+                texts[prefix].append((prediction["caption"], prediction["answer"]))
+
+    metrics = {name: fmean(values) for name, values in groups.items()}
+    for prefix, pairs in texts.items():
+        truths, answers = [p[0] for p in pairs], [p[1] for p in pairs]
+        metrics[f"{prefix}ocr_cer"] = cer(truths, answers)
+        metrics[f"{prefix}ocr_exact"] = fmean(exact_text(t, a) for t, a in pairs)
+    return metrics
+
+
+def counts(predictions: list[Prediction]) -> dict[str, int]:
+    """Number of predictions a task: over all, per kind and per source, with the prefixes of `summarise`."""
+    total: dict[str, int] = defaultdict(int)
+    for p in predictions:
+        for prefix in ("", f"{p['kind']}_", f"{p['source']}/"):
+            total[prefix + p["task"]] += 1
+    return dict(total)

@@ -1,0 +1,105 @@
+"""Metrics against values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from granvit.eval.metrics import box_iou, cer, cider, counts, exact, exact_text, iou, rouge_l, summarise
+
+
+def caption(truth, answer, kind="natural", source="scenes"):
+    return {
+        "id": "1",
+        "source": source,
+        "task": "bbox2caption",
+        "kind": kind,
+        "box": [0.0, 0.0, 1.0, 1.0],
+        "caption": truth,
+        "answer": answer,
+        "predicted_box": None,
+    }
+
+
+def found(box, predicted, kind="natural", source="scenes"):
+    return caption("a cat", "", kind, source) | {"task": "caption2bbox", "box": box, "predicted_box": predicted}
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
+    # common subsequence "a red circle": 3 words of 4 and of 5 -> 2*3/(4+5)
+    assert rouge_l("a red big circle", "a dark red round circle") == pytest.approx(6 / 9)
+    assert rouge_l("a red circle", "") == 0
+
+
+def test_exact_ignores_case_and_punctuation_but_text_to_be_read_is_compared_to_the_letter():
+    assert exact("A red circle.", "a red  circle")
+    assert not exact("a red circle", "a circle red")
+    assert not exact("***", "---") and exact("***", "***")
+    assert exact_text("Total  12.50", "Total 12.50")
+    assert not exact_text("Total", "TOTAL")
+
+
+def test_cider_of_equal_long_captions_is_ten_and_of_foreign_words_zero():
+    truths = ["a red striped circle on grass", "the blue dotted square near water", "five words in this text"]
+    assert cider(truths, truths) == pytest.approx([10, 10, 10])
+    assert cider(truths, ["x y z w", "x", ""]) == pytest.approx([0, 0, 0])
+
+
+def test_cider_by_hand_on_single_words():
+    # Only 1-grams exist, every word stands in one of two truths: idf log(2/1), cosine 1, no length penalty: 10 * 1/4.
+    # "cat dog" against "cat": 1-gram cosine 1/sqrt(2) (clipped, CIDEr-D), penalty exp(-1/(2*36)).
+    assert cider(["cat", "dog"], ["cat", "cat dog"]) == pytest.approx(
+        [2.5, 2.5 / math.sqrt(2) * math.exp(-1 / 72)], rel=1e-6
+    )
+
+
+def test_cer_is_edits_over_characters_of_the_whole_corpus():
+    assert cer(["abcd", "ef"], ["abxd", ""]) == pytest.approx(3 / 6)
+    assert cer(["ab"], ["abcdef"]) == pytest.approx(2.0)
+
+
+def test_box_iou_by_hand():
+    assert float(box_iou([0, 0, 2, 2], [1, 1, 3, 3])) == pytest.approx(1 / 7)
+    assert float(box_iou([0, 0, 1, 1], [0, 0, 1, 1])) == 1
+    assert float(box_iou([0, 0, 1, 1], [1, 1, 0, 0])) == 0  # inverted
+    assert float(box_iou([0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5])) == 0  # no area
+    assert box_iou(np.zeros((3, 1, 4)), np.zeros((2, 4))).shape == (3, 2)
+
+
+def test_a_box_that_could_not_be_parsed_counts_as_wrong_and_is_counted():
+    truth = [0.0, 0.0, 0.5, 0.5]
+    metrics = summarise([found(truth, None), found(truth, truth), found(truth, [0.0, 0.0, 0.5, 0.2])])
+    assert iou(found(truth, None)) == 0
+    assert metrics["caption2bbox_unparsed"] == pytest.approx(1 / 3)
+    assert metrics["caption2bbox_acc50"] == pytest.approx(1 / 3)
+    assert metrics["caption2bbox_miou"] == pytest.approx((0 + 1 + 0.4) / 3)
+
+
+def test_an_overlap_of_one_half_is_a_hit():
+    assert summarise([found([0, 0, 1, 1], [0, 0, 1, 0.5])])["caption2bbox_acc50"] == 1
+    assert summarise([found([0, 0, 1, 1], [0, 0, 1, 0.499])])["caption2bbox_acc50"] == 0
+
+
+def test_summarise_keeps_kinds_and_sources_apart():
+    predictions = [
+        caption("a red circle", "a red circle"),
+        caption("a blue square", "x", source="scenes-heldout"),
+        caption("Total 12", "Total 21", kind="ocr", source="pages"),
+        found([0, 0, 1, 1], [0, 0, 1, 1], kind="ocr", source="pages"),
+    ]
+    metrics = summarise(predictions)
+    assert metrics["bbox2caption_exact"] == pytest.approx(1 / 3)
+    assert metrics["natural_bbox2caption_exact"] == pytest.approx(1 / 2)
+    assert metrics["ocr_bbox2caption_rouge_l"] == pytest.approx(1 / 2)
+    assert metrics["scenes/bbox2caption_rouge_l"] == 1
+    assert metrics["scenes-heldout/bbox2caption_rouge_l"] == 0
+    assert metrics["ocr_cer"] == metrics["pages/ocr_cer"] == pytest.approx(2 / 8)
+    assert metrics["ocr_exact"] == 0
+    assert metrics["ocr_caption2bbox_acc50"] == metrics["pages/caption2bbox_miou"] == 1
+    assert "natural_caption2bbox_acc50" not in metrics and "scenes/ocr_cer" not in metrics
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert counts(predictions)["bbox2caption"] == 3 and counts(predictions)["pages/caption2bbox"] == 1
+
+
+def test_summarise_of_nothing_is_empty():
+    assert summarise([]) == {}
