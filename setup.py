@@ -1,4 +1,4 @@
-"""Builds granvit_kernels._native with CMake. Needs cmake and a C++17 compiler; uses ninja and nvcc where they are found.
+"""Builds granvit_kernels._native with CMake. Needs cmake and a C++17 compiler; ninja and nvcc if found.
 
 `pip install -e .` or, for work on csrc, `python setup.py build_ext --inplace` (rebuilds only what changed).
 """
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_program(name: str) -> str | None:
-    """Path of a program on PATH, or beside this Python (an environment that is used without being activated)."""
+    """Path of a program on PATH, or beside this Python (an environment used without activation)."""
     beside = os.path.dirname(sys.executable)
     return shutil.which(name) or shutil.which(name, path=beside)
 

@@ -1,4 +1,4 @@
-"""Operators on packed token sequences: several images' tokens in one [T, C] tensor, described by a PackedLayout.
+"""Operators on packed token sequences: many images' tokens in one [T, C] tensor, described by PackedLayout.
 
 `python -m granvit_kernels` prints which backend runs where, and why the others don't.
 """

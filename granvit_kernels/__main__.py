@@ -15,12 +15,11 @@ def main() -> None:
     console = Console()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     reason = native.why_not()
-    built = (
-        reason
-        or f"instruction set {native.library().isa()}, CUDA kernels {'' if native.library().cuda else 'not '}built"
-    )
+    if reason is None:
+        cuda = "built" if native.library().cuda else "not built"
+        reason = f"instruction set {native.library().isa()}, CUDA kernels {cuda}"
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {gpu}", highlight=False)
-    console.print(f"native library: {built}", highlight=False)
+    console.print(f"native library: {reason}", highlight=False)
     forced = os.environ.get(backends.VARIABLE)
     if forced:
         console.print(f"{backends.VARIABLE}={forced} forces a backend", highlight=False)
@@ -28,7 +27,7 @@ def main() -> None:
     last = None
     for operator, name, reason in backends.survey():
         verdict = "[green]yes[/green]" if reason is None else "[red]no[/red]"
-        table.add_row("" if operator == last else operator, name, verdict, reason or "", end_section=False)
+        table.add_row("" if operator == last else operator, name, verdict, reason or "")
         last = operator
     console.print(table)
 

@@ -1,8 +1,9 @@
 """Which backend runs an operator.
 
-A backend is a module with `why_not(device, dtype, **problem) -> str | None`: None where it can run, else the reason.
-`problem` is what else decides; each of its arguments has a default, so that the table of `python -m granvit_kernels` can
-ask without one. Each package under granvit_kernels.ops lists its own in CANDIDATES = {operator: {backend: module}}.
+A backend is a module with `why_not(device, dtype, **problem) -> str | None`: None where it can run, else the
+reason. `problem` is what else decides; each of its arguments has a default, so that the table of `python -m
+granvit_kernels` can ask without one. Each package under granvit_kernels.ops lists its own in CANDIDATES =
+{operator: {backend: module}}.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def operators() -> dict[str, dict[str, ModuleType]]:
 
 
 def survey() -> list[tuple[str, str, str | None]]:
-    """(operator, backend, why it can't run on this machine or None) for all, in float32 on the backend's own device."""
+    """(operator, backend, why it can't run here or None), in float32 on the backend's own device."""
     rows = []
     for operator, candidates in operators().items():
         for name in ORDER:

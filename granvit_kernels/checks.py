@@ -1,4 +1,4 @@
-"""Host checks that the operators share. Each raises ValueError naming the argument, what it got and what it takes."""
+"""Host checks shared by operators: each raises ValueError naming the argument, what it got and takes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def describe(tensor: Tensor) -> str:
 
 
 def packed(name: str, tensor: Tensor, layout: PackedLayout, dims: int, shape: str) -> None:
-    """A floating-point tensor whose first dimension is the layout's tokens. shape: what it takes, for the message."""
+    """A floating-point tensor whose first dimension is the layout's tokens. shape: for the message."""
     if tensor.dim() != dims or tensor.shape[0] != layout.num_tokens or not tensor.is_floating_point():
         raise ValueError(
-            f"{name} is {describe(tensor)}; it takes floating-point {shape} with T = {layout.num_tokens}, the layout's tokens"
+            f"{name} is {describe(tensor)}; it takes floating-point {shape} with T = {layout.num_tokens}, "
+            "the layout's tokens"
         )
 
 
@@ -49,7 +50,7 @@ def same_device(device: torch.device, **tensors: Tensor) -> None:
 
 
 def box_values(boxes: Tensor, image_index: Tensor, images: int) -> None:
-    """Finite boxes, and indices of the layout's images, on the CPU; a device's values are not read (no synchronisation)."""
+    """Finite boxes, and indices of the layout's images; only on the CPU: a device would synchronise."""
     if boxes.device.type != "cpu" or boxes.shape[0] == 0:
         return
     finite = boxes.isfinite()

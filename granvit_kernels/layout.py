@@ -18,8 +18,8 @@ class PackedLayout:
 
     Image i owns the rows cu_seqlens[i]:cu_seqlens[i + 1], row-major over its grid of (h, w) patches.
 
-    Fields: grids int32 [B, 2] (h, w) · cu_seqlens int32 [B + 1] · num_tokens = T and max_seqlen, the longest image's
-    tokens, as Python ints, so that nobody has to ask a device for them. Make one with `from_grids`.
+    Fields: grids int32 [B, 2] (h, w) · cu_seqlens int32 [B + 1] · num_tokens = T and max_seqlen, the longest
+    image's tokens, as Python ints, so that nobody has to ask a device for them. Make one with `from_grids`.
     """
 
     grids: Tensor
@@ -92,9 +92,9 @@ class PackedLayout:
     def to_grid(self, boxes: Tensor, image_index: Tensor) -> Tensor:
         """Boxes relative to their image -> boxes in patch units, as the operators take them.
 
-        boxes [R, 4]: xyxy in [0, 1] of the image, floating point. image_index [R]: int32 or int64, the image of each.
-        Returns float32 [R, 4], xyxy, image i spanning [0, w] x [0, h]. No gradient.
-        Raises ValueError for other shapes or dtypes and, on the CPU, for an index outside [0, B).
+        boxes [R, 4]: xyxy in [0, 1] of the image, floating point. image_index [R]: int32 or int64, the image
+        of each. Returns float32 [R, 4], xyxy, image i spanning [0, w] x [0, h]. No gradient. Raises
+        ValueError for other shapes or dtypes and, on the CPU, for an index outside [0, B).
         """
         if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
             raise ValueError(f"boxes is {checks.describe(boxes)}; it takes floating-point [R, 4]")
@@ -105,11 +105,11 @@ class PackedLayout:
 
 
 def fit_grid(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:
-    """Grid (h, w) of an image so that h * w <= max_tokens, with its aspect ratio about kept: SigLIP2 NaFlex's rule.
+    """Grid (h, w) of an image with h * w <= max_tokens, its aspect ratio about kept: SigLIP2 NaFlex's rule.
 
-    The largest scale at which both sides, rounded up to whole patches, still fit, found by the same bisection as
-    transformers' `get_image_size_for_max_num_patches`, so that both give the same grid. Small images are scaled up.
-    height, width, patch_size: pixels. Raises ValueError where an argument is under 1.
+    The largest scale at which both sides, rounded up to whole patches, still fit, found by the same bisection
+    as transformers' `get_image_size_for_max_num_patches`, so that both give the same grid. Small images are
+    scaled up. height, width, patch_size: pixels. Raises ValueError where an argument is under 1.
     """
     for name, value in (
         ("height", height), ("width", width), ("patch_size", patch_size), ("max_tokens", max_tokens)

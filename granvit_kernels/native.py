@@ -1,4 +1,4 @@
-"""The native library, granvit_kernels._native: loaded when first needed, and a clear reason where it can't be."""
+"""The native library, granvit_kernels._native: loaded when first needed, else a clear reason."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def cpu_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {device.type}"
     if dtype not in DTYPES:
-        return f"it takes {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {str(dtype).removeprefix('torch.')}"
+        return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
     return why_not()

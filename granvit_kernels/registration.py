@@ -1,7 +1,7 @@
-"""How an operator meets torch: torch.library for compile and export, a cheap autograd.Function for eager calls.
+"""How an operator meets torch: torch.library for compile and export, a cheap autograd.Function otherwise.
 
-The registered operator costs 15 us a call and 101 us with its backward, the eager path 5 and 43: so `Operator.__call__`
-takes the registered one only under torch.compile. Both share one backward formula.
+The registered operator costs 15 us a call and 101 us with its backward, the eager path 5 and 43: so
+`Operator.__call__` takes the registered one only under torch.compile. Both share one backward formula.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     """Registers granvit::NAME and returns it as torch.ops has it.
 
-    schema: as torch.library's, "name(Tensor x, int n) -> Tensor". launch: runs it on real tensors of any device.
-    fake: gives empty outputs of the right shape, dtype and device.
+    schema: as torch.library's, "name(Tensor x, int n) -> Tensor". launch: runs it on real tensors of any
+    device. fake: gives empty outputs of the right shape, dtype and device.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=TAGS)

@@ -1,1 +1,1 @@
-"""One package a group of operators; each has CANDIDATES = {operator: {backend: module}} for granvit_kernels.backends."""
+"""A package a group of operators, each with CANDIDATES = {operator: {backend: module}} (see backends.py)."""

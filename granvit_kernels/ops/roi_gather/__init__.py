@@ -19,20 +19,21 @@ def roi_gather(
     output_size: int | tuple[int, int] = (7, 7),
     sampling_ratio: int = 2,
 ) -> Tensor:
-    """Features of boxes, each on a grid of output_size bins: [R, oh, ow, C], of the tokens' dtype (under autocast too).
+    """Features of boxes, each on a grid of output_size bins: [R, oh, ow, C], of the tokens' dtype.
 
-    RoIAlign (He et al., Mask R-CNN, 2017; aligned=True): a bin is the mean of sampling_ratio x sampling_ratio bilinear
-    samples, spread evenly over it. What torchvision.ops.roi_align(spatial_scale=1, aligned=True) gives on each image's own
-    feature map. Samples more than one patch outside the image count as zeros.
+    RoIAlign (He et al., Mask R-CNN, 2017; aligned=True): a bin is the mean of sampling_ratio x sampling_ratio
+    bilinear samples, spread evenly over it. What torchvision.ops.roi_align(spatial_scale=1, aligned=True)
+    gives on each image's own feature map. Samples more than one patch outside the image count as zeros.
 
-    tokens [T, C]: float32, bfloat16 or float16 (accumulated in float32; float64 in the reference); gets the gradient.
+    tokens [T, C]: float32, bfloat16 or float16 (accumulated in float32; float64 in the reference). Only they
+        get a gradient, once differentiable. Autocast leaves their dtype alone.
     layout: of those tokens, on their device.
-    boxes float32 [R, 4]: xyxy in patch units, image i spanning [0, w] x [0, h] (PackedLayout.to_grid); no gradient.
+    boxes float32 [R, 4]: xyxy in patch units, image i spanning [0, w] x [0, h] (PackedLayout.to_grid).
         Inverted and empty boxes do what they do in torchvision.
     image_index int32 or int64 [R]: the image of each box.
     sampling_ratio: samples a bin and axis; 0 or less is adaptive, ceil(bin size), as in torchvision.
-    Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an index outside
-    the layout; on a device such a box reads nothing and gives zeros.
+    Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an
+    index outside the layout; on a device such a box reads nothing and gives zeros.
     """
     checks.packed("tokens", tokens, layout, 2, "[T, C]")
     checks.boxes(boxes, image_index)

@@ -21,7 +21,7 @@ def forward(
     tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor,
     out_h: int, out_w: int, sampling_ratio: int,
 ) -> Tensor:  # fmt: skip
-    """[T, C] and the layout's tensors -> [R, out_h, out_w, C]. On the CPU ValueError for a bad box or index."""
+    """Tokens [T, C] -> [R, out_h, out_w, C]. On the CPU ValueError for a bad box or index."""
     checks.box_values(boxes, image_index, grids.shape[0])
     return _backend(tokens).forward(
         tokens, grids, cu_seqlens, boxes, image_index, out_h, out_w, sampling_ratio

@@ -1,9 +1,10 @@
-"""RoIAlign on packed tokens in plain PyTorch: the specification. Any device, any floating dtype, autograd's backward.
+"""RoIAlign on packed tokens in plain PyTorch: the specification. Any device and floating dtype; autograd.
 
-Formula: Mask R-CNN's RoIAlign (He et al. 2017, section 3) with half-pixel alignment, as torchvision.ops.roi_align with
-aligned=True and spatial_scale=1 computes it. The four corners of a sample are weighted bilinearly, and a sample's weight
-is the product of a row's and a column's: so a bin is the sum of (row weight * column weight * token) over the rows and
-columns that its samples touch, over the number of samples.
+Formula: Mask R-CNN's RoIAlign (He et al. 2017, section 3) with half-pixel alignment, as
+torchvision.ops.roi_align with aligned=True and spatial_scale=1 computes it. The four corners of a sample are
+weighted bilinearly, and a sample's weight is the product of a row's and a column's: so a bin is the sum of
+(row weight * column weight * token) over the rows and columns that its samples touch, over the number of
+samples.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ def forward(
     tokens: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor,
     out_h: int, out_w: int, sampling_ratio: int,
 ) -> Tensor:  # fmt: skip
-    """tokens [T, C], grids [B, 2], cu_seqlens [B + 1], boxes float32 [R, 4], image_index [R] -> [R, out_h, out_w, C].
+    """tokens [T, C], the layout's tensors, boxes float32 [R, 4], image_index [R] -> [R, out_h, out_w, C].
 
-    A box that is not finite, or whose index names no image, reads nothing and gives zeros. Accumulates in float32 at least.
+    A box that is not finite, or whose index names no image, reads nothing and gives zeros. Accumulates in
+    float32 at least.
     """
     compute = torch.promote_types(tokens.dtype, torch.float32)
     outputs = []
@@ -47,8 +49,9 @@ def forward(
 def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio: int) -> Tensor:
     """Share of each of `size` cells in each of `bins` bins along one axis: float64 [bins, size].
 
-    low, high: the box's two ends, float32 scalars on the CPU. Sample positions are float32 in torchvision's order of operations, one
-    rounding each; they decide which cells are read. Only samples within [-1, size] are visited.
+    low, high: the box's two ends, float32 scalars on the CPU. Sample positions are float32 in torchvision's
+    order of operations, one rounding each; they decide which cells are read. Only samples within [-1, size]
+    are visited.
     """
     weights = torch.zeros(bins, size, dtype=torch.float64)
     start = low - 0.5
@@ -74,7 +77,7 @@ def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio
 
 
 def inside(position, samples: int, size: int) -> range:
-    """The samples whose position lies in [-1, size], by bisection: positions rise or fall with the sample's number."""
+    """The samples whose position lies in [-1, size], by bisection: positions rise or fall all the way."""
 
     def first(passes) -> int:
         low, high = 0, samples
@@ -92,7 +95,7 @@ def backward(
     grad: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor,
     num_tokens: int, sampling_ratio: int,
 ) -> Tensor:  # fmt: skip
-    """grad [R, out_h, out_w, C] -> the gradient of tokens, [num_tokens, C]. By autograd: the operator is linear in tokens."""
+    """grad [R, out_h, out_w, C] -> the tokens' gradient [num_tokens, C], by autograd: it is linear."""
     _, out_h, out_w, channels = grad.shape
     with torch.enable_grad():
         tokens = grad.new_zeros(num_tokens, channels, requires_grad=True)
