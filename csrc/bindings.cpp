@@ -4,9 +4,12 @@
 // releases the GIL (py::call_guard<py::gil_scoped_release>()), and call it at the end. Checks of shapes, dtypes and devices
 // belong to the Python side: what arrives here is contiguous and in range, unless a comment says otherwise.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "cpu/pack_patches.h"
+#include "cpu/plan_packing.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -20,6 +23,29 @@ T* at(Address address) {
 
 using Release = py::call_guard<py::gil_scoped_release>;
 
+void bind_pack_patches(py::module_& m) {
+    m.def(
+        "pack_patches",
+        [](Address images, Address crops, Address grids, int64_t num_crops, int64_t patch_size,
+           std::array<float, 3> scale, std::array<float, 3> bias, bool channels_first, int dtype, Address patches,
+           int threads) {
+            granvit::pack_patches({at<const int64_t>(images), at<const double>(crops), at<const int64_t>(grids), num_crops,
+                                   patch_size, {scale[0], scale[1], scale[2]}, {bias[0], bias[1], bias[2]},
+                                   channels_first, granvit::Dtype(dtype), at<void>(patches)}, threads);
+        },
+        Release());
+}
+
+void bind_plan_packing(py::module_& m) {
+    m.def(
+        "plan_packing",
+        [](Address lengths, int64_t count, int64_t capacity, Address indices, Address ends) {
+            return granvit::plan_packing(at<const int64_t>(lengths), count, capacity, at<int64_t>(indices),
+                                         at<int64_t>(ends));
+        },
+        Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -30,4 +56,6 @@ PYBIND11_MODULE(_native, m) {
 #else
     m.attr("cuda") = false;
 #endif
+    bind_pack_patches(m);
+    bind_plan_packing(m);
 }

@@ -4,6 +4,7 @@
 """
 
 from granvit_kernels.layout import PackedLayout, fit_grid
+from granvit_kernels.ops.patch_packing import pack_patches, plan_packing, unpack_patches
 from granvit_kernels.ops.roi_gather import roi_gather
 
-__all__ = ["PackedLayout", "fit_grid", "roi_gather"]
+__all__ = ["PackedLayout", "fit_grid", "pack_patches", "plan_packing", "roi_gather", "unpack_patches"]

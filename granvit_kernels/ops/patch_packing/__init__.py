@@ -1,0 +1,91 @@
+"""Images to packed patches and back, and the plan of what shares a packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from granvit_kernels import backends
+from granvit_kernels.layout import PackedLayout
+from granvit_kernels.ops.patch_packing import cpu, reference
+from granvit_kernels.ops.patch_packing.arguments import check_order, check_packing, check_patch_size, check_statistics
+from granvit_kernels.ops.patch_packing.planning import plan_packing
+
+__all__ = ["pack_patches", "plan_packing", "unpack_patches"]
+
+CANDIDATES = {"pack_patches": {"cpu": cpu, "reference": reference}}
+
+
+def pack_patches(
+    images: Sequence[Tensor],
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crops: Sequence[Sequence[float]] | Tensor | None = None,
+    grids: Sequence[Sequence[int]] | Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    order: str = "hwc",
+) -> tuple[Tensor, PackedLayout]:
+    """Crops, resizes, normalises, cuts into patches and packs images of any sizes, in one pass.
+
+    images: uint8 [H, W, 3] each, RGB, any strides, all on one device; an empty list is valid.
+    patch_size: p, the side of a patch in pixels.
+    mean, std: three numbers each, a channel's in units of 1: a value is (x / 255 - mean) / std.
+    crops: [N, 5] (image index, x1, y1, x2, y2), in pixels, fractions allowed, inside the image, on the host; several may
+        share an image. None: every whole image.
+    grids: [N, 2] (h, w) in patches, on the host: crop i is resampled to (h * p) x (w * p) pixels, as a whole, whatever
+        its aspect ratio. None: max(1, floor(side / p)) a side.
+    dtype: of the patches: bfloat16, float16, float32 or float64.
+    order: of the values of a patch: "hwc", as SigLIP2's processors give them (row, column, channel), or "chw", as a
+        convolution's weight has them.
+
+    Returns (patches [T, p * p * 3] and their PackedLayout, both on the images' device): crop i's h * w patches, row-major,
+    follow crop i - 1's. No gradient.
+
+    Resampling is antialiased bilinear, as Pillow's and torch's interpolate(antialias=True), without their rounding to
+    uint8 in between; `reference.axis_weights` has the formula. Only source pixels that the crop touches count: a crop gives
+    what its own pixels would give as an image.
+
+    Raises ValueError, naming the argument, for anything else than the above; RuntimeError where no backend can run.
+    """
+    job = check_packing(images, patch_size, mean, std, crops, grids, dtype, order)
+    layout = PackedLayout.from_grids(job.grids, device=job.device)
+    backend = backends.choose("pack_patches", CANDIDATES["pack_patches"], device=job.device, dtype=dtype)
+    return backend.forward(job), layout
+
+
+def unpack_patches(
+    patches: Tensor,
+    layout: PackedLayout,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    order: str = "hwc",
+) -> list[Tensor]:
+    """The pictures that patches show: what pack_patches packed, resampled as it was; for looking at and for tests.
+
+    patches [T, p * p * 3], floating point; layout, patch_size (p), mean, std, order: as for pack_patches.
+    Returns one float32 [h * p, w * p, 3] an image on the patches' device, in 0-255 (not clamped, not rounded).
+    Raises ValueError naming the argument.
+    """
+    check_patch_size(patch_size)
+    check_order(order)
+    mean, std = check_statistics(mean, std)
+    p = patch_size
+    if not patches.is_floating_point() or patches.shape != (layout.num_tokens, 3 * p * p):
+        raise ValueError(
+            f"patches must be floating point [{layout.num_tokens}, {3 * p * p}], a row a token of the layout and "
+            f"{p} x {p} x 3 values a row, got {patches.dtype} {list(patches.shape)}"
+        )
+    grids = layout.grids.tolist()
+    scale, shift = (torch.tensor(values, dtype=torch.float32, device=patches.device) for values in (std, mean))
+    pictures = []
+    for rows, (h, w) in zip(patches.split([h * w for h, w in grids]), grids, strict=True):
+        if order == "hwc":
+            pixels = rows.reshape(h, w, p, p, 3).permute(0, 2, 1, 3, 4)
+        else:
+            pixels = rows.reshape(h, w, 3, p, p).permute(0, 3, 1, 4, 2)
+        pictures.append((pixels.reshape(h * p, w * p, 3).to(torch.float32) * scale + shift) * 255)
+    return pictures
