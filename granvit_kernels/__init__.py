@@ -5,6 +5,15 @@
 
 from granvit_kernels.layout import PackedLayout, fit_grid
 from granvit_kernels.ops.patch_packing import pack_patches, plan_packing, unpack_patches
+from granvit_kernels.ops.region_attention import region_attention
 from granvit_kernels.ops.roi_gather import roi_gather
 
-__all__ = ["PackedLayout", "fit_grid", "pack_patches", "plan_packing", "roi_gather", "unpack_patches"]
+__all__ = [
+    "PackedLayout",
+    "fit_grid",
+    "pack_patches",
+    "plan_packing",
+    "region_attention",
+    "roi_gather",
+    "unpack_patches",
+]
