@@ -1,0 +1,1 @@
+"""Gran datasets: schema, loader, the embedded sample set, converters, questions and packing."""

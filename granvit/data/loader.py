@@ -1,0 +1,137 @@
+"""Reading Gran datasets: a map-style view with a budget for faulty rows."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from pathlib import Path
+
+import datasets
+
+from granvit.data.schema import FEATURES, DataFault, Sample, parse_row
+
+log = logging.getLogger(__name__)
+
+
+class FaultBudgetExceeded(ValueError):
+    """More rows are faulty than the caller allowed."""
+
+
+class FaultLog:
+    """Counts faults by kind and rows with faults, and raises when too many rows have some.
+
+    `budget` is the share of `rows` that may have faults; any budget above 0 allows at least one row. A row
+    counts once, however often it is read. `unit` is what the messages call a row.
+    """
+
+    def __init__(self, rows: int, budget: float, unit: str = "row") -> None:
+        if not 0 <= budget <= 1:
+            raise ValueError(f"fault_budget must be a share in [0, 1], got {budget!r}")
+        self.rows, self.unit = rows, unit
+        self.allowed = max(1, math.floor(budget * rows)) if budget > 0 else 0
+        self.counts: Counter[str] = Counter()
+        self.faulty: set[int] = set()
+        self._seen: set[tuple[int, str]] = set()
+
+    def add(self, row: int, name: str, fault: DataFault) -> None:
+        """Note one fault of row number `row`, shown as `name`. Raises FaultBudgetExceeded past the budget."""
+        if (row, str(fault)) in self._seen:
+            return
+        self._seen.add((row, str(fault)))
+        self.counts[fault.kind] += 1
+        self.faulty.add(row)
+        log.warning("%s: %s", name, fault)
+        if len(self.faulty) > self.allowed:
+            raise FaultBudgetExceeded(f"{self.summary()}; allowed: {self.allowed}. Last: {name}: {fault}")
+
+    def summary(self) -> str:
+        """One line: how many rows have faults, and how many faults of which kind there are."""
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.most_common())
+        return f"{len(self.faulty)} of {self.rows} {self.unit}s have faults" + (
+            f" ({kinds})" if kinds else ""
+        )
+
+
+class GranDataset:
+    """A split of a Gran dataset, read row by row: `len(ds)`, `ds[i] -> Sample | None`.
+
+    None stands for a row that can't be used. It is logged with its id and counted in `faults`; a bad region
+    of a good image is left out and counted too. Each worker process of a data loader keeps a log of its own.
+
+    path_or_dataset: a folder written by `save_to_disk` (a Dataset or a DatasetDict), a folder or file of
+        Parquet, or
+        a `datasets.Dataset` or `DatasetDict`, which is how data from a hub comes in.
+    split: which split of those that there are. A source without splits has only "train".
+    fault_budget: the share of rows that may have faults before FaultBudgetExceeded is raised.
+
+    Raises ValueError for a folder that is no dataset, a split that isn't there and missing columns.
+    """
+
+    def __init__(
+        self,
+        path_or_dataset: str | Path | datasets.Dataset | datasets.DatasetDict,
+        split: str = "train",
+        fault_budget: float = 0.01,
+    ) -> None:
+        if isinstance(path_or_dataset, (str, Path)):
+            found = _open(Path(path_or_dataset))
+            self.path = str(path_or_dataset)
+        else:
+            found = path_or_dataset
+            self.path = f"<{type(found).__name__} in memory>"
+        splits = found if isinstance(found, dict) else {"train": found}
+        if split not in splits:
+            raise ValueError(f"split must be one of {sorted(splits)} in {self.path}, got {split!r}")
+        rows = splits[split]
+        missing = sorted(set(FEATURES) - set(rows.column_names))
+        if missing:
+            raise ValueError(
+                f"{self.path} is no Gran dataset: it lacks the columns {missing}, has {rows.column_names}"
+            )
+        # decode=False: a broken image must come as bytes to us, not as an exception out of `datasets`.
+        self.rows = rows.cast_column("image", datasets.Image(decode=False))
+        self.split = split
+        self.faults = FaultLog(len(self.rows), fault_budget)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample | None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row = self.rows[index]
+        name = f"{self.path}[{self.split}][{index}] id={row['id']!r}"
+        try:
+            return parse_row(row, drop=lambda fault: self.faults.add(index, name, fault))
+        except DataFault as fault:
+            self.faults.add(index, name, fault)
+            return None
+
+
+def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:
+    accepted = (
+        "a folder written by save_to_disk, or Parquet files (a file, a folder, or SPLIT*.parquet in a folder)"
+    )
+    if not path.exists():
+        raise ValueError(f"no dataset at {path}: there is nothing there; accepted: {accepted}")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
+    if not files:
+        names = (
+            sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else [f"the file {path.name}"]
+        )
+        raise ValueError(
+            f"no dataset at {path}: found {', '.join(names) or 'an empty folder'}; accepted: {accepted}"
+        )
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        # As the hub names them: train.parquet, train-00000-of-00002.parquet, train/0.parquet; others are
+        # "train".
+        inside = file.relative_to(path).parts[0] if file != path else file.name
+        split = next((name for name in ("train", "validation", "test") if inside.startswith(name)), "train")
+        groups.setdefault(split, []).append(str(file))
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_parquet(found) for split, found in groups.items()}
+    )

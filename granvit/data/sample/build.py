@@ -1,0 +1,202 @@
+"""Puts the sample set together: which pictures there are, drawn by several processes, written once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from granvit.data.sample.pages import draw_page
+from granvit.data.sample.photographs import FOLDER, photographs
+from granvit.data.sample.scenes import SceneConfig, draw_scene
+
+GENERATOR_VERSION = 1
+"""Raised whenever equal arguments make other pictures or sentences, so that no cache goes stale."""
+
+SOURCES = ("photographs", "scenes", "scenes-heldout", "pages")
+LICENCE = "CC0-1.0"
+"""Of generated pictures."""
+
+_CHUNK = 32  # pictures that a worker makes at a time
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Pictures `start` to `stop` of a source in a split."""
+
+    source: str
+    split: str
+    start: int
+    stop: int
+
+
+def counts(images: int, photos: dict[str, int]) -> dict[str, dict[str, int]]:
+    """How many pictures of each source go into each split, {split: {source: number}}, `images` in all.
+
+    About 8 % photographs as long as there are enough of them (`photos` says how many each split has), 20 %
+    pages, the rest scenes. Of the scenes a tenth is test and a twentieth is "scenes-heldout" (test only), of
+    the pages a tenth.
+    """
+    some = {
+        split: min(number, round(0.08 * images * number / max(1, sum(photos.values()))))
+        for split, number in photos.items()
+    }
+    pages = round(0.2 * images)
+    scenes = images - pages - sum(some.values())
+    test_scenes, held_out, test_pages = (
+        max(1, round(share)) for share in (0.1 * scenes, 0.05 * scenes, 0.1 * pages)
+    )
+    return {
+        "train": {
+            "photographs": some["train"],
+            "scenes": scenes - test_scenes - held_out,
+            "pages": pages - test_pages,
+        },
+        "test": {
+            "photographs": some["test"],
+            "scenes": test_scenes,
+            "scenes-heldout": held_out,
+            "pages": test_pages,
+        },
+    }
+
+
+def build_sample(
+    output_dir: str | Path,
+    images: int,
+    seed: int = 0,
+    workers: int | None = None,
+    scenes: SceneConfig | None = None,
+) -> None:
+    """Write a sample set of `images` pictures as a DatasetDict with the splits train and test.
+
+    Equal arguments give equal rows, for any number of `workers` (processes; None: one a core, 0: this
+    process). Shows its progress on a terminal. Raises ValueError if `images` is under 16 or `output_dir` is
+    not empty.
+    """
+    # Here, since `datasets` takes seconds to import and the command line must answer --help at once.
+    from granvit.data.writer import write_dataset
+
+    if images < 16:
+        raise ValueError(f"images must be >= 16, so that every source is in the set, got {images}")
+    scenes = scenes or SceneConfig()
+    if not scenes.held_out:
+        raise ValueError("scenes.held_out must be >= 1, since the test split shows held-out combinations")
+    photos = {split: sum(1 for _ in photographs(split)) for split in ("train", "test")}
+    tasks = {
+        split: [
+            _Task(source, split, start, min(start + _CHUNK, number))
+            for source, number in sources.items()
+            for start in range(0, number, _CHUNK)
+        ]
+        for split, sources in counts(images, photos).items()
+    }
+    processes = workers if workers is not None else os.cpu_count() or 1
+    # The children only draw: none touches the threads and devices of the parent, which is what fork can't
+    # carry over.
+    pool = (
+        ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+        if processes > 1
+        else nullcontext()
+    )
+    console = Console(stderr=True)
+    with pool as executor:
+        run = executor.map if executor else map
+        splits = {
+            split: track(
+                _rows(run, partial(_make, seed=seed, scenes=scenes), todo),
+                f"Drawing the {split} split",
+                total=sum(task.stop - task.start for task in todo),
+                console=console,
+                disable=not console.is_terminal,
+            )
+            for split, todo in tasks.items()
+        }
+        write_dataset(output_dir, splits)
+
+
+def cached_sample(
+    images: int, seed: int = 0, workers: int | None = None, scenes: SceneConfig | None = None
+) -> Path:
+    """The folder of a sample set, built on first use.
+
+    It lies in the folder that GRANVIT_CACHE names, else in ~/.cache/granvit, and its name tells the
+    arguments, the generator's version and the photographs apart.
+    """
+    scenes = scenes or SceneConfig()
+    known = f"{GENERATOR_VERSION} {scenes} {(FOLDER / 'annotations.jsonl').read_text(encoding='utf-8')}"
+    cache = Path(os.environ.get("GRANVIT_CACHE") or Path.home() / ".cache" / "granvit")
+    folder = cache / f"sample-{images}-{seed}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        try:
+            build_sample(folder, images, seed, workers, scenes)
+        except (OSError, ValueError):
+            if not folder.exists():  # else another process was faster, and what it wrote is the same
+                raise
+    return folder
+
+
+def _rows(run: Any, make: Any, tasks: Iterable[_Task]) -> Iterator[dict[str, Any]]:
+    for chunk in run(make, tasks):
+        yield from chunk
+
+
+def _make(task: _Task, seed: int, scenes: SceneConfig) -> list[dict[str, Any]]:
+    if task.source == "photographs":
+        return list(islice(photographs(task.split), task.start, task.stop))
+    rows = []
+    for index in range(task.start, task.stop):
+        # Its own stream for every picture: the rows don't depend on who makes which.
+        rng = np.random.default_rng(
+            [seed, SOURCES.index(task.source), ("train", "test").index(task.split), index]
+        )
+        if task.source == "pages":
+            page = draw_page(task.split, rng)
+            regions = [_region(line.box, line.text, "ocr") for line in page.lines]
+            image, caption = page.image, None
+        else:
+            scene = draw_scene(scenes, task.split, task.source == "scenes-heldout", rng)
+            pairs = zip(scene.things, scene.sentences, strict=True)
+            regions = [_region(thing.box, sentence, "natural") for thing, sentence in pairs]
+            image, caption = scene.image, scene.caption
+        rows.append(
+            {
+                "id": f"{task.source}/{task.split}/{index:06d}",
+                "image": {"bytes": _encoded(image, rng), "path": None},
+                "width": image.width,
+                "height": image.height,
+                "caption": caption,
+                "regions": regions,
+                "source": task.source,
+                "licence": LICENCE,
+            }
+        )
+    return rows
+
+
+def _region(box: tuple[float, ...], caption: str, kind: str) -> dict[str, Any]:
+    return {"box": list(box), "caption": caption, "kind": kind, "score": None}
+
+
+def _encoded(image: Image.Image, rng: np.random.Generator) -> bytes:
+    """JPEG of a quality between 75 and 95, or one time in ten PNG."""
+    buffer = io.BytesIO()
+    if rng.random() < 0.1:
+        image.save(buffer, "PNG", compress_level=3)
+    else:
+        image.save(buffer, "JPEG", quality=int(rng.integers(75, 96)))
+    return buffer.getvalue()

@@ -1,0 +1,230 @@
+"""The schema of a Gran dataset, and how one of its rows becomes a checked `Sample`.
+
+A Gran dataset is a Hugging Face `datasets` dataset with the columns of `FEATURES`. Nothing here trusts a row:
+whatever is wrong with it is a `DataFault` that says what and, where the caller wants to go on, which part was
+left out.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Features, Image, Sequence, Value
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+if TYPE_CHECKING:
+    import torch
+
+PILImage.init()  # else open(formats=...) knows only the five most common ones
+
+KINDS = ("natural", "ocr")
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "image": Image(),
+        "width": Value("int32"),
+        "height": Value("int32"),
+        "caption": Value("string"),
+        "regions": [
+            {
+                "box": Sequence(Value("float32"), length=4),
+                "caption": Value("string"),
+                "kind": Value("string"),
+                "score": Value("float32"),
+            }
+        ],
+        "source": Value("string"),
+        "licence": Value("string"),
+    }
+)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+"""The image formats that are read; Pillow's other decoders see no use and much hostile input."""
+
+MAX_PIXELS = 64_000_000
+"""Images with more pixels than this are refused before they are decoded (decompression bombs)."""
+
+MIN_SIDE, MAX_ASPECT = 4, 100.0
+"""An image with a shorter side, or a longer one against its short side, shows nothing and breaks patch
+grids."""
+
+BOX_TOLERANCE = 1e-3
+"""A box may leave [0, 1] by this much (rounding of other people's converters) and is cut to the image."""
+
+
+class DataFault(ValueError):
+    """Something in a row that can't be used. `kind` is a short name that faults are counted under."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box, relative xyxy after EXIF orientation, with the sentence or text that belongs to it."""
+
+    box: tuple[float, float, float, float]
+    caption: str
+    kind: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A checked row. `image` is uint8 [H, W, 3], oriented as EXIF says."""
+
+    id: str
+    image: torch.Tensor
+    caption: str | None
+    regions: tuple[Region, ...]
+    source: str
+    licence: str
+
+
+def parse_row(
+    row: Mapping[str, Any], drop: Callable[[DataFault], None] | None = None, max_pixels: int = MAX_PIXELS
+) -> Sample:
+    """A row of a Gran dataset, with `image` either decoded by `datasets` or as {"bytes", "path"}, as a
+    `Sample`.
+
+    Without `drop`, the first fault is raised. With it, faults of single regions are handed to `drop`, those
+    regions are left out, and only what makes the whole row useless is raised.
+
+    Raises DataFault of kind `id`, `caption`, `empty_row` or of `decode_image` or `parse_region`.
+    """
+    import torch
+
+    row_id = row.get("id")
+    if not isinstance(row_id, str) or not row_id:
+        raise DataFault("id", f"id must be a non-empty string, got {row_id!r}")
+    caption = row.get("caption")
+    if caption is not None and (not isinstance(caption, str) or not caption.strip()):
+        raise DataFault("caption", f"caption must be null or a string with text in it, got {caption!r}")
+    regions = []
+    for index, region in enumerate(row.get("regions") or ()):
+        try:
+            regions.append(parse_region(region))
+        except DataFault as fault:
+            named = DataFault(fault.kind, f"regions[{index}]: {fault}")
+            if drop is None:
+                raise named from None
+            drop(named)
+    if not regions and caption is None:
+        raise DataFault("empty_row", "neither a caption nor a usable region")
+    image = decode_image(row.get("image"), max_pixels)
+    return Sample(
+        id=row_id,
+        image=torch.from_numpy(np.array(image)),
+        caption=caption,
+        regions=tuple(regions),
+        source=row.get("source") or "",
+        licence=row.get("licence") or "",
+    )
+
+
+def parse_region(region: Mapping[str, Any]) -> Region:
+    """One entry of `regions`, checked.
+
+    Raises DataFault of kind `box` (not 4 finite numbers, outside the image, inverted, no area),
+    `region_caption`, `region_kind` or `region_score`.
+    """
+    box = region.get("box")
+    if box is None or len(box) != 4 or not all(_is_number(side) for side in box):
+        raise DataFault("box", f"box must be 4 finite numbers [x1, y1, x2, y2], got {box!r}")
+    if min(box) < -BOX_TOLERANCE or max(box) > 1 + BOX_TOLERANCE:
+        raise DataFault("box", f"box must lie in [0, 1], relative to the image, got {list(box)}")
+    x1, y1, x2, y2 = (min(max(float(side), 0.0), 1.0) for side in box)
+    if x1 >= x2 or y1 >= y2:
+        raise DataFault("box", f"box must have x1 < x2 and y1 < y2, got {list(box)}")
+    caption = region.get("caption")
+    if not isinstance(caption, str) or not caption.strip():
+        raise DataFault("region_caption", f"caption must be a string with text in it, got {caption!r}")
+    kind = region.get("kind")
+    if kind not in KINDS:
+        raise DataFault("region_kind", f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    score = region.get("score")
+    if score is not None and not _is_number(score):
+        raise DataFault("region_score", f"score must be null or a finite number, got {score!r}")
+    return Region((x1, y1, x2, y2), caption, kind, None if score is None else float(score))
+
+
+def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
+    """An encoded image ({"bytes", "path"} or bytes) or a PIL image as an RGB PIL image, oriented as EXIF
+    says.
+
+    Transparency is laid on white; 16-bit images are scaled to 8 bits. Raises DataFault of kind `image`
+    (missing, of a format not in `FORMATS`, broken or truncated), `image_pixels` or `image_shape`.
+    """
+    if isinstance(image, PILImage.Image):
+        opened = image
+    else:
+        try:
+            opened = PILImage.open(_image_file(image), formats=FORMATS)
+        except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+            raise DataFault("image", f"not a readable image ({', '.join(FORMATS)}): {error}") from None
+    width, height = opened.size
+    if width * height > max_pixels:
+        raise DataFault("image_pixels", f"{width}x{height} is more than the limit of {max_pixels} pixels")
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataFault(
+            "image_shape", f"{width}x{height}: sides must be >= {MIN_SIDE} and their ratio <= {MAX_ASPECT:g}"
+        )
+    try:
+        return _to_rgb(ImageOps.exif_transpose(opened))
+    # Pillow's decoders raise these and more on hostile files; one bad file must not end a run.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        TypeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        EOFError,
+    ) as error:
+        raise DataFault("image", f"can't be decoded: {error}") from None
+
+
+def _image_file(image: Any) -> io.BytesIO | str:
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    if isinstance(image, Mapping):
+        if image.get("bytes"):
+            return io.BytesIO(image["bytes"])
+        if image.get("path"):
+            return image["path"]
+    raise DataFault(
+        "image", f"image must be encoded bytes or a path, got {type(image).__name__} without either"
+    )
+
+
+def _to_rgb(image: PILImage.Image) -> PILImage.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode == "F":
+        raise DataFault("image", "floating-point pixels have no known range")
+    if image.mode.startswith("I"):  # 16-bit greys; Pillow's own conversion to 8 bits clips instead of scaling
+        grey = np.asarray(image).astype(np.float64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise DataFault("image", "grey values outside 16 bits have no known range")
+        return PILImage.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = PILImage.new("RGBA", image.size, (255, 255, 255, 255))
+        return PILImage.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+    )

@@ -1,0 +1,1 @@
+"""Converters from other formats to a Gran dataset, one a file."""

@@ -1,0 +1,62 @@
+"""Writing Gran datasets: a folder appears whole, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.arrow_writer import ArrowWriter
+
+from granvit.data.schema import FEATURES
+
+
+def write_dataset(output_dir: str | Path, splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Write rows of the schema as a DatasetDict folder that `datasets.load_from_disk` reads.
+
+    Rows stream to disk, images as the encoded bytes that they come with. Raises ValueError if `output_dir`
+    has anything in it; an error while rows are made leaves nothing behind.
+    """
+    with whole_folder(output_dir) as folder:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-arrow-") as scratch:
+            written = {}
+            for split, rows in splits.items():
+                arrow = str(Path(scratch) / f"{split}.arrow")
+                with ArrowWriter(path=arrow, features=FEATURES, writer_batch_size=256) as writer:
+                    for row in rows:
+                        writer.write(dict(row))
+                    writer.finalize()
+                written[split] = datasets.Dataset.from_file(arrow)
+            bars = datasets.are_progress_bars_disabled()
+            datasets.disable_progress_bars()
+            try:
+                datasets.DatasetDict(written).save_to_disk(str(folder))
+            finally:
+                if not bars:
+                    datasets.enable_progress_bars()
+
+
+@contextmanager
+def whole_folder(output_dir: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `output_dir` that takes its place when the block ends well, else vanishes.
+
+    Raises ValueError if `output_dir` is a file or a folder with something in it.
+    """
+    output_dir = Path(output_dir).absolute()
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}-"))
+    try:
+        folder.chmod(0o755)  # mkdtemp's 0700 is for secrets
+        yield folder
+        if output_dir.exists():
+            output_dir.rmdir()
+        folder.rename(output_dir)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
