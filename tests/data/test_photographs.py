@@ -4,10 +4,12 @@ import io
 import json
 import re
 
+import datasets
 import pytest
 from PIL import Image
 
 from granvit.data.sample.photographs import FOLDER, TEST, photographs, pictures
+from granvit.data.schema import FEATURES, parse_row
 
 ROWS = [json.loads(line) for line in (FOLDER / "annotations.jsonl").read_text(encoding="utf-8").splitlines()]
 REGIONS = [(row["id"], region) for row in ROWS for region in row["regions"]]
@@ -106,12 +108,10 @@ def test_rows_hold_the_files_bytes():
 
 
 def test_rows_fit_the_gran_schema():
-    schema = pytest.importorskip("granvit.data.schema")
-    datasets = pytest.importorskip("datasets")
     rows = list(photographs("test"))
-    dataset = datasets.Dataset.from_list(rows, features=schema.FEATURES)
+    dataset = datasets.Dataset.from_list(rows, features=FEATURES)
     for read, row in zip(dataset, rows, strict=True):
-        sample = schema.parse_row(read)
+        sample = parse_row(read)
         assert sample.image.shape == (row["height"], row["width"], 3)
         assert len(sample.regions) == len(row["regions"])
 
