@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "cpu/pack_patches.h"
 #include "cpu/plan_packing.h"
+#include "cpu/roi_gather.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -46,6 +47,23 @@ void bind_plan_packing(py::module_& m) {
         Release());
 }
 
+void bind_roi_gather(py::module_& m) {
+    using granvit::RoiGather;
+    const auto problem = [](int dtype, Address grids, Address cu_seqlens, Address boxes, Address image, int64_t images,
+                            int64_t num_boxes, int64_t channels, int out_h, int out_w, int64_t sampling_ratio,
+                            int threads) {
+        return RoiGather{granvit::Dtype(dtype), at<int32_t>(grids), at<int32_t>(cu_seqlens), at<float>(boxes),
+                         at<int64_t>(image), images, num_boxes, channels, out_h, out_w, sampling_ratio, threads};
+    };
+    py::class_<RoiGather>(m, "RoiGather").def(py::init(problem));
+    m.def("roi_gather_forward", [](const RoiGather& p, Address tokens, Address out) {
+        granvit::roi_gather_forward(p, at<void>(tokens), at<void>(out));
+    }, Release());
+    m.def("roi_gather_backward", [](const RoiGather& p, Address grad, Address grad_tokens) {
+        granvit::roi_gather_backward(p, at<void>(grad), at<void>(grad_tokens));
+    }, Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -58,4 +76,5 @@ PYBIND11_MODULE(_native, m) {
 #endif
     bind_pack_patches(m);
     bind_plan_packing(m);
+    bind_roi_gather(m);
 }

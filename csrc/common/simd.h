@@ -125,5 +125,32 @@ inline void store(float16* p, Vec x) {
 #endif
 }
 
+// Stores past the caches, for outputs that nobody reads soon. The address must be streamable(); end with stream_fence().
+inline bool streamable(const void* p) { return reinterpret_cast<uintptr_t>(p) % (WIDTH * 4) == 0; }
+#if defined(__AVX512F__)
+inline void stream(float* p, Vec x) { _mm512_stream_ps(p, (__m512)x); }
+#elif defined(__AVX2__)
+inline void stream(float* p, Vec x) { _mm256_stream_ps(p, (__m256)x); }
+#elif defined(__x86_64__)
+inline void stream(float* p, Vec x) { _mm_stream_ps(p, (__m128)x); }
+#else
+inline void stream(float* p, Vec x) { store(p, x); }
+#endif
+template <typename T>
+inline void stream(T* p, Vec x) { store(p, x); }  // half a line at a time gains nothing
+inline void stream_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// Runs `call` with T the stored type of a Dtype.
+#define GRANVIT_BY_DTYPE(dtype, call)                              \
+    switch (dtype) {                                               \
+        case Dtype::float32: { using T = float; call; break; }     \
+        case Dtype::bfloat16: { using T = bfloat16; call; break; } \
+        case Dtype::float16: { using T = float16; call; break; }   \
+    }
+
 }  // namespace GRANVIT_ISA
 }  // namespace granvit

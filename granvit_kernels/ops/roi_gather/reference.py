@@ -9,6 +9,8 @@ samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,45 +52,49 @@ def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio
     """Share of each of `size` cells in each of `bins` bins along one axis: float64 [bins, size].
 
     low, high: the box's two ends, float32 scalars on the CPU. Sample positions are float32 in torchvision's
-    order of operations, one rounding each; they decide which cells are read. Only samples within [-1, size]
-    are visited.
+    order of operations, one rounding each: they decide which cells are read. Only samples within [-1, size]
+    are visited, and those at one position together: a huge box has a great many.
     """
     weights = torch.zeros(bins, size, dtype=torch.float64)
     start = low - 0.5
     bin_size = ((high - 0.5) - start) / bins
     if not bin_size.isfinite():  # ends so far apart that their distance overflows: no sample has a place
         return weights
-    samples = sampling_ratio if sampling_ratio > 0 else int(bin_size.ceil())
+    samples = sampling_ratio if sampling_ratio > 0 else min(int(bin_size.ceil()), 2**62)
     if samples <= 0:
         return weights
+    rising = bool(bin_size >= 0)
     for index in range(bins):
+        offset = start + index * bin_size
 
-        def position(sample: int, offset: Tensor = start + index * bin_size) -> Tensor:
+        def position(sample: int, offset: Tensor = offset) -> Tensor:
+            """Rises with the sample's number, which counts backwards in an inverted box."""
+            sample = sample if rising else samples - 1 - sample
             return offset + (torch.tensor(sample, dtype=torch.float32) + 0.5) * bin_size / float(samples)
 
-        for sample in inside(position, samples, size):
-            at = position(sample).clamp(min=0)
+        sample = first(samples, lambda s: position(s) >= -1)
+        end = first(samples, lambda s: position(s) > size)
+        while sample < end:
+            here = position(sample)
+            following = first(samples, lambda s, here=here: position(s) > here)
+            share = (following - sample) / samples
+            at = here.clamp(min=0)
             cell = min(int(at), size - 1)
-            share = (at - cell).double() if cell < size - 1 else 0.0
-            weights[index, cell] += 1 - share
+            upper = float(at - cell) if cell < size - 1 else 0.0
+            weights[index, cell] += share * (1 - upper)
             if cell < size - 1:
-                weights[index, cell + 1] += share
-    return weights / samples
+                weights[index, cell + 1] += share * upper
+            sample = following
+    return weights
 
 
-def inside(position, samples: int, size: int) -> range:
-    """The samples whose position lies in [-1, size], by bisection: positions rise or fall all the way."""
-
-    def first(passes) -> int:
-        low, high = 0, samples
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if passes(middle) else (middle + 1, high)
-        return low
-
-    if position(0) <= position(samples - 1):
-        return range(first(lambda s: position(s) >= -1), first(lambda s: position(s) > size))
-    return range(first(lambda s: position(s) <= size), first(lambda s: position(s) < -1))
+def first(count: int, passes: Callable[[int], bool]) -> int:
+    """The first number in [0, count) that passes, count if none does; all after one that passes must, too."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle + 1, high)
+    return low
 
 
 def backward(
