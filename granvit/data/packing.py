@@ -1,0 +1,201 @@
+"""Question packing: each image once, then all of its questions, several images in one sequence.
+
+    a row:          [bos] <image> ... <image> | \\n question \\n answer eos | \\n question \\n answer eos |
+        next image
+    image_index:    0 ...                     | 0 ...                     | 0 ...                     | 1 ...
+    question_index: 0 ...                     | 1 ...                     | 2 ...                     | 0 ...
+    position_ids:   0 ...                   n | n+1 ...                   | n+1 ...                   | 0 ...
+
+Token i attends to token j where j <= i, both belong to one image, and j belongs to the image part or to i's
+question. So each question sees its image and itself, as if it were asked alone, and the image's tokens are
+there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from granvit_kernels import plan_packing
+
+from .prompts import REGION, Question
+
+if TYPE_CHECKING:
+    from granvit.model import GranViTProcessor
+
+    from .schema import Sample
+
+IGNORE = -100  # cross entropy's own default: no label here
+
+
+@dataclass
+class PackedBatch:
+    """Images and their questions in B sequences of L tokens.
+
+    images: list of uint8 [H, W, 3], in the order of the samples; image i of everything below is images[i].
+    input_ids, position_ids, labels: int64 [B, L]; labels are -100 off the answers (and their eos).
+    image_index: int64 [B, L], index into images, -1 for padding.
+    question_index: int64 [B, L], 0 in an image part, 1.. the image's questions, 0 for padding.
+    boxes: float32 [R, 4], relative xyxy, and box_image_index: int64 [R]: the asked boxes with region tokens.
+    image_slots: int64 [N], where in the flattened [B * L] the image tokens stand, image by image in images'
+        order;
+    region_slots: int64 [R * K], the same for region tokens, in boxes' order;
+    answer_slots: int64 [A], the places whose next token is an answer's, so whose hidden states are scored;
+    targets: int64 [A], those next tokens. (All three are known on the host: reading them off the ids would
+        make a GPU wait.)
+    regions: number of questions about a region.
+    """
+
+    images: list[torch.Tensor]
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    image_index: torch.Tensor
+    question_index: torch.Tensor
+    boxes: torch.Tensor
+    box_image_index: torch.Tensor
+    image_slots: torch.Tensor
+    region_slots: torch.Tensor
+    answer_slots: torch.Tensor
+    targets: torch.Tensor
+    regions: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch with its images and tensors on a device."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(
+            self, images=[image.to(device, non_blocking=non_blocking) for image in self.images], **moved
+        )
+
+    def attention(self) -> torch.Tensor:
+        """bool [B, 1, L, L]: whether the row's token may attend to the column's. Padding attends to itself,
+        so that no row of the softmax is empty."""
+        image, question = self.image_index, self.question_index
+        length = image.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=image.device).tril_()
+        own_question = (question[:, None, :] == 0) | (question[:, :, None] == question[:, None, :])
+        same_image = (image[:, :, None] == image[:, None, :]) & (image >= 0)[:, None, :]
+        allowed = causal & own_question & same_image
+        return (allowed | torch.eye(length, dtype=torch.bool, device=image.device))[:, None]
+
+
+def pack_questions(
+    samples: Sequence[Sample],
+    questions: Sequence[Sequence[Question]],
+    processor: GranViTProcessor,
+    capacity: int,
+) -> PackedBatch:
+    """Pack samples and their questions into sequences of at most `capacity` tokens.
+
+    An image and all of its questions stay together in one sequence; sequences are filled by plan_packing.
+    Attention is quadratic in the sequence: on a CPU a capacity of about two images' tokens is fastest.
+
+    Args:
+        samples: what the questions are about; only their images, [H, W, 3] uint8, and ids are used.
+        questions: for each sample its questions, in order.
+        processor: writes the ids; its configuration must be the model's.
+        capacity: most tokens in a sequence.
+    Raises:
+        ValueError: lists of different lengths, a prompt whose markers and boxes differ in number, an empty
+        answer, or
+            an image that with its questions takes more than `capacity` tokens (named by its id).
+    """
+    if len(samples) != len(questions):
+        raise ValueError(f"questions: got {len(questions)} lists for {len(samples)} samples")
+    parts = _write_parts(samples, questions, processor)
+    lengths = [len(part.ids) for part in parts]
+    for sample, length, asked in zip(samples, lengths, questions, strict=True):
+        if length > capacity:
+            raise ValueError(
+                f"capacity: sample {sample.id!r} with its {len(asked)} questions takes {length} tokens, "
+                f"but a sequence takes {capacity}; ask fewer questions of it or raise the capacity"
+            )
+    plan = plan_packing(lengths, capacity)
+    rows, width = len(plan), max((sum(lengths[i] for i in row) for row in plan), default=0)
+    ids = np.full((rows, width), processor.tokenizer.pad_token_id, dtype=np.int64)
+    positions, question_index = np.zeros_like(ids), np.zeros_like(ids)
+    labels, image_index = np.full_like(ids, IGNORE), np.full_like(ids, -1)
+    starts = np.zeros(len(parts), dtype=np.int64)
+    for r, row in enumerate(plan):
+        place = 0
+        for i in row:
+            part, here = parts[i], slice(place, place + lengths[i])
+            ids[r, here], positions[r, here], labels[r, here] = part.ids, part.positions, part.labels
+            question_index[r, here], image_index[r, here] = part.question_index, i
+            starts[i] = r * width + place
+            place += lengths[i]
+    scored = np.flatnonzero(labels.ravel() != IGNORE)
+    boxes = [box for asked in questions for question in asked for box in question.boxes]
+    owners = [i for i, asked in enumerate(questions) for question in asked for _ in question.boxes]
+    tensors = {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": labels,
+        "image_index": image_index,
+        "question_index": question_index,
+        "boxes": np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        "box_image_index": np.array(owners, dtype=np.int64),
+        "image_slots": _slots(parts, starts, processor.image_token_id),
+        "region_slots": _slots(parts, starts, processor.region_token_id),
+        "answer_slots": scored - 1,
+        "targets": labels.ravel()[scored],
+    }
+    return PackedBatch(
+        images=[sample.image for sample in samples],
+        regions=sum(question.region is not None for asked in questions for question in asked),
+        **{name: torch.from_numpy(value) for name, value in tensors.items()},
+    )
+
+
+@dataclass
+class _Part:
+    """One image with its questions; all arrays int64 [length]."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+    question_index: np.ndarray
+
+
+def _write_parts(
+    samples: Sequence[Sample], questions: Sequence[Sequence[Question]], processor: GranViTProcessor
+) -> list[_Part]:
+    flat = [question for asked in questions for question in asked]
+    for question in flat:
+        if not question.answer.strip():
+            raise ValueError(f"questions: the answer to {question.prompt!r} is empty")
+        if question.prompt.count(REGION) != len(question.boxes):
+            raise ValueError(
+                f"questions: {question.prompt!r} has {question.prompt.count(REGION)} {REGION} markers, "
+                f"but {len(question.boxes)} boxes"
+            )
+    prompts = iter(processor.prompt_ids([question.prompt for question in flat]))
+    answers = iter(processor.answer_ids([question.answer for question in flat]))
+    parts = []
+    for sample, asked in zip(samples, questions, strict=True):
+        head = processor.image_part(processor.image_tokens(*sample.image.shape[:2]))
+        ids, labels, lengths = list(head), [IGNORE] * len(head), []
+        for _ in asked:
+            prompt, answer = next(prompts), next(answers)
+            ids += prompt + answer
+            labels += [IGNORE] * len(prompt) + answer
+            lengths.append(len(prompt) + len(answer))
+        numbers = np.repeat(np.arange(len(lengths) + 1), [len(head), *lengths])
+        # Position of a token: its place, less the lengths of the questions between the image and its own.
+        skipped = np.repeat(np.cumsum([0, 0, *lengths[:-1]])[: len(lengths) + 1], [len(head), *lengths])
+        parts.append(_Part(np.array(ids), np.arange(len(ids)) - skipped, np.array(labels), numbers))
+    return parts
+
+
+def _slots(parts: list[_Part], starts: np.ndarray, token: int) -> np.ndarray:
+    """Places of a marker in the flattened batch, part by part."""
+    found = [np.flatnonzero(part.ids == token) + start for part, start in zip(parts, starts, strict=True)]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,142 @@
+"""GranViTConfig: everything that is needed to build a GranViT again, with the reason for each choice."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from transformers import AutoConfig, PretrainedConfig, Siglip2VisionConfig
+
+from granvit_kernels import fit_grid
+
+BOX_STYLES = ("text", "tokens", "both")
+BOX_FORMATS = ("text", "bins")
+
+# The rule is a bisection (25 us), asked again for each image of each step, and pictures come in few sizes.
+cached_fit_grid = lru_cache(maxsize=4096)(fit_grid)
+
+
+class GranViTConfig(PretrainedConfig):
+    """Configuration of a GranViT: a packed SigLIP2-type encoder, projectors, and any causal LM of
+    transformers.
+
+    Where the paper leaves something unknown, the field says what was chosen and why.
+
+    Args:
+        vision_config: a `Siglip2VisionConfig` (or its dict). The encoder is the product: it keeps the
+            configuration of the transformers model as which it is exported.
+        text_config: the configuration of a causal LM (or its dict, with `model_type`).
+        pixel_shuffle: 1, or 2 to merge 2 x 2 neighbouring image tokens into one before the projector (unknown
+            in the paper). 1 by default: at a few hundred tokens an image, detail is worth more than the
+            shorter sequence. A grid with an odd side is completed by repeating its last row or column.
+        region_tokens: K, how many tokens stand for one `<region>` marker. One is enough for an object; text
+            lines and groups gain from more.
+        region_heads: heads of the region prompt's attention; None: as many as the encoder has. The encoder's
+            width must be a multiple.
+        box_style: how a question names its box: "text" (coordinates, the paper), "tokens" (region tokens read
+            from the image's features) or "both".
+        box_format: how coordinates are written: "text", "[0.123, 0.456, 0.789, 0.950]" (the paper, and what
+            public evaluations read), or "bins", four location tokens (shorter, and learnt by a tiny LM).
+        bins: location tokens an axis, shared by x and y, used with box_format="bins": 1000 resolves what
+            three decimals do; a tiny model learns few (32) far faster.
+        max_image_tokens: budget of encoder tokens an image (before the pixel shuffle); the grid is
+            `fit_grid`'s, that is SigLIP2 NaFlex's rule: native aspect ratio, as large as the budget allows.
+        image_mean, image_std: pixel normalisation, SigLIP2's by default.
+        text_vocab: how many rows of the LLM's tables are in use, i.e. its tokenizer's length before ours were
+            added. Location token i has the id text_vocab + i; `<image>` and `<region>` follow. A table's
+            padding rows above text_vocab are never used.
+        bos_token_id, eos_token_id, pad_token_id: of the LLM's tokenizer; bos may be None.
+    """
+
+    model_type = "granvit"
+    sub_configs = {"vision_config": Siglip2VisionConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config: Siglip2VisionConfig | dict | None = None,
+        text_config: PretrainedConfig | dict | None = None,
+        pixel_shuffle: int = 1,
+        region_tokens: int = 1,
+        region_heads: int | None = None,
+        box_style: str = "text",
+        box_format: str = "text",
+        bins: int = 1000,
+        max_image_tokens: int = 256,
+        image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        text_vocab: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        **kwargs,
+    ):
+        if vision_config is None:
+            vision_config = Siglip2VisionConfig(vision_use_head=False)
+        elif isinstance(vision_config, dict):
+            vision_config = Siglip2VisionConfig(**vision_config)
+        if text_config is None:
+            text_config = AutoConfig.for_model("llama")
+        elif isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        _one_of("pixel_shuffle", pixel_shuffle, (1, 2))
+        _one_of("box_style", box_style, BOX_STYLES)
+        _one_of("box_format", box_format, BOX_FORMATS)
+        _positive("region_tokens", region_tokens)
+        _positive("bins", bins)
+        _positive("max_image_tokens", max_image_tokens)
+        heads = vision_config.num_attention_heads if region_heads is None else region_heads
+        if vision_config.hidden_size % heads:
+            raise ValueError(
+                f"region_heads: got {heads}, accepted is a divisor of the encoder's width {vision_config.hidden_size}"
+            )
+        self.vision_config = vision_config
+        self.text_config = text_config
+        self.pixel_shuffle = pixel_shuffle
+        self.region_tokens = region_tokens
+        self.region_heads = heads
+        self.box_style = box_style
+        self.box_format = box_format
+        self.bins = bins
+        self.max_image_tokens = max_image_tokens
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.text_vocab = text_config.vocab_size if text_vocab is None else text_vocab
+        kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+
+    @property
+    def location_tokens(self) -> int:
+        """Number of location tokens that exist: `bins`, or none when boxes are written as text."""
+        return self.bins if self.box_format == "bins" else 0
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the `<image>` marker, one for each image token; it has no row of its own, features stand in
+        its place."""
+        return self.text_vocab + self.location_tokens
+
+    @property
+    def region_token_id(self) -> int:
+        """Id of the `<region>` marker, region_tokens in a row for each asked box."""
+        return self.image_token_id + 1
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The encoder's grid (h, w) in patches for an image of height x width pixels."""
+        return cached_fit_grid(height, width, self.vision_config.patch_size, self.max_image_tokens)
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """How many tokens an image of height x width pixels takes in the LLM's sequence."""
+        h, w = self.grid(height, width)
+        return -(-h // self.pixel_shuffle) * -(-w // self.pixel_shuffle)
+
+
+def _one_of(name: str, value, accepted: tuple) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
+
+
+def _positive(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least 1")

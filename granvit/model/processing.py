@@ -1,0 +1,225 @@
+"""GranViTProcessor: images, questions and boxes in, what GranViT.generate takes out; answers back to
+boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from granvit.data.prompts import IMAGE, REGION, Box, Question, box_fault, parse_box, questions
+
+from .config import GranViTConfig, cached_fit_grid
+
+
+class GranViTProcessor(ProcessorMixin):
+    """Writes prompts as token ids. It decodes and resizes nothing: images stay uint8 until the model packs
+    them.
+
+    Args:
+        tokenizer: the LLM's, with GranViT's tokens added (`GranViTProcessor.from_config` adds them).
+        patch_size, max_image_tokens, pixel_shuffle, region_tokens, box_style, box_format, bins: as in
+            GranViTConfig.
+    """
+
+    attributes = ["tokenizer"]
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        patch_size: int = 16,
+        max_image_tokens: int = 256,
+        pixel_shuffle: int = 1,
+        region_tokens: int = 1,
+        box_style: str = "text",
+        box_format: str = "text",
+        bins: int = 1000,
+        **kwargs,
+    ):
+        self.patch_size = patch_size
+        self.max_image_tokens = max_image_tokens
+        self.pixel_shuffle = pixel_shuffle
+        self.region_tokens = region_tokens
+        self.box_style = box_style
+        self.box_format = box_format
+        self.bins = bins
+        super().__init__(tokenizer, **kwargs)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.region_token_id = tokenizer.convert_tokens_to_ids(REGION)
+        if (
+            None in (self.image_token_id, self.region_token_id)
+            or self.image_token_id == tokenizer.unk_token_id
+        ):
+            raise ValueError(
+                f"tokenizer: it lacks {IMAGE} or {REGION}; GranViTProcessor.from_config adds them"
+            )
+
+    @classmethod
+    def from_config(cls, config: GranViTConfig, tokenizer: PreTrainedTokenizerBase) -> GranViTProcessor:
+        """The processor of a configuration; adds GranViT's tokens to the LLM's tokenizer where they are
+        missing.
+
+        Raises ValueError if the tokens then don't have the ids that the configuration gives them.
+        """
+        locations = [f"<loc_{i}>" for i in range(config.location_tokens)]
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in locations])
+        tokenizer.add_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in (IMAGE, REGION)], True
+        )
+        got = tokenizer.convert_tokens_to_ids([*locations, IMAGE, REGION])
+        if got != list(range(config.text_vocab, config.region_token_id + 1)):
+            raise ValueError(
+                f"tokenizer: GranViT's {len(got)} tokens must have the ids from {config.text_vocab} on, but "
+                f"{IMAGE} got {got[-2]} and {REGION} {got[-1]}; is this the LLM's own tokenizer?"
+            )
+        vision = config.vision_config
+        shared = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
+        return cls(
+            tokenizer, patch_size=vision.patch_size, **{name: getattr(config, name) for name in shared}
+        )
+
+    def __call__(
+        self,
+        images: Sequence[Any] | None = None,
+        questions: Sequence[str | Question] = (),
+        boxes: Sequence[Sequence[Box]] | None = None,
+        image_index: Sequence[int] | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> BatchFeature:
+        """Prompts for generate, one question a row, padded on the left.
+
+        Args:
+            images: the distinct images: uint8 tensors or arrays [H, W, 3], or PIL images. None: the rows hold
+                no image (a blinded model), and generate gives zeros for region tokens.
+            questions: a prompt or a Question a row. A prompt's `<region>` markers stand for its boxes.
+            boxes: for each row the boxes of its markers, relative xyxy; None: what the Questions carry.
+            image_index: for each row its image; None: row i asks of image i, or all rows of the only image.
+            image_sizes: (height, width) in pixels, in place of images where their features are given to
+                generate.
+        Returns:
+            BatchFeature: input_ids, attention_mask [B, L] int64; image_index [B]; boxes float32 [R, 4]; and
+            images, a list of uint8 tensors [H, W, 3], where images were given.
+        Raises:
+            ValueError: an empty question, an image that is not uint8 [H, W, 3], a box outside its image or of
+            no area, markers and boxes that differ in number, an index that names no image.
+        """
+        prompts = [item.prompt if isinstance(item, Question) else item for item in questions]
+        if boxes is None:
+            boxes = [item.boxes if isinstance(item, Question) else () for item in questions]
+        if len(boxes) != len(prompts):
+            raise ValueError(f"boxes: got {len(boxes)} lists of boxes for {len(prompts)} questions")
+        self._check_rows(prompts, boxes)
+        pixels = None if images is None else [as_pixels(image, i) for i, image in enumerate(images)]
+        sizes = image_sizes if pixels is None else [tuple(image.shape[:2]) for image in pixels]
+        if sizes is None:
+            parts = [self.image_part(0)] * len(prompts)
+            index = torch.full((len(prompts),), -1)
+        else:
+            index = self._image_index(image_index, len(prompts), len(sizes))
+            parts = [self.image_part(self.image_tokens(*sizes[i])) for i in index.tolist()]
+        rows = [part + ids for part, ids in zip(parts, self.prompt_ids(prompts), strict=True)]
+        input_ids, attention_mask = self._pad_left(rows)
+        data = {"input_ids": input_ids, "attention_mask": attention_mask, "image_index": index}
+        flat = [box for row in boxes for box in row]
+        data["boxes"] = torch.tensor(flat, dtype=torch.float32).view(-1, 4)
+        if pixels is not None:
+            data["images"] = pixels
+        return BatchFeature(data)
+
+    def questions(self, sample, tasks: Sequence[str]) -> list[Question]:
+        """`granvit.data.prompts.questions` with this processor's box style and format."""
+        return questions(sample, tasks, self.box_style, self.box_format, self.bins)
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """How many `<image>` markers an image of height x width pixels takes."""
+        h, w = cached_fit_grid(height, width, self.patch_size, self.max_image_tokens)
+        return -(-h // self.pixel_shuffle) * -(-w // self.pixel_shuffle)
+
+    def image_part(self, count: int) -> list[int]:
+        """Ids that open a sequence: bos, where the tokenizer has one, and count `<image>` markers."""
+        bos = self.tokenizer.bos_token_id
+        return ([] if bos is None else [bos]) + [self.image_token_id] * count
+
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids of each prompt between two line breaks, with each `<region>` marker region_tokens times."""
+        return self._ids([f"\n{prompt}\n".replace(REGION, REGION * self.region_tokens) for prompt in prompts])
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Ids of each answer, closed by eos."""
+        return [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(list(answers))]
+
+    def decode_answers(self, ids: torch.Tensor) -> list[str]:
+        """What generate returned [B, L], as text: without what follows eos, location tokens kept."""
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def parse_boxes(self, texts: Sequence[str]) -> list[Box | None]:
+        """The first box of each answer, relative xyxy; None where it has none."""
+        return [parse_box(text, self.box_format, self.bins) for text in texts]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def _pad_left(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, rows), default=0)
+        ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = row
+            mask[i, width - len(row) :] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    @staticmethod
+    def _image_index(given: Sequence[int] | None, rows: int, images: int) -> torch.Tensor:
+        if given is None:
+            if images not in (1, rows):
+                raise ValueError(f"image_index: needed where {rows} questions are asked of {images} images")
+            given = range(rows) if images == rows else [0] * rows
+        index = torch.as_tensor(list(given), dtype=torch.int64)
+        if len(index) != rows or (rows and not 0 <= int(index.min()) <= int(index.max()) < images):
+            raise ValueError(
+                f"image_index: got {index.tolist()}, accepted are {rows} indices of {images} images"
+            )
+        return index
+
+    @staticmethod
+    def _check_rows(prompts: list[str], boxes: Sequence[Sequence[Box]]) -> None:
+        for i, (prompt, row) in enumerate(zip(prompts, boxes, strict=True)):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f"questions[{i}]: got {prompt!r}, accepted is a text that is not empty")
+            if IMAGE in prompt:
+                raise ValueError(f"questions[{i}]: {IMAGE} stands in the prompt; give the image by images")
+            if prompt.count(REGION) != len(row):
+                raise ValueError(
+                    f"questions[{i}]: {prompt.count(REGION)} {REGION} markers, but {len(row)} boxes"
+                )
+            for j, box in enumerate(row):
+                fault = box_fault(box)
+                if fault:
+                    raise ValueError(f"boxes[{i}][{j}]: {tuple(box)} {fault}; accepted is relative xyxy")
+
+
+def as_pixels(image: Any, index: int = 0) -> torch.Tensor:
+    """An image as a uint8 tensor [H, W, 3]: a tensor or array of that form, or a PIL image (turned as its
+    EXIF says)."""
+    if isinstance(image, Image.Image):
+        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        image = torch.from_numpy(np.ascontiguousarray(image))
+    if (
+        not isinstance(image, torch.Tensor)
+        or image.dtype != torch.uint8
+        or image.dim() != 3
+        or image.shape[2] != 3
+    ):
+        got = f"{image.dtype} {list(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
+        raise ValueError(f"images[{index}]: got {got}, accepted is uint8 [H, W, 3] or a PIL image")
+    if 0 in image.shape:
+        raise ValueError(f"images[{index}]: got an empty image {list(image.shape)}")
+    return image

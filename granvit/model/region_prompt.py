@@ -1,0 +1,71 @@
+"""Region prompts: what the LLM is shown of a box that a question asks about."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from granvit_kernels import PackedLayout, region_attention
+
+from .projector import Projector
+
+OCTAVES = 6
+
+
+class RegionPrompt(nn.Module):
+    """K tokens for a box: learned queries attend to the image's features inside it, and a projector of its
+    own brings the result, together with where the box is, to the LLM.
+
+    - The features are the whole image's, so a region token knows its surroundings too; with coverage=True a
+      cell that the box covers by a tenth counts a tenth, so boxes smaller than a patch still differ.
+    - Attention alone says what is there, not where: the box's geometry (sines and cosines of its four
+      coordinates over six octaves, plus its centre and size) is embedded and added before the projector.
+    - The projector is not the image tokens' one. In a toy-scale trial a shared one cost most of the colour
+      accuracy (.31 against .85): the LLM must read "this region" where it reads "this place in the image"
+      otherwise.
+    """
+
+    def __init__(self, width: int, heads: int, tokens: int, outputs: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(tokens, heads, width // heads))
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.geometry = nn.Linear(8 * OCTAVES + 4, width)
+        self.projector = Projector(width, outputs)
+        self.reset_parameters()
+
+    def forward(
+        self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor
+    ) -> torch.Tensor:
+        """features [T, C] and boxes [R, 4], relative xyxy, of the images image_index [R] -> [R, K, D]."""
+        shape = (len(features), *self.queries.shape[1:])
+        seen = region_attention(
+            self.queries,
+            self.key(features).view(shape),
+            self.value(features).view(shape),
+            layout,
+            layout.to_grid(boxes, image_index),
+            image_index,
+            coverage=True,
+        )
+        where = self.geometry(box_features(boxes).to(features.dtype))
+        return self.projector(seen.flatten(2) + where[:, None])
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.queries)
+        for layer in (self.key, self.value, self.geometry):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+
+
+def box_features(boxes: torch.Tensor) -> torch.Tensor:
+    """Relative xyxy boxes [R, 4] -> [R, 8 * OCTAVES + 4] float32: sin and cos of pi * 2^i * coordinate, then
+    centre and size."""
+    boxes = boxes.float()
+    octaves = math.pi * 2.0 ** torch.arange(OCTAVES, device=boxes.device, dtype=torch.float32)
+    angles = (boxes[:, :, None] * octaves).flatten(1)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return torch.cat((angles.sin(), angles.cos(), (low + high) / 2, high - low), dim=1)

@@ -1,0 +1,223 @@
+"""The vision encoder: SigLIP2's vision transformer on packed tokens, without padding.
+
+Parameter names are those of transformers' `Siglip2VisionModel` (without its pooling head, which a dense
+encoder does not use), so that weights go both ways by name alone: `from_siglip2` and `save_siglip2`.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
+from transformers.activations import ACT2FN
+
+from granvit_kernels import PackedLayout
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+try:  # torch >= 2.11
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+class Embeddings(nn.Module):
+    """Patch embedding plus the position table, interpolated to each image's grid as SigLIP2 NaFlex does."""
+
+    def __init__(self, config: Siglip2VisionConfig):
+        super().__init__()
+        self.side = int(config.num_patches**0.5)
+        if self.side**2 != config.num_patches:
+            raise ValueError(
+                f"num_patches: got {config.num_patches}, accepted is a square number (a square table)"
+            )
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+
+    def forward(self, patches: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
+        """patches [T, patch_size**2 * 3] in the order "hwc" -> [T, C]."""
+        embedded = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        table = {grid: self.positions(*grid) for grid in dict.fromkeys(grids)}
+        pieces = []
+        for grid, run in groupby(grids):
+            count = sum(1 for _ in run)
+            pieces.append(table[grid].expand(count, -1, -1).flatten(0, 1) if count > 1 else table[grid])
+        return embedded + torch.cat(pieces) if pieces else embedded
+
+    def positions(self, height: int, width: int) -> torch.Tensor:
+        """Position embeddings [height * width, C]: antialiased bilinear interpolation of the square table, in
+        float32 on the CPU, where half precision has no antialiasing (transformers does the same)."""
+        weight = self.position_embedding.weight
+        table = weight.view(1, self.side, self.side, -1).permute(0, 3, 1, 2)
+        if weight.device.type == "cpu":
+            table = table.float() if weight.dtype != torch.float64 else table
+        table = F.interpolate(table, (height, width), mode="bilinear", align_corners=False, antialias=True)
+        return table.flatten(2)[0].T.to(weight.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each image of a packed sequence."""
+
+    def __init__(self, config: Siglip2VisionConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, layout: PackedLayout, lengths: list[int]) -> torch.Tensor:
+        q, k, v = (proj(x).view(len(x), self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(packed_attention(q, k, v, layout, lengths).flatten(1))
+
+
+def packed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, lengths: list[int]
+) -> torch.Tensor:
+    """Softmax attention of q, k, v [T, H, D] within each image; lengths: the images' token counts. Returns
+    [T, H, D].
+
+    On CUDA in half precision flash attention (flash-attn if it is installed, else torch.nn.attention.varlen),
+    else one SDPA call for each run of consecutive images of equal length: a batch of crops of one grid is one
+    call.
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if flash_attn_varlen_func is not None:
+            cu, longest = layout.cu_seqlens, layout.max_seqlen
+            return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+        if varlen_attn is not None:
+            cu, longest = layout.cu_seqlens, layout.max_seqlen
+            return varlen_attn(q, k, v, cu, cu, longest, longest)
+    runs = [(length, sum(1 for _ in run)) for length, run in groupby(lengths)]
+    sizes = [length * count for length, count in runs]
+    pieces = []
+    for (length, count), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        rows = (t.view(count, length, *t.shape[1:]).transpose(1, 2) for t in qkv)
+        pieces.append(F.scaled_dot_product_attention(*rows).transpose(1, 2).flatten(0, 1))
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else q
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Siglip2VisionConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Siglip2VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, layout: PackedLayout, lengths: list[int]) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), layout, lengths)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Layers(nn.Module):
+    """Holds the layers under the name that Siglip2VisionModel gives them."""
+
+    def __init__(self, config: Siglip2VisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionEncoder(nn.Module):
+    """SigLIP2's vision transformer on packed patches.
+
+    Differs from Siglip2VisionModel in what it is given, not in what it computes: images of any grids stand
+    one after the other in one [T, ...] tensor, and a PackedLayout says where each begins. Dropout (0 in
+    SigLIP2) is left out.
+    """
+
+    def __init__(self, config: Siglip2VisionConfig):
+        super().__init__()
+        if config.attention_dropout:
+            raise ValueError(f"attention_dropout: got {config.attention_dropout}, accepted is 0")
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Layers(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.reset_parameters()
+
+    def forward(self, patches: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        """patches [T, patch_size**2 * 3] as pack_patches returns them -> features [T, C] after the last
+        norm."""
+        grids = [(h, w) for h, w in layout.grids.tolist()]
+        lengths = [h * w for h, w in grids]
+        x = self.embeddings(patches, grids)
+        for layer in self.encoder.layers:
+            x = layer(x, layout, lengths)
+        return self.post_layernorm(x)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random weights as SigLIP2 draws them: xavier in the layers, lecun for the patches."""
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch, position = self.embeddings.patch_embedding, self.embeddings.position_embedding
+        nn.init.normal_(patch.weight, std=patch.in_features**-0.5)
+        nn.init.normal_(position.weight, std=position.embedding_dim**-0.5)
+
+    @classmethod
+    def from_siglip2(cls, name_or_path: str | Path, **kwargs) -> VisionEncoder:
+        """The encoder with the weights of a SigLIP2 NaFlex checkpoint, a vision model's or a whole SigLIP2's
+        (hub name or folder; kwargs go to Siglip2VisionModel.from_pretrained). The pooling head is left
+        behind.
+
+        Raises ValueError where the checkpoint is of another type or lacks weights.
+        """
+        config = Siglip2VisionConfig.get_config_dict(name_or_path)[0]
+        if config.get("model_type") not in ("siglip2", "siglip2_vision_model"):
+            raise ValueError(
+                f"name_or_path: {name_or_path} is of model type {config.get('model_type')!r}, accepted is a "
+                "SigLIP2 NaFlex checkpoint ('siglip2' or 'siglip2_vision_model')"
+            )
+        source, info = Siglip2VisionModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if "head." not in key)
+        if missing:
+            raise ValueError(f"name_or_path: {name_or_path} lacks weights, {missing[0]} among {len(missing)}")
+        return cls.from_transformers(source)
+
+    @classmethod
+    def from_transformers(cls, source: Siglip2VisionModel) -> VisionEncoder:
+        """The encoder with a Siglip2VisionModel's weights (copied)."""
+        encoder = cls(_headless(source.config)).to(source.dtype)
+        state = {key.removeprefix("vision_model."): value for key, value in source.state_dict().items()}
+        encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
+        return encoder
+
+    def to_transformers(self) -> Siglip2VisionModel:
+        """A Siglip2VisionModel (vision_use_head=False) with this encoder's weights (copied)."""
+        target = Siglip2VisionModel(_headless(self.config)).to(self.post_layernorm.weight)
+        # transformers below 5 keeps the transformer one module deeper
+        prefix = "vision_model." if hasattr(target, "vision_model") else ""
+        target.load_state_dict({prefix + key: value for key, value in self.state_dict().items()})
+        return target
+
+    def save_siglip2(self, directory: str | Path) -> None:
+        """Write a folder that plain transformers loads: Siglip2VisionModel.from_pretrained(directory)."""
+        self.to_transformers().save_pretrained(directory)
+
+
+def _headless(config: Siglip2VisionConfig) -> Siglip2VisionConfig:
+    return Siglip2VisionConfig(**{**config.to_dict(), "vision_use_head": False})
