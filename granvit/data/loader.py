@@ -91,6 +91,7 @@ class GranDataset:
             )
         # decode=False: a broken image must come as bytes to us, not as an exception out of `datasets`.
         self.rows = rows.cast_column("image", datasets.Image(decode=False))
+        self._texts = self.rows.remove_columns("image")
         self.split = split
         self.faults = FaultLog(len(self.rows), fault_budget)
 
@@ -98,12 +99,21 @@ class GranDataset:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample | None:
+        return self._read(self.rows, index, decode=True)
+
+    def annotations(self, index: int) -> Sample | None:
+        """`self[index]` without its picture, and far faster: `image` is a blank of the row's size."""
+        return self._read(self._texts, index, decode=False)
+
+    def _read(self, rows: datasets.Dataset, index: int, decode: bool) -> Sample | None:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        row = self.rows[index]
+        row = rows[index]
         name = f"{self.path}[{self.split}][{index}] id={row['id']!r}"
         try:
-            return parse_row(row, drop=lambda fault: self.faults.add(index, name, fault))
+            return parse_row(row, drop=lambda fault: self.faults.add(index, name, fault), decode=decode)
+        except FaultBudgetExceeded:
+            raise
         except DataFault as fault:
             self.faults.add(index, name, fault)
             return None

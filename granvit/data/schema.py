@@ -90,7 +90,10 @@ class Sample:
 
 
 def parse_row(
-    row: Mapping[str, Any], drop: Callable[[DataFault], None] | None = None, max_pixels: int = MAX_PIXELS
+    row: Mapping[str, Any],
+    drop: Callable[[DataFault], None] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    decode: bool = True,
 ) -> Sample:
     """A row of a Gran dataset, with `image` either decoded by `datasets` or as {"bytes", "path"}, as a
     `Sample`.
@@ -119,10 +122,13 @@ def parse_row(
             drop(named)
     if not regions and caption is None:
         raise DataFault("empty_row", "neither a caption nor a usable region")
-    image = decode_image(row.get("image"), max_pixels)
+    if decode:
+        image = torch.from_numpy(np.array(decode_image(row.get("image"), max_pixels)))
+    else:
+        image = torch.zeros((), dtype=torch.uint8).expand(row["height"], row["width"], 3)
     return Sample(
         id=row_id,
-        image=torch.from_numpy(np.array(image)),
+        image=image,
         caption=caption,
         regions=tuple(regions),
         source=row.get("source") or "",
