@@ -1,5 +1,6 @@
 """Evaluation: metrics, floors, and the report that shows both."""
 
 from granvit.eval.baselines import floors
+from granvit.eval.evaluation import Evaluation, evaluate
 
-__all__ = ["floors"]
+__all__ = ["Evaluation", "evaluate", "floors"]

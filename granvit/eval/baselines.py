@@ -1,22 +1,25 @@
 """Floors: what somebody reaches who sees nothing. A claim that a model sees is a claim against these.
 
-| floor | bbox2caption | caption2bbox |
-|---|---|---|
-| most_frequent | the training caption that occurs most often in the region's kind | |
-| blind | knows the box's kind, width and height: of all training captions the one with the highest mean ROUGE-L over the training regions of that kind and size class | of all training boxes of the kind the one that most training boxes overlap by IoU >= 0.5 |
-| centre_box, whole_image, mean_box | | the middle half of the image, all of it, the mean training box of the kind |
+most_frequent: the training caption that occurs most often in the region's kind.
+blind: knows the box's kind, width and height. Of all training captions the one with the highest mean ROUGE-L
+over
+    the training regions of that kind and size class; asked for a box, of all training boxes of the kind the
+    one that most training boxes overlap by IoU >= 0.5.
+centre_box, whole_image, mean_box: the middle half of the image, all of it, the mean training box of the kind.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from rouge_score.tokenizers import DefaultTokenizer
 
-from granvit.eval.metrics import BBOX2CAPTION, CAPTION2BBOX, Prediction, box_iou, summarise
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
+from granvit.eval.evaluation import TASKS, ask
+from granvit.eval.metrics import Prediction, box_iou, summarise
 
 MIN_CLASS = 20  # a size class with fewer training regions than this falls back on its kind
 MAX_CAPTIONS = 1000  # candidates for the blind caption: the most frequent ones
@@ -26,9 +29,9 @@ MAX_BOXES = 4000  # training boxes compared with each other, all against all; an
 def rouge_l_matrix(candidates: list[str], references: list[str]) -> np.ndarray:
     """ROUGE-L F-measure of every candidate against every reference, float64 [candidates, references].
 
-    Equal to the rouge-score library's (a test compares them), but fast enough for all against all: the length of the
-    longest common subsequence by Hyyro's bit-parallel recurrence (2004), one uint64 a pair, so that words past the
-    64th are cut off.
+    Equal to the rouge-score library's (a test compares them), but fast enough for all against all: the length
+    of the longest common subsequence by Hyyro's bit-parallel recurrence (2004), one uint64 a pair, so that
+    words past the 64th are cut off.
     """
     tokenizer = DefaultTokenizer(use_stemmer=False)
     tokens = [[tokenizer.tokenize(text)[:64] for text in texts] for texts in (candidates, references)]
@@ -55,7 +58,7 @@ def rouge_l_matrix(candidates: list[str], references: list[str]) -> np.ndarray:
 
 
 def best_caption(captions: list[str]) -> str:
-    """The caption with the highest mean ROUGE-L against all of `captions`; of several, the most frequent one."""
+    """The caption with the highest mean ROUGE-L against all of `captions`; of several, the most frequent."""
     distinct = Counter(captions).most_common()
     texts = [text for text, _ in distinct]
     weights = np.array([count for _, count in distinct], dtype=np.float64)
@@ -66,27 +69,12 @@ def best_caption(captions: list[str]) -> str:
 
 
 def best_box(boxes: np.ndarray) -> np.ndarray:
-    """Of `boxes` [N, 4] the one that overlaps most of them by IoU >= 0.5; of several, the one with the best mean IoU."""
+    """Of `boxes` [N, 4] the one that overlaps most of them by IoU >= 0.5; of several, the one with the best
+    mean IoU.
+    """
     boxes = boxes[:: -(-len(boxes) // MAX_BOXES)]
     overlap = np.stack([box_iou(box, boxes) for box in boxes])
     return boxes[int(np.argmax((overlap >= 0.5).sum(axis=1) + overlap.mean(axis=1) / 2))]
-
-
-def spread(dataset: Any, limit: int | None) -> list[int]:
-    """At most `limit` row numbers of a dataset, spread evenly over it, so that no source is left out."""
-    rows = len(dataset)
-    return list(range(rows)) if limit is None or limit >= rows else [i * rows // limit for i in range(limit)]
-
-
-def _regions(dataset: Any, limit: int | None = None) -> list[dict[str, Any]]:
-    """Every region of a GranDataset as the truth half of a prediction; faulty rows are skipped (and counted there)."""
-    rows = (dataset[i] for i in spread(dataset, limit))
-    return [
-        {"id": s.id, "source": s.source, "kind": r.kind, "box": list(r.box), "caption": r.caption}
-        for s in rows
-        if s is not None
-        for r in s.regions
-    ]
 
 
 class _Blind:
@@ -123,11 +111,13 @@ class _Blind:
 
 
 def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Metrics of every floor, {floor: {metric: value}}, fitted on `train` and measured on `test` (both GranDatasets).
+    """Metrics of every floor, {floor: {metric: value}}, fitted on `train` and measured on `test` (both
+    GranDatasets).
 
     `limit` as in `evaluate`: that many test images. ValueError where either has no region.
     """
-    known, asked = _regions(train), _regions(test, limit)
+    known = [q.truth for q in ask(train, (BBOX2CAPTION,), pictures=False)]
+    asked = [q.truth for q in ask(test, TASKS, limit, pictures=False)]
     for name, regions in (("train", known), ("test", asked)):
         if not regions:
             raise ValueError(f"{name} has no region; floors need at least one in each split")
@@ -143,23 +133,22 @@ def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[st
     def kind(region: dict[str, Any]) -> str | None:
         return region["kind"] if region["kind"] in kinds else None  # a kind never seen in training: all of it
 
-    def captions(answers: Iterable[str]) -> list[Prediction]:
-        return [
-            {**r, "task": BBOX2CAPTION, "answer": answer, "predicted_box": None}
-            for r, answer in zip(asked, answers, strict=True)
-        ]
+    def answered(
+        caption: Callable[[Prediction], str] | None, box: Callable[[Prediction], Any] | None
+    ) -> dict[str, float]:
+        """Metrics of a floor that captions boxes, finds them, or both."""
+        predictions = []
+        for truth in asked:
+            if truth["task"] == BBOX2CAPTION and caption:
+                predictions.append({**truth, "answer": caption(truth), "predicted_box": None})
+            if truth["task"] == CAPTION2BBOX and box:
+                predictions.append({**truth, "answer": "", "predicted_box": list(box(truth))})
+        return summarise(predictions)
 
-    def found(answers: Iterable[Any]) -> list[Prediction]:
-        return [
-            {**r, "task": CAPTION2BBOX, "answer": "", "predicted_box": list(box)}
-            for r, box in zip(asked, answers, strict=True)
-        ]
-
-    answers = {
-        "most_frequent": captions(frequent[kind(r)] for r in asked),
-        "blind": captions(map(blind, asked)) + found(likely_box[kind(r)] for r in asked),
-        "centre_box": found((0.25, 0.25, 0.75, 0.75) for _ in asked),
-        "whole_image": found((0.0, 0.0, 1.0, 1.0) for _ in asked),
-        "mean_box": found(mean_box[kind(r)] for r in asked),
+    return {
+        "most_frequent": answered(lambda r: frequent[kind(r)], None),
+        "blind": answered(blind, lambda r: likely_box[kind(r)]),
+        "centre_box": answered(None, lambda r: (0.25, 0.25, 0.75, 0.75)),
+        "whole_image": answered(None, lambda r: (0.0, 0.0, 1.0, 1.0)),
+        "mean_box": answered(None, lambda r: mean_box[kind(r)]),
     }
-    return {floor: summarise(predictions) for floor, predictions in answers.items()}

@@ -5,8 +5,9 @@ A prediction is a plain dictionary (it goes to predictions.json as it is):
     {"id", "source", "task": "bbox2caption" | "caption2bbox", "kind": "natural" | "ocr",
      "box": [x1, y1, x2, y2], "caption": str, "answer": str, "predicted_box": [x1, y1, x2, y2] | None}
 
-`box` and `caption` are the truth, relative xyxy; `answer` is the model's text and `predicted_box` what could be read
-from it (caption2bbox only). Every metric is a fraction except CIDEr, which keeps its authors' scale (at most 10).
+`box` and `caption` are the truth, relative xyxy; `answer` is the model's text and `predicted_box` what could
+be read from it (caption2bbox only). Every metric is a fraction except CIDEr, which keeps its authors' scale
+(at most 10).
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ import numpy as np
 from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 
-Prediction = dict[str, Any]
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 
-BBOX2CAPTION = "bbox2caption"
-CAPTION2BBOX = "caption2bbox"
+Prediction = dict[str, Any]
 
 
 @lru_cache(maxsize=1)
@@ -34,7 +34,9 @@ def _rouge() -> RougeScorer:
 
 
 def rouge_l(truth: str, answer: str) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), by the rouge-score library, without stemming."""
+    """F-measure of the longest common subsequence of words (Lin 2004), by the rouge-score library, without
+    stemming.
+    """
     return _rouge().score(truth, answer)["rougeL"].fmeasure
 
 
@@ -54,8 +56,9 @@ def exact_text(truth: str, answer: str) -> bool:
 
 
 def cider(truths: list[str], answers: list[str]) -> np.ndarray:
-    """CIDEr-D (Vedantam et al. 2015) of each answer, float64 [N], by pycocoevalcap: 10 for equal captions of at least
-    four words, less for shorter ones, which lack the longer n-grams. Document frequencies are those of `truths`.
+    """CIDEr-D (Vedantam et al. 2015) of each answer, float64 [N], by pycocoevalcap: 10 for equal captions of
+    at least four words, less for shorter ones, which lack the longer n-grams. Document frequencies are those
+    of `truths`.
     """
     references = {i: [" ".join(words(truth))] for i, truth in enumerate(truths)}
     candidates = {i: [" ".join(words(answer))] for i, answer in enumerate(answers)}
@@ -86,14 +89,16 @@ def iou(prediction: Prediction) -> float:
 
 
 def summarise(predictions: list[Prediction]) -> dict[str, float]:
-    """Every metric by name: over all predictions, per kind (prefix natural_ or ocr_) and per source (prefix SOURCE/).
+    """Every metric by name: over all predictions, per kind (prefix natural_ or ocr_) and per source (prefix
+    SOURCE/).
 
-    Names: bbox2caption_{rouge_l, exact, cider}, caption2bbox_{acc50, miou, unparsed}, ocr_cer and ocr_exact (text
-    regions of bbox2caption, to the letter). A metric without a prediction to measure is absent.
+    Names: bbox2caption_{rouge_l, exact, cider}, caption2bbox_{acc50, miou, unparsed}, ocr_cer and ocr_exact
+    (text regions of bbox2caption, to the letter). A metric without a prediction to measure is absent.
     """
     captions = [p for p in predictions if p["task"] == BBOX2CAPTION]
     scores = cider([p["caption"] for p in captions], [p["answer"] for p in captions]) if captions else []
-    # One row of values a prediction, computed once and averaged over every group that the prediction belongs to.
+    # One row of values a prediction, computed once and averaged over every group that the prediction belongs
+    # to.
     rows: list[tuple[Prediction, dict[str, float]]] = []
     for prediction, score in zip(captions, scores, strict=True):
         truth, answer = prediction["caption"], prediction["answer"]

@@ -1,24 +1,21 @@
 """Floors on toy sets whose best blind answers are known."""
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from granvit.eval.baselines import best_box, best_caption, floors, rouge_l_matrix, spread
+from granvit.data.loader import GranDataset
+from granvit.eval.baselines import best_box, best_caption, floors, rouge_l_matrix
 from granvit.eval.metrics import rouge_l
 
-SMALL, LARGE = (0.0, 0.0, 0.1, 0.1), (0.1, 0.1, 0.9, 0.9)
+SMALL, LARGE = (0.0, 0.0, 0.125, 0.125), (0.125, 0.125, 0.875, 0.875)
 
 
-def dataset(regions, source="toy"):
-    """A GranDataset's stand-in: one image a region, and one faulty row (None)."""
-    rows = [
-        SimpleNamespace(id=str(i), source=source, regions=(SimpleNamespace(box=b, caption=c, kind=k),))
-        for i, (b, c, k) in enumerate(regions)
-    ]
-    return [None, *rows]
+@pytest.fixture
+def dataset(gran_rows):
+    """dataset([(box, caption, kind), ...]) -> a GranDataset with one image a region."""
+    return lambda regions: GranDataset(gran_rows([(str(i), [region]) for i, region in enumerate(regions)]))
 
 
 def test_rouge_l_matrix_equals_the_library():
@@ -41,7 +38,7 @@ def test_best_box_overlaps_most_boxes():
     assert best_box(boxes).tolist() == [0.5, 0.5, 0.9, 0.9]
 
 
-def test_floors_on_a_toy_set():
+def test_floors_on_a_toy_set(dataset):
     train = dataset(
         [(SMALL, "a small red mouse", "natural")] * 30
         + [(LARGE, "a large grey elephant", "natural")] * 29
@@ -52,40 +49,47 @@ def test_floors_on_a_toy_set():
     assert result["most_frequent"]["bbox2caption_exact"] == 0.5
     assert result["blind"]["bbox2caption_exact"] == 1.0  # the size gives it away
     assert result["blind"]["caption2bbox_acc50"] == 0.5  # SMALL, the likelier box, is right once
-    assert result["whole_image"]["caption2bbox_miou"] == pytest.approx((0.01 + 0.64) / 2)
-    assert result["centre_box"]["caption2bbox_miou"] == pytest.approx((0 + 0.25 / 0.64) / 2)
-    mean = (30 * np.array(SMALL) + 29 * np.array(LARGE)) / 59
-    side = mean[2] - mean[0]
-    overlap = (mean[2] - 0.1) ** 2  # the mean box starts before 0.1 and ends inside LARGE
-    small = (0.1 - mean[0]) ** 2 / (side**2 + 0.01 - (0.1 - mean[0]) ** 2)
-    large = overlap / (side**2 + 0.64 - overlap)
-    assert result["mean_box"]["caption2bbox_miou"] == pytest.approx((small + large) / 2)
+    assert result["whole_image"]["caption2bbox_miou"] == pytest.approx((0.125**2 + 0.75**2) / 2)
+    assert result["centre_box"]["caption2bbox_miou"] == pytest.approx((0 + 0.5**2 / 0.75**2) / 2)
+    mean = (
+        30 * np.array(SMALL) + 29 * np.array(LARGE)
+    ) / 59  # from (m, m) to (n, n), over the corner of both
+    m, n = mean[0], mean[2]
+    small, large = (0.125 - m) ** 2, (n - 0.125) ** 2
+    expected = small / ((n - m) ** 2 + 0.125**2 - small) + large / ((n - m) ** 2 + 0.75**2 - large)
+    assert result["mean_box"]["caption2bbox_miou"] == pytest.approx(expected / 2)
     assert "caption2bbox_acc50" not in result["most_frequent"]
+    assert "bbox2caption_exact" not in result["mean_box"]
 
 
-def test_a_size_class_with_few_regions_falls_back_on_its_kind():
+def test_floors_answer_the_questions_that_the_model_is_asked(gran_rows, dataset):
+    """A sentence that fits two regions of an image is no caption2bbox question, so no floor may count it."""
+    twice = [(SMALL, "a mouse", "natural"), (LARGE, "a mouse", "natural"), (LARGE, "a whale", "natural")]
+    result = floors(dataset(twice), GranDataset(gran_rows([("0", twice)])))
+    assert result["blind"]["caption2bbox_acc50"] == 1.0  # LARGE, asked for once
+    assert result["blind"]["bbox2caption_exact"] == pytest.approx(2 / 3)
+
+
+def test_a_size_class_with_few_regions_falls_back_on_its_kind(dataset):
     train = dataset([(SMALL, "a small red mouse", "natural")] * 30 + [(LARGE, "whale", "natural")] * 3)
     test = dataset([(LARGE, "a small red mouse", "natural")])
     assert floors(train, test)["blind"]["bbox2caption_exact"] == 1.0
 
 
-def test_a_kind_that_training_lacks_still_gets_an_answer():
-    train = dataset([(SMALL, "a mouse", "natural")])
-    result = floors(train, dataset([(SMALL, "Total 5", "ocr")]))
+def test_a_kind_that_training_lacks_still_gets_an_answer(dataset):
+    result = floors(dataset([(SMALL, "a mouse", "natural")]), dataset([(SMALL, "Total 5", "ocr")]))
     assert result["blind"]["ocr_cer"] > 0.5 and result["blind"]["caption2bbox_acc50"] == 1
 
 
-@pytest.mark.parametrize("empty", ["train", "test"])
-def test_a_split_without_regions_is_named(empty):
-    full = dataset([(SMALL, "a mouse", "natural")])
-    splits = {"train": full, "test": full} | {empty: [None]}
-    with pytest.raises(ValueError, match=f"{empty} has no region"):
-        floors(**splits)
-
-
-def test_a_limit_spreads_over_the_whole_split():
-    assert spread(range(10), 4) == [0, 2, 5, 7]
-    assert spread(range(3), None) == spread(range(3), 5) == [0, 1, 2]
+def test_a_limit_spreads_over_the_whole_split(dataset):
     train = dataset([(SMALL, "a mouse", "natural")])
-    test = dataset([(SMALL, "a mouse", "natural"), (SMALL, "a cat", "natural"), (SMALL, "a cat", "natural")])
-    assert floors(train, test, limit=2)["blind"]["bbox2caption_exact"] == 0  # rows 0 (faulty) and 2
+    test = dataset([(SMALL, "a mouse", "natural")] + [(SMALL, "a cat", "natural")] * 3)
+    assert floors(train, test, limit=2)["blind"]["bbox2caption_exact"] == 0.5  # rows 0 and 2
+    assert floors(train, test, limit=9)["blind"]["bbox2caption_exact"] == 0.25
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_a_split_without_regions_is_named(dataset, empty):
+    full, none = dataset([(SMALL, "a mouse", "natural")]), dataset([])
+    with pytest.raises(ValueError, match=f"{empty} has no region"):
+        floors(**{"train": full, "test": full} | {empty: none})

@@ -22,7 +22,11 @@ def caption(truth, answer, kind="natural", source="scenes"):
 
 
 def found(box, predicted, kind="natural", source="scenes"):
-    return caption("a cat", "", kind, source) | {"task": "caption2bbox", "box": box, "predicted_box": predicted}
+    return caption("a cat", "", kind, source) | {
+        "task": "caption2bbox",
+        "box": box,
+        "predicted_box": predicted,
+    }
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
@@ -46,7 +50,7 @@ def test_cider_of_equal_long_captions_is_ten_and_of_foreign_words_zero():
 
 
 def test_cider_by_hand_on_single_words():
-    # Only 1-grams exist, every word stands in one of two truths: idf log(2/1), cosine 1, no length penalty: 10 * 1/4.
+    # Only 1-grams exist and each word stands in one of two truths: idf log(2/1), cosine 1: 10 * 1/4.
     # "cat dog" against "cat": 1-gram cosine 1/sqrt(2) (clipped, CIDEr-D), penalty exp(-1/(2*36)).
     assert cider(["cat", "dog"], ["cat", "cat dog"]) == pytest.approx(
         [2.5, 2.5 / math.sqrt(2) * math.exp(-1 / 72)], rel=1e-6

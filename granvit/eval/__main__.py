@@ -1,0 +1,124 @@
+"""python -m granvit.eval RUN_OR_MODEL --data DIR [--json FILE]: measure a model, beside the floors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from granvit.data.loader import GranDataset
+from granvit.data.prompts import CAPTION2BBOX
+from granvit.eval.baselines import floors
+from granvit.eval.evaluation import evaluate
+from granvit.eval.loading import load_model
+from granvit.eval.metrics import counts
+
+BLIND = {"other image": "other_image", "text alone": "text"}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m granvit.eval",
+        description="Caption every box and find every sentence of a data set's images, beside the floors.",
+    )
+    parser.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run's folder, or a folder of save_pretrained's"
+    )
+    parser.add_argument("--data", required=True, metavar="DIR", help="a Gran dataset")
+    parser.add_argument("--split", default="test", help="the split that is asked about (test)")
+    parser.add_argument("--json", metavar="FILE", help="write metrics, floors and every prediction there")
+    parser.add_argument("--limit", type=int, metavar="N", help="N images only, spread over the split")
+    parser.add_argument("--blind", action="store_true", help="also the model shown another image, and none")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (64)")
+    parser.add_argument(
+        "--fault-budget", type=float, default=0.01, metavar="SHARE", help="faulty rows allowed (0.01)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    for name in ("limit", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return options
+
+
+def train_split(options: argparse.Namespace, console: Console) -> GranDataset | None:
+    """The split that floors are fitted on, or None, said aloud, where the dataset has none."""
+    try:
+        return GranDataset(options.data, "train", options.fault_budget)
+    except ValueError as error:
+        console.print(f"[yellow]no floors: {error}")
+        return None
+
+
+def table(title: str, names: list[str], columns: dict[str, dict[str, float]]) -> Table:
+    """Metrics down, the model and what it is to be compared with across; fractions in per cent."""
+    columns = {label: column for label, column in columns.items() if column.keys() & set(names)}
+    out = Table(title=title)
+    out.add_column("", no_wrap=True)
+    for label in columns:
+        out.add_column(label.replace("_", " "), justify="right", style="bold" if label == "model" else "dim")
+    by_source: dict[str, list[str]] = {}
+    for name in sorted(names):
+        by_source.setdefault(name.rpartition("/")[0], []).append(name)
+    for group in by_source.values():
+        out.add_section()
+        for name in group:
+            scale, digits = (1, 2) if name.endswith("cider") else (100, 1)
+            values = (column.get(name) for column in columns.values())
+            out.add_row(name, *("" if value is None else f"{scale * value:.{digits}f}" for value in values))
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(width=max(100, Console().width))  # the tables have up to eight columns
+    try:
+        test = GranDataset(options.data, options.split, options.fault_budget)
+        model, processor = load_model(options.model, options.device)
+        found = evaluate(model, processor, test, limit=options.limit, batch_size=options.batch_size)
+        blinded = {
+            label: evaluate(
+                model, processor, test, blind=blind, limit=options.limit, batch_size=options.batch_size
+            ).metrics
+            for label, blind in (BLIND.items() if options.blind else ())
+        }
+        train = train_split(options, console)
+        below = floors(train, test, options.limit) if train is not None else {}
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    columns = {"model": found.metrics} | blinded | below
+    boxes = [name for name in found.metrics if CAPTION2BBOX in name]
+    captions = [name for name in found.metrics if name not in boxes]
+    console.print(table("Captions of boxes (per cent; CIDEr as it is, 10 at most)", captions, columns))
+    console.print(table("Boxes of sentences (per cent)", boxes, columns))
+    asked = counts(found.predictions)
+    console.print(
+        "asked: " + ", ".join(f"{name} {number}" for name, number in asked.items() if "/" not in name)
+    )
+    if test.faults.counts:
+        console.print(f"[yellow]left out: {test.faults.summary()}")
+    if options.json:
+        result = {
+            "model": str(options.model),
+            "data": str(options.data),
+            "split": options.split,
+            "metrics": found.metrics,
+            "blind": blinded,
+            "floors": below,
+            "counts": asked,
+            "predictions": found.predictions,
+        }
+        Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        console.print(f"written to {options.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

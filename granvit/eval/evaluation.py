@@ -1,0 +1,123 @@
+"""Ask a model about every region of a dataset, and the same questions blinded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from granvit.data.loader import GranDataset
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, Question, questions
+from granvit.data.schema import Sample
+from granvit.eval.metrics import Prediction, summarise
+
+TASKS = (BBOX2CAPTION, CAPTION2BBOX)
+MAX_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, the image it is asked of, and the truth half of its prediction (see
+    granvit.eval.metrics)."""
+
+    question: Question
+    sample: Sample
+    truth: Prediction
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name (`metrics.summarise`) and the predictions that they summarise."""
+
+    metrics: dict[str, float]
+    predictions: list[Prediction]
+
+
+def ask(
+    dataset: GranDataset,
+    tasks: Iterable[str],
+    limit: int | None = None,
+    write: Callable[[Sample, tuple[str, ...]], list[Question]] = questions,
+    pictures: bool = True,
+) -> Iterator[Asked]:
+    """Every question of the tasks (about regions) on at most `limit` images, spread evenly over the dataset,
+    so that no source is left out. `write` writes a sample's questions. Without `pictures` they hold blanks.
+    Faulty rows are skipped, and counted by the dataset.
+    """
+    rows, tasks = len(dataset), tuple(tasks)
+    chosen = range(rows) if limit is None or limit >= rows else [i * rows // limit for i in range(limit)]
+    read = dataset.__getitem__ if pictures else dataset.annotations
+    for sample in map(read, chosen):
+        for question in [] if sample is None else write(sample, tasks):
+            region = sample.regions[question.region]
+            truth = {"id": sample.id, "source": sample.source, "task": question.task, "kind": region.kind}
+            truth |= {"box": list(region.box), "caption": region.caption}
+            yield Asked(question, sample, truth)
+
+
+def other_images(samples: list[Sample]) -> dict[str, Sample]:
+    """For each sample's id another sample, whose image is shown instead: a derangement, the same at every
+    call.
+
+    One cycle through all samples, in a seeded order within each source: nearly every image is replaced by one
+    of its own source, so that a page stands in for a page and gives away no more than that.
+    """
+    if len(samples) < 2:
+        raise ValueError(f"blind='other_image' needs at least 2 images, the dataset has {len(samples)}")
+    order = random.Random(0).sample(samples, len(samples))
+    order.sort(key=lambda sample: sample.source)
+    return {here.id: there for here, there in zip(order, order[1:] + order[:1], strict=True)}
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    processor: Any,
+    dataset: GranDataset,
+    tasks: tuple[str, ...] = TASKS,
+    blind: Literal["other_image", "text"] | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Ask `model` (a GranViT) the tasks' questions of at most `limit` images of `dataset`, greedily decoded.
+
+    blind: None; "other_image" shows another test image with every question (`other_images`); "text" shows
+        none, only the question's text. The images are held in memory, so `limit` is for large test sets. The
+        model is put back into training mode if it was. ValueError for another `blind`, a dataset without
+        regions, and where "other_image" finds one image only.
+    """
+    if blind not in (None, "other_image", "text"):
+        raise ValueError(f"blind must be None, 'other_image' or 'text', got {blind!r}")
+    asked = list(ask(dataset, tasks, limit, processor.questions))
+    if not asked:
+        raise ValueError(f"nothing to ask: none of {len(dataset)} rows has a region for {', '.join(tasks)}")
+    shown = {a.sample.id: a.sample for a in asked}
+    if blind == "other_image":
+        shown = other_images(list(shown.values()))
+    # Answers of one task and kind are of about one length: few steps are spent on rows that have ended.
+    asked.sort(key=lambda a: (a.truth["task"], a.truth["kind"]))
+
+    training = model.training
+    model.eval()
+    answers: list[str] = []
+    for i in range(0, len(asked), batch_size):
+        batch = asked[i : i + batch_size]
+        ids = list(dict.fromkeys(a.sample.id for a in batch))  # distinct, in order
+        inputs = processor(
+            images=None if blind == "text" else [shown[one].image for one in ids],
+            questions=[a.question for a in batch],
+            image_index=None if blind == "text" else [ids.index(a.sample.id) for a in batch],
+        ).to(model.device)
+        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        answers += processor.decode_answers(out)
+    model.train(training)
+
+    boxes = processor.parse_boxes(answers)
+    predictions = []
+    for a, answer, box in zip(asked, answers, boxes, strict=True):
+        found = list(box) if box is not None and a.truth["task"] == CAPTION2BBOX else None
+        predictions.append({**a.truth, "answer": answer, "predicted_box": found})
+    return Evaluation(summarise(predictions), predictions)

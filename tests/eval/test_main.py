@@ -1,0 +1,71 @@
+"""python -m granvit.eval, on a tiny untrained model."""
+
+import json
+import re
+
+import datasets
+import pytest
+
+from granvit.eval.__main__ import main
+
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+
+
+@pytest.fixture
+def data(gran_rows, tmp_path):
+    """A folder with a Gran dataset of the splits train and test."""
+    rows = gran_rows(
+        [
+            ("a", [(LEFT, "a cat", "natural"), (RIGHT, "a dog", "natural")], "photos"),
+            ("b", [(LEFT, "Total 12", "ocr")], "pages"),
+        ]
+    )
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_a_model_is_measured_beside_the_floors(saved, data, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert main([str(saved[0]), "--data", str(data), "--json", str(out), "--blind", "--device", "cpu"]) == 0
+    result = json.loads(out.read_text())
+    assert result["counts"]["bbox2caption"] == len(
+        [p for p in result["predictions"] if p["task"] == "bbox2caption"]
+    )
+    assert result["floors"]["most_frequent"]["ocr_exact"] == 1.0
+    assert set(result["blind"]) == {"other image", "text alone"}
+    assert (
+        result["metrics"]["caption2bbox_unparsed"]
+        == sum(p["predicted_box"] is None for p in result["predictions"] if p["task"] == "caption2bbox")
+        / result["counts"]["caption2bbox"]
+    )
+    shown = capsys.readouterr().out
+    for name, value in result["metrics"].items():
+        assert re.search(rf"{name} .*{value * (1 if 'cider' in name else 100):.1f}", shown), name
+    assert "asked: bbox2caption 3" in shown.replace("\n", " ")
+
+
+def test_without_a_train_split_the_missing_floors_are_said(saved, data, tmp_path, capsys):
+    datasets.DatasetDict({"test": datasets.load_from_disk(data)["test"]}).save_to_disk(tmp_path / "bare")
+    assert main([str(saved[0]), "--data", str(tmp_path / "bare"), "--limit", "1", "--device", "cpu"]) == 0
+    assert "no floors: split must be one of ['test']" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "nowhere"}, "no model at nowhere: it is not there"),
+        ({"--data": "nowhere"}, "no dataset at nowhere"),
+        ({"--split": "dev"}, "split must be one of"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(saved, data, capsys, change, message):
+    options = {"model": str(saved[0]), "--data": str(data), "--split": "test"} | change
+    code = main([options.pop("model"), *(part for item in options.items() for part in item)])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and error.startswith("error: ") and message in error
+
+
+def test_numbers_out_of_range_are_usage_errors(capsys):
+    with pytest.raises(SystemExit):
+        main(["model", "--data", "data", "--batch-size", "0"])
+    assert "--batch-size must be at least 1, got 0" in capsys.readouterr().err

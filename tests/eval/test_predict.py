@@ -1,0 +1,81 @@
+"""python -m granvit.predict, on a tiny untrained model and with answers put in its mouth."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from granvit import predict
+from granvit.predict import draw, main
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (64, 32), (0, 0, 255)).save(path)
+    return path
+
+
+@pytest.fixture
+def ask(saved, picture, capsys):
+    """ask("--box", ...) -> (exit code, stdout, last line of stderr)."""
+
+    def run(*arguments, image=picture):
+        code = main([str(saved[0]), "--image", str(image), "--device", "cpu", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, (err.strip().splitlines() or [""])[-1]
+
+    return run
+
+
+def test_a_box_is_captioned(ask, saved, picture):
+    code, out, _ = ask("--box", 0.1, 0.1, 0.5, 0.9)
+    model, processor = saved[1].eval(), predict.load_model(saved[0])[1]
+    expected = predict.caption_box(model, processor, Image.open(picture), (0.1, 0.1, 0.5, 0.9))
+    assert code == 0 and out == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ((-0.1, 0, 0.5, 0.5), "reaches outside the image"),
+        ((0, 0, 0.5, 1.5), "reaches outside the image"),
+        ((0.5, 0, 0.5, 1), "has no area"),
+        ((0.9, 0.9, 0.1, 0.1), "has no area"),
+        (("nan", 0, 0.5, 1), "is not finite"),
+    ],
+)
+def test_a_box_outside_the_image_or_of_no_area_is_refused(ask, box, message):
+    code, out, error = ask("--box", *box)
+    assert code == 2 and out == "" and error.startswith("error: box [") and message in error
+
+
+def test_a_found_box_is_printed_and_drawn(ask, monkeypatch, tmp_path):
+    monkeypatch.setattr(predict, "answer", lambda *_: "<loc_8><loc_8><loc_15><loc_23>")
+    code, out, _ = ask("--find", "a red circle", "--output", tmp_path / "found.png")
+    box = [8.5 / 32, 8.5 / 32, 15.5 / 32, 23.5 / 32]
+    assert code == 0 and out.startswith(f"[{', '.join(f'{v:.3f}' for v in box)}]")
+    drawn = np.array(Image.open(tmp_path / "found.png"))
+    assert drawn.shape == (320, 640, 3)
+    red = (drawn == (220, 38, 38)).all(-1)
+    rows, columns = red.any(1).nonzero()[0], red.any(0).nonzero()[0]
+    edges = [columns[0] / 640, rows[0] / 320, columns[-1] / 640, rows[-1] / 320]
+    assert edges == pytest.approx(box, abs=0.01)
+    assert not red[160, 250]  # an outline, not an area
+
+
+def test_an_answer_without_a_box_is_said_and_draws_nothing(ask, monkeypatch, tmp_path):
+    monkeypatch.setattr(predict, "answer", lambda *_: "a red circle")
+    code, out, error = ask("--find", "a red circle", "--output", tmp_path / "found.png")
+    assert code == 1 and "holds no box: 'a red circle'" in error and not (tmp_path / "found.png").exists()
+
+
+def test_other_bad_input_is_one_line(ask, tmp_path):
+    assert ask("--find", "  ")[2] == "error: the sentence to find is empty; describe one thing in the picture"
+    assert "no picture at" in ask("--find", "x", image=tmp_path / "none.png")[2]
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
+    assert "error: not a readable image" in ask("--find", "x", image=tmp_path / "broken.jpg")[2]
+
+
+def test_draw_keeps_the_size_of_a_large_picture():
+    image = Image.new("RGB", (1000, 700))
+    assert draw(image, (0.0, 0.0, 1.0, 1.0)).size == image.size
