@@ -44,7 +44,7 @@ def ask(
     pictures: bool = True,
 ) -> Iterator[Asked]:
     """Every question of the tasks (about regions) on at most `limit` images, spread evenly over the dataset,
-    so that no source is left out. `write` writes a sample's questions. Without `pictures` they hold blanks.
+    so that no source is left out. `write` writes a sample's questions. Without `pictures` images are blank.
     Faulty rows are skipped, and counted by the dataset.
     """
     rows, tasks = len(dataset), tuple(tasks)

@@ -1,0 +1,237 @@
+"""The report of a fabricated run: what stands in it, and that nobody's captions run as code."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import datasets
+import pytest
+from PIL import Image
+
+from granvit.eval.curves import draw_curves, smooth
+from granvit.eval.metrics import summarise
+from granvit.eval.report import choose, headlines, write_report
+
+LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+
+
+def caption(name, truth, answer, source="photos", kind="natural"):
+    base = {"id": name, "source": source, "kind": kind, "box": LEFT, "caption": truth}
+    return base | {"task": "bbox2caption", "answer": answer, "predicted_box": None}
+
+
+def found(name, truth, box, source="photos", kind="natural"):
+    return caption(name, truth, "" if box else HOSTILE, source, kind) | {
+        "task": "caption2bbox",
+        "predicted_box": box,
+    }
+
+
+PREDICTIONS = {
+    "pretrain": [
+        caption("a", "a red circle", "a red circle"),
+        caption("a", HOSTILE, "a blue square"),
+        caption("b", "Total 12", HOSTILE, "pages", "ocr"),
+    ],
+    "adapt": [
+        found("a", "a red circle", LEFT),
+        found("a", HOSTILE, RIGHT),
+        found("b", "Total 12", None, "pages", "ocr"),
+    ],
+}
+
+
+def metrics(caption_quality, box_quality):
+    return {"bbox2caption_rouge_l": caption_quality, "caption2bbox_acc50": box_quality}
+
+
+@pytest.fixture
+def summary(tmp_path, gran_rows):
+    rows = [("a", [(LEFT, "a red circle", "natural")], "photos"), ("b", [(LEFT, "Total 12", "ocr")], "pages")]
+    rows.append(("unasked", [(LEFT, "x", "natural")], "photos"))
+    datasets.DatasetDict({"test": gran_rows(rows)}).save_to_disk(tmp_path / "data")
+    measured = summarise(PREDICTIONS["pretrain"] + PREDICTIONS["adapt"])
+    run = {
+        "seed": 0,
+        "stages": {
+            "pretrain": {"before": metrics(0.1, 0.0), "after": measured, "other_image": metrics(0.2, 0.0)},
+            "adapt": {"before": measured, "after": metrics(0.6, 0.3), "control": metrics(0.55, 0.2)},
+        },
+        "features": {"pretrain": {"effective_rank_before": 9.25, "effective_rank_after": 12.5}},
+    }
+    return {
+        "preset": "smoke",
+        "commit": "abc1234",
+        "device": HOSTILE,
+        "versions": {"torch": "2.13.0"},
+        "seconds": 90.0,
+        "peak_memory_mb": 2048.0,
+        "data": {"path": str(tmp_path / "data")},
+        "floors": {"blind": metrics(0.25, 0.05), "whole_image": {"caption2bbox_acc50": 0.01}},
+        "runs": [run],
+        "mean": {"stages": run["stages"], "features": run["features"]},
+    }
+
+
+LINES = [
+    {"stage": "pretrain", "step": 0, "evaluation": "before", **metrics(0.1, 0.0)},
+    {
+        "stage": "pretrain",
+        "step": 1,
+        "loss": 3.0,
+        "loss_caption": 2.0,
+        "loss_distill": 1.0,
+        "effective_rank": 9.0,
+    },
+    {
+        "stage": "pretrain",
+        "step": 2,
+        "loss": 2.0,
+        "loss_caption": 1.5,
+        "loss_distill": 0.5,
+        "effective_rank": 9.5,
+    },
+    {"stage": "pretrain", "step": 2, "evaluation": "after", **metrics(0.4, 0.1)},
+    {"stage": "pretrain", "step": 2, "evaluation": "other_image", **metrics(0.2, 0.0)},
+    {"stage": "adapt", "step": 1, "loss": 1.0, "loss_caption": 1.0},
+    {"stage": "adapt", "step": 3, "evaluation": "after", **metrics(0.6, 0.3)},
+]
+
+
+def lay_out(run, summary, first=None):
+    """Write a run's files; the curves and predictions into the folder of its first seed, if there is one."""
+    for folder in (run, first or run):
+        (folder / "report").mkdir(parents=True, exist_ok=True)
+    (run / "report" / "summary.json").write_text(json.dumps(summary))
+    ((first or run) / "report" / "predictions.json").write_text(json.dumps(PREDICTIONS))
+    ((first or run) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return run
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def page(tmp_path, summary):
+    return Page(write_report(lay_out(tmp_path / "run", summary)).read_text(encoding="utf-8"))
+
+
+def test_captions_answers_and_names_are_text_and_never_markup(page):
+    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object", "link")]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    # as the caption asked about (twice), as the model's answer, in place of a box, and as the device's name
+    assert "".join(page.text).count(HOSTILE) == 5
+    assert [a["alt"] for tag, a in page.tags if tag == "img"].count(HOSTILE) == 2
+
+
+def test_the_page_is_self_contained(page):
+    sources = [a["src"] for tag, a in page.tags if tag == "img"]
+    assert len(sources) == 1 + 6 and all(re.match(r"data:image/(png|jpeg);base64,", s) for s in sources)
+    assert not [a for _, a in page.tags if "href" in a]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
+    assert [p.format for p in pictures] == ["PNG"] + ["JPEG"] * 6
+    assert {p.size for p in pictures[1:]} == {(48, 32)}
+
+
+def test_boxes_are_drawn_in_the_pictures_pixels(page):
+    shown = [
+        (a["class"], *(float(a[k]) for k in ("x", "y", "width", "height")))
+        for t, a in page.tags
+        if t == "rect"
+    ]
+    assert [r for r in shown if r[0] == "predicted"] == [
+        ("predicted", 0.0, 0.0, 24.0, 32.0),
+        ("predicted", 24.0, 0.0, 24.0, 32.0),
+    ]
+    assert [r for r in shown if r[0] == "true"] == [("true", 0.0, 0.0, 24.0, 32.0)] * 6
+
+
+def test_tables_hold_floors_controls_and_states(page):
+    text = " ".join(" ".join(page.text).split())
+    rouge = 100 * summarise(PREDICTIONS["pretrain"])["bbox2caption_rouge_l"]
+    assert re.search(r"blind: knows kind and size 25\.0", text)
+    assert re.search(r"after stage 1, shown another image 20\.0", text)
+    assert re.search(rf"after stage 1 {rouge:.1f}", text)
+    assert re.search(r"stage 2 on a random frozen encoder 20\.0", text)
+    assert "before stage 2" not in text  # the end of stage 1 stands there already
+    assert "1.5 minutes" in text and "2.0 GiB" in text and "9.25 12.50" in text
+
+
+def test_a_run_of_several_seeds_shows_the_first_ones_curves_and_the_range(tmp_path, summary):
+    other = json.loads(json.dumps(summary["runs"][0])) | {"seed": 1}
+    other["stages"]["adapt"]["after"] = metrics(0.5, 0.1)
+    summary["runs"].append(other)
+    run = tmp_path / "run"
+    text = " ".join(
+        Page(write_report(lay_out(run, summary, run / "seed-0")).read_text(encoding="utf-8")).text
+    )
+    assert "10.0 to 30.0" in text and "those of seed 0" in text
+    assert (run / "report" / "curves.png").is_file()
+
+
+def test_headlines_give_the_distance_to_what_sees_nothing(summary):
+    captions, boxes, kept = headlines(summary)
+    rouge = 100 * summary["mean"]["stages"]["pretrain"]["after"]["bbox2caption_rouge_l"]
+    distance = {other["who"]: other["distance"] for other in captions["against"]}
+    assert distance == pytest.approx({"blind floor": rouge - 25, "another image": rouge - 20})
+    assert boxes["value"] == 30 and boxes["against"][1]["who"] == "random encoder"
+    assert boxes["against"][1]["distance"] == pytest.approx(10)
+    assert kept["against"][0]["distance"] == pytest.approx(60 - rouge)
+
+
+def test_pictures_are_right_and_wrong_ones_of_every_source_with_their_number():
+    many = {"pretrain": [caption("a", "cat", "cat")] * 30 + [caption("a", "cat", "dog")] * 7, "adapt": []}
+    (group,) = choose(many)
+    assert (group["right"], group["of"]) == (30, 37)
+    assert [p["answer"] for p in group["predictions"]] == ["cat"] * 4 + ["dog"] * 4
+    assert [(g["source"], g["task"]) for g in choose(PREDICTIONS)] == [
+        ("photos", "bbox2caption"),
+        ("pages", "bbox2caption"),
+        ("photos", "caption2bbox"),
+        ("pages", "caption2bbox"),
+    ]
+
+
+def test_curves_put_the_stages_one_after_the_other(summary):
+    figure = draw_curves(LINES, summary)
+    losses, _, rouge, _ = figure.axes[:4]
+    assert [list(line.get_xdata()) for line in losses.lines[::2]] == [[1, 2], [3]]
+    points = rouge.lines[0]
+    assert list(points.get_xdata()) == [0, 2, 5] and list(points.get_ydata()) == pytest.approx([10, 40, 60])
+    assert {round(line.get_ydata()[0], 6) for line in rouge.lines[1:]} == {25.0, 20.0}  # blind, another image
+
+
+def test_smooth_starts_at_the_first_value_and_keeps_a_constant():
+    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert smooth([1.0, 2.0])[1] == pytest.approx((0.09 * 1 + 0.1 * 2) / 0.19)
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "report/summary.json", "report/predictions.json"])
+def test_an_unfinished_run_is_said(tmp_path, summary, missing):
+    run = lay_out(tmp_path / "run", summary)
+    (run / missing).unlink()
+    with pytest.raises(ValueError, match=f"no finished run: {missing} is missing"):
+        write_report(run)
+
+
+def test_a_dataset_that_lacks_a_shown_image_is_named(tmp_path, summary):
+    run = lay_out(tmp_path / "run", summary)
+    strangers = {"pretrain": [caption("stranger", "x", "y")]}
+    (run / "report" / "predictions.json").write_text(json.dumps(strangers))
+    with pytest.raises(ValueError, match="has no test image 'stranger'"):
+        write_report(run)
