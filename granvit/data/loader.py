@@ -19,7 +19,7 @@ class FaultBudgetExceeded(ValueError):
 
 
 class FaultLog:
-    """Counts faults by kind and rows with faults, and raises when too many rows have some.
+    """Counts faults by kind and the rows that have some, and says when there are too many.
 
     `budget` is the share of `rows` that may have faults; any budget above 0 allows at least one row. A row
     counts once, however often it is read. `unit` is what the messages call a row.
@@ -35,15 +35,18 @@ class FaultLog:
         self._seen: set[tuple[int, str]] = set()
 
     def add(self, row: int, name: str, fault: DataFault) -> None:
-        """Note one fault of row number `row`, shown as `name`. Raises FaultBudgetExceeded past the budget."""
+        """Note one fault of row number `row`, shown as `name`."""
         if (row, str(fault)) in self._seen:
             return
         self._seen.add((row, str(fault)))
         self.counts[fault.kind] += 1
         self.faulty.add(row)
         log.warning("%s: %s", name, fault)
+
+    def check(self) -> None:
+        """Raises FaultBudgetExceeded if there are more rows with faults than the budget allows."""
         if len(self.faulty) > self.allowed:
-            raise FaultBudgetExceeded(f"{self.summary()}; allowed: {self.allowed}. Last: {name}: {fault}")
+            raise FaultBudgetExceeded(f"{self.summary()}; the fault budget allows {self.allowed}")
 
     def summary(self) -> str:
         """One line: how many rows have faults, and how many faults of which kind there are."""
@@ -60,8 +63,7 @@ class GranDataset:
     of a good image is left out and counted too. Each worker process of a data loader keeps a log of its own.
 
     path_or_dataset: a folder written by `save_to_disk` (a Dataset or a DatasetDict), a folder or file of
-        Parquet, or
-        a `datasets.Dataset` or `DatasetDict`, which is how data from a hub comes in.
+        Parquet, or a `datasets.Dataset` or `DatasetDict`, which is how data from a hub comes in.
     split: which split of those that there are. A source without splits has only "train".
     fault_budget: the share of rows that may have faults before FaultBudgetExceeded is raised.
 
@@ -110,13 +112,13 @@ class GranDataset:
             raise IndexError(f"row {index} of {len(self)}")
         row = rows[index]
         name = f"{self.path}[{self.split}][{index}] id={row['id']!r}"
+        sample = None
         try:
-            return parse_row(row, drop=lambda fault: self.faults.add(index, name, fault), decode=decode)
-        except FaultBudgetExceeded:
-            raise
+            sample = parse_row(row, drop=lambda fault: self.faults.add(index, name, fault), decode=decode)
         except DataFault as fault:
             self.faults.add(index, name, fault)
-            return None
+        self.faults.check()
+        return sample
 
 
 def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:

@@ -41,12 +41,11 @@ class PackedBatch:
     image_index: int64 [B, L], index into images, -1 for padding.
     question_index: int64 [B, L], 0 in an image part, 1.. the image's questions, 0 for padding.
     boxes: float32 [R, 4], relative xyxy, and box_image_index: int64 [R]: the asked boxes with region tokens.
-    image_slots: int64 [N], where in the flattened [B * L] the image tokens stand, image by image in images'
-        order;
+    image_slots: int64 [N], where in the flattened [B * L] the image tokens stand, in images' order;
     region_slots: int64 [R * K], the same for region tokens, in boxes' order;
-    answer_slots: int64 [A], the places whose next token is an answer's, so whose hidden states are scored;
-    targets: int64 [A], those next tokens. (All three are known on the host: reading them off the ids would
-        make a GPU wait.)
+    answer_slots: int64 [A], the places whose next token is an answer's, so whose hidden states are scored,
+        sample by sample and question by question; targets: int64 [A], those next tokens. (All are known on
+        the host here: reading them off the ids would make a GPU wait.)
     regions: number of questions about a region.
     """
 
@@ -105,8 +104,7 @@ def pack_questions(
         capacity: most tokens in a sequence.
     Raises:
         ValueError: lists of different lengths, a prompt whose markers and boxes differ in number, an empty
-        answer, or
-            an image that with its questions takes more than `capacity` tokens (named by its id).
+            answer, or an image that with its questions takes more than `capacity` tokens (named by its id).
     """
     if len(samples) != len(questions):
         raise ValueError(f"questions: got {len(questions)} lists for {len(samples)} samples")
@@ -132,7 +130,7 @@ def pack_questions(
             question_index[r, here], image_index[r, here] = part.question_index, i
             starts[i] = r * width + place
             place += lengths[i]
-    scored = np.flatnonzero(labels.ravel() != IGNORE)
+    scored = _slots([part.labels != IGNORE for part in parts], starts)
     boxes = [box for asked in questions for question in asked for box in question.boxes]
     owners = [i for i, asked in enumerate(questions) for question in asked for _ in question.boxes]
     tensors = {
@@ -143,8 +141,8 @@ def pack_questions(
         "question_index": question_index,
         "boxes": np.array(boxes, dtype=np.float32).reshape(-1, 4),
         "box_image_index": np.array(owners, dtype=np.int64),
-        "image_slots": _slots(parts, starts, processor.image_token_id),
-        "region_slots": _slots(parts, starts, processor.region_token_id),
+        "image_slots": _slots([part.ids == processor.image_token_id for part in parts], starts),
+        "region_slots": _slots([part.ids == processor.region_token_id for part in parts], starts),
         "answer_slots": scored - 1,
         "targets": labels.ravel()[scored],
     }
@@ -195,7 +193,7 @@ def _write_parts(
     return parts
 
 
-def _slots(parts: list[_Part], starts: np.ndarray, token: int) -> np.ndarray:
-    """Places of a marker in the flattened batch, part by part."""
-    found = [np.flatnonzero(part.ids == token) + start for part, start in zip(parts, starts, strict=True)]
+def _slots(marked: list[np.ndarray], starts: np.ndarray) -> np.ndarray:
+    """Where the marked tokens of each part stand in the flattened batch, part by part."""
+    found = [np.flatnonzero(mask) + start for mask, start in zip(marked, starts, strict=True)]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)

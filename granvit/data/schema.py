@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Features, Image, Sequence, Value
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -174,8 +174,10 @@ def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
     else:
         try:
             opened = PILImage.open(_image_file(image), formats=FORMATS)
+        except UnidentifiedImageError:  # its own text holds an address in memory
+            raise DataFault("image", f"not an image in one of the formats {', '.join(FORMATS)}") from None
         except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
-            raise DataFault("image", f"not a readable image ({', '.join(FORMATS)}): {error}") from None
+            raise DataFault("image", f"can't be opened: {error}") from None
     width, height = opened.size
     if width * height > max_pixels:
         raise DataFault("image_pixels", f"{width}x{height} is more than the limit of {max_pixels} pixels")

@@ -86,7 +86,8 @@ class GranViTConfig(PretrainedConfig):
         heads = vision_config.num_attention_heads if region_heads is None else region_heads
         if vision_config.hidden_size % heads:
             raise ValueError(
-                f"region_heads: got {heads}, accepted is a divisor of the encoder's width {vision_config.hidden_size}"
+                f"region_heads: got {heads}, accepted is a divisor of the encoder's width "
+                f"{vision_config.hidden_size}"
             )
         self.vision_config = vision_config
         self.text_config = text_config

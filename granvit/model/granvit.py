@@ -277,7 +277,8 @@ class GranViT(PreTrainedModel, GenerationMixin):
         if len(slots) != len(given):
             raise ValueError(
                 f"image_embeds, region_embeds: got {len(image_embeds)} and "
-                f"{region_embeds.shape[:2].numel()} tokens; the batch has places for {len(batch.image_slots)} and {len(batch.region_slots)}"
+                f"{region_embeds.shape[:2].numel()} tokens; the batch has places for "
+                f"{len(batch.image_slots)} and {len(batch.region_slots)}"
             )
         embeds = embeds.flatten(0, 1).index_copy(0, slots, given).view(embeds.shape)
         mask = additive_mask(batch.attention(), embeds.dtype)

@@ -74,7 +74,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, layout: PackedLayout, lengths: list[int]) -> torch.Tensor:
-        q, k, v = (proj(x).view(len(x), self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        shape = (len(x), self.heads, x.shape[1] // self.heads)
+        q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(packed_attention(q, k, v, layout, lengths).flatten(1))
 
 

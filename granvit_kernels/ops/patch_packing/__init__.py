@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from granvit_kernels import backends
+from granvit_kernels.checks import describe
 from granvit_kernels.layout import PackedLayout
 from granvit_kernels.ops.patch_packing import cpu, reference
-from granvit_kernels.ops.patch_packing.arguments import check_order, check_packing, check_patch_size, check_statistics
+from granvit_kernels.ops.patch_packing.arguments import check_format, check_packing
 from granvit_kernels.ops.patch_packing.planning import plan_packing
 
 __all__ = ["pack_patches", "plan_packing", "unpack_patches"]
@@ -32,26 +33,25 @@ def pack_patches(
 
     images: uint8 [H, W, 3] each, RGB, any strides, all on one device; an empty list is valid.
     patch_size: p, the side of a patch in pixels.
-    mean, std: three numbers each, a channel's in units of 1: a value is (x / 255 - mean) / std.
-    crops: [N, 5] (image index, x1, y1, x2, y2), in pixels, fractions allowed, inside the image, on the host; several may
-        share an image. None: every whole image.
-    grids: [N, 2] (h, w) in patches, on the host: crop i is resampled to (h * p) x (w * p) pixels, as a whole, whatever
-        its aspect ratio. None: max(1, floor(side / p)) a side.
+    mean, std: three numbers each; a channel's value is (x / 255 - mean) / std.
+    crops: [N, 5] (image index, x1, y1, x2, y2) in pixels, fractions allowed, inside the image, on the host;
+        several may share an image. None: every whole image.
+    grids: [N, 2] (h, w) in patches, on the host: crop i is resampled as a whole to (h * p) x (w * p) pixels,
+        whatever its aspect ratio. None: max(1, floor(side / p)) a side.
     dtype: of the patches: bfloat16, float16, float32 or float64.
-    order: of the values of a patch: "hwc", as SigLIP2's processors give them (row, column, channel), or "chw", as a
-        convolution's weight has them.
+    order: of a patch's values: "hwc" (row, column, channel), as SigLIP2's processors give them, or "chw", as
+        a convolution's weight has them.
 
-    Returns (patches [T, p * p * 3] and their PackedLayout, both on the images' device): crop i's h * w patches, row-major,
-    follow crop i - 1's. No gradient.
+    Returns (patches [T, p * p * 3], their PackedLayout), both on the images' device: the patches of crop 0,
+    row-major over its grid, then crop 1's, and so on. No gradient.
 
-    Resampling is antialiased bilinear, as Pillow's and torch's interpolate(antialias=True), without their rounding to
-    uint8 in between; `reference.axis_weights` has the formula. Only source pixels that the crop touches count: a crop gives
-    what its own pixels would give as an image.
+    Resampling is antialiased bilinear, as Pillow and torch's interpolate(antialias=True) do it, unrounded;
+    `reference.axis_weights` has the formula. Pixels that a crop doesn't touch don't count.
 
-    Raises ValueError, naming the argument, for anything else than the above; RuntimeError where no backend can run.
+    Raises ValueError, naming the argument, for anything else; RuntimeError where no backend can run.
     """
     job = check_packing(images, patch_size, mean, std, crops, grids, dtype, order)
-    layout = PackedLayout.from_grids(job.grids, device=job.device)
+    layout = PackedLayout.from_grids(torch.from_numpy(job.grids), device=job.device)
     backend = backends.choose("pack_patches", CANDIDATES["pack_patches"], device=job.device, dtype=dtype)
     return backend.forward(job), layout
 
@@ -64,23 +64,21 @@ def unpack_patches(
     std: Sequence[float],
     order: str = "hwc",
 ) -> list[Tensor]:
-    """The pictures that patches show: what pack_patches packed, resampled as it was; for looking at and for tests.
+    """Patches back to pictures, as pack_patches resampled them: for looking at, and for tests.
 
-    patches [T, p * p * 3], floating point; layout, patch_size (p), mean, std, order: as for pack_patches.
-    Returns one float32 [h * p, w * p, 3] an image on the patches' device, in 0-255 (not clamped, not rounded).
-    Raises ValueError naming the argument.
+    patches [T, p * p * 3]: floating point. layout, patch_size (p), mean, std, order: as of pack_patches.
+    Returns float32 [h * p, w * p, 3] each, on the patches' device, in 0-255, neither rounded nor clamped.
+    Raises ValueError, naming the argument.
     """
-    check_patch_size(patch_size)
-    check_order(order)
-    mean, std = check_statistics(mean, std)
+    mean, std = check_format(patch_size, mean, std, order)
     p = patch_size
     if not patches.is_floating_point() or patches.shape != (layout.num_tokens, 3 * p * p):
         raise ValueError(
-            f"patches must be floating point [{layout.num_tokens}, {3 * p * p}], a row a token of the layout and "
-            f"{p} x {p} x 3 values a row, got {patches.dtype} {list(patches.shape)}"
+            f"patches is {describe(patches)}; it takes floating-point [{layout.num_tokens}, {3 * p * p}], "
+            f"a row of {p} x {p} x 3 values a token of the layout"
         )
     grids = layout.grids.tolist()
-    scale, shift = (torch.tensor(values, dtype=torch.float32, device=patches.device) for values in (std, mean))
+    scale, shift = (torch.tensor(x, dtype=torch.float32, device=patches.device) for x in (std, mean))
     pictures = []
     for rows, (h, w) in zip(patches.split([h * w for h, w in grids]), grids, strict=True):
         if order == "hwc":

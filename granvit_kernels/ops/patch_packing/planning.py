@@ -13,22 +13,23 @@ from granvit_kernels import native
 def plan_packing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Shares sequences out among few lists, none longer in sum than the capacity: best-fit decreasing.
 
-    lengths: whole numbers in 0..capacity (a list, an array or a CPU tensor [N]); a length of 0 is placed like any other.
+    lengths: whole numbers in 0..capacity (list, array or CPU tensor [N]); a 0 is placed like any other.
     capacity: a whole number >= 1.
 
-    Returns lists of indices into `lengths`, every index once. The plan is a function of the arguments alone: see
-    `best_fit_decreasing`. A million lengths take well under a second in C++, some seconds without the native library.
+    Returns lists of indices into `lengths`, every index once. The plan is a function of the arguments alone,
+    specified by `best_fit_decreasing`. A million lengths take well under a second in C++, which runs where
+    the native library is there, and some seconds in Python.
 
-    Raises ValueError for a length over the capacity or below 0 (naming it and its index) and for anything that is not a
-    whole number.
+    Raises ValueError for a length over the capacity or below 0 (naming it and its index), and for anything
+    that is not a whole number.
     """
     lengths = check_lengths(lengths)
     if not isinstance(capacity, (int, np.integer)) or isinstance(capacity, bool) or not 1 <= capacity < 2**63:
-        raise ValueError(f"capacity must be a whole number >= 1, got {capacity!r}")
-    for fault, bad in (("over capacity", lengths > capacity), ("negative", lengths < 0)):
+        raise ValueError(f"capacity is {capacity!r}; it takes a whole number >= 1")
+    for fault, bad in (("over the capacity", lengths > capacity), ("negative", lengths < 0)):
         if bad.any():
             i = int(bad.argmax())
-            raise ValueError(f"lengths must lie in 0..capacity = {capacity}: lengths[{i}] = {lengths[i]} is {fault}")
+            raise ValueError(f"lengths[{i}] is {lengths[i]}, {fault}; it takes 0..{capacity}")
     if native.why_not() is not None:
         return best_fit_decreasing(lengths.tolist(), capacity)
     indices, ends = np.empty_like(lengths), np.empty_like(lengths)
@@ -45,16 +46,17 @@ def check_lengths(lengths: Sequence[int]) -> np.ndarray:
     if array.ndim == 1 and len(array) == 0:
         return np.empty(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"lengths must be whole numbers [N], got {array.dtype} of shape {list(array.shape)}")
+        raise ValueError(f"lengths is {array.dtype} {list(array.shape)}; it takes whole numbers [N]")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """The specification of plan_packing, in plain Python.
 
-    Sequences are placed from the longest to the shortest, equal ones in the order given. Each goes into the list with the
-    least room that still holds it, among equal ones into the one that got its room last; where none holds it, into a new
-    list. Lists stand in the order in which they were opened, indices in the order in which they were placed.
+    Sequences are placed from the longest to the shortest, equal ones in the order given. Each goes into the
+    list with the least room that still holds it, among equal ones into the one that got its room last; where
+    none holds it, into a new list. Lists stand in the order in which they were opened, indices in the order
+    in which they were placed.
     """
     lists: list[list[int]] = []
     rooms: list[int] = []  # ascending, each once

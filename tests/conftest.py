@@ -1,0 +1,64 @@
+"""Small models and samples that several test files share.
+
+Imports of granvit are inside the fixtures, so that the kernels'
+tests do without it.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+TASKS = ("global_caption", "bbox2caption", "caption2bbox")
+CAPTIONS = ("a red striped circle", "the blue star on the left", "OPEN 24 HOURS", "two green dotted squares")
+
+
+def make_sample(seed: int, height: int = 48, width: int = 64, regions: int = 3) -> SimpleNamespace:
+    """A sample of noise with random boxes, of the attributes that questions and packing read."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(regions):
+        x, y, w, h = torch.rand(4, generator=generator).tolist()
+        box = (x * 0.5, y * 0.5, x * 0.5 + 0.1 + w * 0.4, y * 0.5 + 0.1 + h * 0.4)
+        caption = f"{CAPTIONS[i % len(CAPTIONS)]} {seed}"
+        found.append(SimpleNamespace(box=box, caption=caption, kind="natural", score=None))
+    image = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    caption = f"a scene with {regions} things"
+    return SimpleNamespace(
+        id=f"sample-{seed}", image=image, caption=caption, regions=tuple(found), source="test"
+    )
+
+
+@pytest.fixture(scope="session")
+def samples():
+    """Four samples of different sizes and numbers of regions, one without any."""
+    return [
+        make_sample(0),
+        make_sample(1, 80, 40, 2),
+        make_sample(2, 64, 64, 5),
+        make_sample(3, 33, 90, 0),
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny(samples):
+    """tiny(**options) -> (model, processor): a two-layer model, drawn with one seed and in eval mode."""
+
+    def build(**options):
+        from granvit.data.prompts import questions
+        from granvit.model import TinyLLM, TinyVision, build_tiny
+
+        texts = [
+            text
+            for sample in samples
+            for question in questions(sample, TASKS, "both", "text")
+            for text in (question.prompt, question.answer)
+        ]
+        torch.manual_seed(0)
+        vision = TinyVision(width=32, layers=2, heads=2, mlp=64, table=4)
+        llm = TinyLLM(width=48, layers=2, heads=4, mlp=64, vocab=400, initializer_range=0.1)
+        options = {"max_image_tokens": 16, "bins": 16} | options
+        model, processor = build_tiny(texts, vision, llm, **options)
+        return model.eval(), processor
+
+    return build

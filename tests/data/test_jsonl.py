@@ -1,0 +1,150 @@
+"""JSONL in, Gran dataset out; every fault is named with its line."""
+
+import json
+import logging
+import os
+
+import pytest
+from PIL import Image
+
+from granvit.data.__main__ import main
+from granvit.data.loader import FaultBudgetExceeded, GranDataset
+from granvit.data.sources.jsonl import convert_jsonl
+
+REGION = {"box": [0.1, 0.2, 0.5, 0.6], "caption": "red ball", "kind": "natural"}
+
+
+def line(**changes) -> dict:
+    base = {
+        "image": "images/a.png",
+        "width": 12,
+        "height": 8,
+        "caption": None,
+        "regions": [REGION],
+        "source": "mine",
+        "licence": "CC0-1.0",
+        "id": f"id{len(changes)}-{sorted(changes)}",
+    }
+    return {key: value for key, value in (base | changes).items() if value != "absent"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (12, 8), "red").save(tmp_path / "images" / "a.png")
+    return tmp_path / "all.jsonl"
+
+
+def write(file, *lines) -> None:
+    file.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in lines))
+
+
+def test_good_lines(file, tmp_path):
+    write(
+        file,
+        line(),
+        "",
+        line(id="absent", caption="a picture", regions=[]),
+        line(regions=[REGION | {"score": 0.5}]),
+    )
+    faults = convert_jsonl(file, tmp_path / "out", split="test")
+    assert faults.summary() == "0 of 3 lines have faults"
+    data = GranDataset(tmp_path / "out", "test")
+    assert [data[i].id for i in range(3)][1] == "images/a.png"
+    assert data[0].regions[0].box == pytest.approx((0.1, 0.2, 0.5, 0.6))
+    assert data[2].regions[0].score == 0.5
+    assert data.rows[0]["image"]["bytes"] == (tmp_path / "images" / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{broken", "not JSON"),
+        ("[1]", "must be an object, got list"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": 1, "a": 2}', "repeated key 'a'"),
+        ("[" * 100_000, "not JSON"),
+        (line(licence="absent"), "missing licence"),
+        (line(label="x"), "unknown key 'label'; known: caption"),
+        (line(width="12"), "width must be an integer, got '12'"),
+        (line(height=True), "height must be an integer, got True"),
+        (line(caption=3), "caption must be a string or null, got 3"),
+        (line(caption=" "), "caption must be null or have text"),
+        (line(regions={}), "regions must be a list"),
+        (line(regions=[]), "neither a caption nor a usable region"),
+        (line(id=""), "id must not be empty"),
+        (line(width=8, height=12), "width and height are 8x12, the image is 12x8"),
+        (line(image="images/b.png"), "'images/b.png' is no file"),
+        (line(image="../a.png"), "must lie in the file's folder or below"),
+        (line(image="images/../../etc/passwd"), "must lie in the file's folder or below"),
+        (line(image="/etc/passwd"), "must lie in the file's folder or below"),
+        (line(image="a\0.png"), "can't be read"),
+        (line(image="all.jsonl"), "not an image in one of the formats"),
+        (line(image="images/out.png"), "must lie in the file's folder or below"),
+        (line(regions=[REGION, 3]), r"regions[1]: a region must be an object, got 3"),
+        (line(regions=[REGION, REGION | {"name": "x"}]), r"regions[1]: unknown key 'name'"),
+        (line(regions=[REGION, {"box": [0, 0, 1, 1]}]), r"regions[1]: missing caption, kind"),
+        (line(regions=[REGION, REGION | {"box": "0 0 1 1"}]), r"regions[1]: box must be a list"),
+        (line(regions=[REGION, REGION | {"box": [0, 0, 12, 8]}]), r"regions[1]: box must lie in [0, 1]"),
+        (line(regions=[REGION, REGION | {"box": [0.5, 0, 0.5, 1]}]), r"regions[1]: box must have x1 < x2"),
+        (line(regions=[REGION, REGION | {"box": [0, 0, 1e999, 1]}]), "no JSON number"),
+        (line(regions=[REGION, REGION | {"kind": "text"}]), r"regions[1]: kind must be one of natural, ocr"),
+        (line(regions=[REGION, REGION | {"caption": ""}]), r"regions[1]: caption must be a string with text"),
+    ],
+)
+def test_every_fault_is_named_with_its_line(file, tmp_path, bad, message, caplog):
+    os.symlink("/etc/hostname", tmp_path / "images" / "out.png")
+    write(file, line(id="first"), bad, line(id="last"))
+    with caplog.at_level(logging.WARNING):
+        faults = convert_jsonl(file, tmp_path / "out", fault_budget=0.5)
+    assert any(f"{file}:2: " in record.message and message in record.message for record in caplog.records)
+    assert faults.faulty == {2}
+    data = GranDataset(tmp_path / "out")
+    kept = [data[i].id for i in range(len(data))]
+    assert kept[0] == "first" and kept[-1] == "last"
+    assert len(kept) == (3 if "regions[1]" in message else 2)
+
+
+def test_a_used_id_is_a_fault(file, tmp_path, caplog):
+    write(file, line(id="x"), line(id="x"))
+    convert_jsonl(file, tmp_path / "out")
+    assert ":2: id 'x' is already that of line 1" in caplog.text
+
+
+def test_bytes_that_are_not_utf8(file, tmp_path, caplog):
+    write(file, line(id="x"))
+    file.write_bytes(file.read_bytes() + b"\xff\xfe\n")
+    convert_jsonl(file, tmp_path / "out")
+    assert ":2: not JSON in UTF-8" in caplog.text
+
+
+def test_exif_turns_the_size(file, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (12, 8)).save(tmp_path / "images" / "turned.jpg", exif=exif)
+    write(file, line(image="images/turned.jpg", width=8, height=12))
+    convert_jsonl(file, tmp_path / "out")
+    data = GranDataset(tmp_path / "out")
+    assert (data.rows[0]["width"], data.rows[0]["height"]) == (8, 12)
+    assert data[0].image.shape == (12, 8, 3)
+
+
+def test_too_many_faults_name_all_and_write_nothing(file, tmp_path, caplog):
+    write(file, line(), *["{"] * 5)
+    with pytest.raises(FaultBudgetExceeded, match="5 of 6 lines have faults .json 5."):
+        convert_jsonl(file, tmp_path / "out")
+    assert len(caplog.records) == 5
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["all.jsonl", "images"]
+    write(file, "{")
+    with pytest.raises(ValueError, match="holds no usable line"):
+        convert_jsonl(file, tmp_path / "out")
+
+
+def test_command_line(file, tmp_path, capsys):
+    write(file, line())
+    assert main(["convert", "jsonl", str(file), "--output", str(tmp_path / "out")]) == 0
+    assert "0 of 1 lines have faults" in capsys.readouterr().err
+    assert main(["convert", "jsonl", str(file), "--output", str(tmp_path / "out")]) == 1
+    assert "error: output must be a new or an empty folder" in capsys.readouterr().err
+    assert main(["convert", "jsonl", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "o")]) == 1
+    assert "error: no JSONL file at" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from granvit.data.prompts import (
+    BBOX2CAPTION,
+    CAPTION2BBOX,
+    CHAT,
+    GLOBAL_CAPTION,
+    Question,
+    box_fault,
+    describe_box,
+    find_box,
+    format_box,
+    parse_box,
+    questions,
+    without_markers,
+)
+
+BOX = (0.1234, 0.25, 0.5, 1.0)
+
+
+def sample(*captions: str, caption: str | None = "A yard.") -> SimpleNamespace:
+    regions = [SimpleNamespace(box=BOX, caption=text, kind="natural") for text in captions]
+    return SimpleNamespace(caption=caption, regions=tuple(regions))
+
+
+def test_the_papers_sentences():
+    asked = questions(sample("a dog"), (GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX))
+    assert asked == [
+        Question(
+            GLOBAL_CAPTION,
+            "Describe in detail what is shown in the image in one paragraph",
+            "A yard.",
+            (),
+            None,
+        ),
+        Question(
+            BBOX2CAPTION,
+            "Describe the content contained within the normalized bounding box coordinates "
+            "[0.123, 0.250, 0.500, 1.000] in no more than 10 words.",
+            "a dog",
+            (),
+            0,
+        ),
+        Question(
+            CAPTION2BBOX,
+            "Please provide the bounding box coordinate of the region this sentence describes: a dog",
+            "[0.123, 0.250, 0.500, 1.000]",
+            (),
+            0,
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    "style, form, name, boxes",
+    [
+        ("text", "text", "[0.123, 0.250, 0.500, 1.000]", ()),
+        ("tokens", "text", "<region>", (BOX,)),
+        ("both", "text", "[0.123, 0.250, 0.500, 1.000] <region>", (BOX,)),
+        ("text", "bins", "<loc_1><loc_2><loc_5><loc_9>", ()),
+        ("both", "bins", "<loc_1><loc_2><loc_5><loc_9> <region>", (BOX,)),
+    ],
+)
+def test_box_styles_and_formats(style, form, name, boxes):
+    question = describe_box(BOX, box_style=style, box_format=form, bins=10)
+    assert f"coordinates {name} in no more" in question.prompt
+    assert question.boxes == boxes
+
+
+def test_no_caption_no_question():
+    assert questions(sample("a dog", caption=None), (GLOBAL_CAPTION,)) == []
+
+
+def test_a_sentence_that_fits_two_boxes_asks_for_none():
+    asked = questions(sample("a dog", "a cat", "a dog"), (CAPTION2BBOX, BBOX2CAPTION))
+    assert [(q.task, q.region) for q in asked] == [(CAPTION2BBOX, 1)] + [(BBOX2CAPTION, i) for i in range(3)]
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ValueError, match="tasks: got 'chat'"):
+        questions(sample("a dog"), (CHAT,))
+    with pytest.raises(ValueError, match="box_style: got 'arrow'"):
+        questions(sample("a dog"), (BBOX2CAPTION,), "arrow")
+    with pytest.raises(ValueError, match="box_format: got 'polar'"):
+        format_box(BOX, "polar")
+    with pytest.raises(ValueError, match="box_format: got 'polar'"):
+        parse_box("", "polar")
+
+
+def test_markers_in_captions_are_only_text():
+    assert without_markers("a <region> <b> <loc_12><image>") == "a region <b> loc_12image"
+    assert find_box("<region>").prompt.endswith(": region")
+    asked = questions(sample("a <region>", caption="<image>"), (GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX))
+    assert [q.answer for q in asked[:2]] == ["image", "a region"]
+
+
+coordinate = st.floats(0, 1, width=32)
+
+
+@given(coordinate, coordinate, coordinate, coordinate, st.sampled_from([8, 32, 1000]))
+def test_bins_keep_a_box_to_a_bin(a, b, c, d, bins):
+    box = (min(a, b), min(c, d), max(a, b), max(c, d))
+    parsed = parse_box(f"it is {format_box(box, 'bins', bins)}.", "bins", bins)
+    assert box_fault(parsed) is None
+    assert max(abs(got - true) for got, true in zip(parsed, box, strict=True)) <= 1.0 / bins + 1e-7
+
+
+@given(coordinate, coordinate, coordinate, coordinate)
+def test_text_keeps_a_box_to_three_decimals(a, b, c, d):
+    box = (min(a, b), min(c, d), max(a, b), max(c, d))
+    parsed = parse_box(f"The box is {format_box(box)}, I think [0.1, 0.1, 0.2, 0.2]")
+    if box[2] - box[0] > 0.001 and box[3] - box[1] > 0.001:
+        assert max(abs(got - true) for got, true in zip(parsed, box, strict=True)) <= 0.0005 + 1e-7
+    else:
+        assert parsed is None or max(abs(g - t) for g, t in zip(parsed, box, strict=True)) <= 0.0005 + 1e-7
+
+
+@pytest.mark.parametrize(
+    "text, form",
+    [
+        ("", "text"),
+        ("a dog", "text"),
+        ("[0.1, 0.2, 0.3]", "text"),
+        ("[0.5, 0.2, 0.3, 0.9]", "text"),
+        ("[0.1, 0.2, 0.1, 0.9]", "text"),
+        ("[0.1, 0.2, 1.5, 0.9]", "text"),
+        ("[nan, 0.2, 0.5, 0.9]", "text"),
+        ("<loc_1><loc_2><loc_3>", "bins"),
+        ("<loc_1><loc_2><loc_3><loc_16>", "bins"),
+        ("<loc_5><loc_2><loc_3><loc_4>", "bins"),
+        ("[0.1, 0.2, 0.3, 0.4]", "bins"),
+    ],
+)
+def test_what_is_no_box(text, form):
+    assert parse_box(text, form, bins=16) is None
+
+
+def test_first_box_and_loose_spacing():
+    assert parse_box("box: [.1,0.20 , 1, 1.0] [0, 0, 1, 1]") == (0.1, 0.2, 1.0, 1.0)
+    assert parse_box("<loc_0> <loc_0> <loc_15><loc_0>", "bins", 16) == (0.5 / 16, 0.0, 15.5 / 16, 1 / 16)
+
+
+@pytest.mark.parametrize(
+    "box, fault",
+    [
+        ((0, 0, 1, 1), None),
+        ((0, 0, 1), "not 4"),
+        ((0, 0, float("inf"), 1), "finite"),
+        ((-0.1, 0, 1, 1), "outside"),
+        ((0, 0, 1, 1.1), "outside"),
+        ((0.5, 0, 0.5, 1), "no area"),
+        ((0.5, 0.2, 0.9, 0.1), "no area"),
+    ],
+)
+def test_box_fault(box, fault):
+    assert box_fault(box) is None if fault is None else fault in box_fault(box)

@@ -1,0 +1,156 @@
+"""Rows are checked: every fault has its kind and says what is wrong."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from granvit.data import schema
+from granvit.data.schema import DataFault, decode_image, parse_region, parse_row
+
+REGION = {"box": [0.1, 0.2, 0.5, 0.6], "caption": "red ball", "kind": "natural", "score": None}
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def row(**changes) -> dict:
+    pixels = np.arange(12 * 16 * 3, dtype=np.uint8).reshape(12, 16, 3)
+    base = {
+        "id": "a",
+        "image": {"bytes": encoded(Image.fromarray(pixels)), "path": None},
+        "width": 16,
+        "height": 12,
+        "caption": "a scene",
+        "regions": [REGION],
+        "source": "scenes",
+        "licence": "CC0-1.0",
+    }
+    return base | changes
+
+
+def test_a_good_row():
+    sample = parse_row(row())
+    assert sample.image.shape == (12, 16, 3)
+    assert np.array_equal(sample.image.numpy().ravel(), np.arange(12 * 16 * 3).astype(np.uint8))
+    assert sample.regions[0].box == (0.1, 0.2, 0.5, 0.6)
+    assert (sample.id, sample.caption, sample.source, sample.licence) == ("a", "a scene", "scenes", "CC0-1.0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"box": [0.1, float("nan"), 0.5, 0.6]}, "box", "finite"),
+        ({"box": [0.1, 0.2, float("inf"), 0.6]}, "box", "finite"),
+        ({"box": [0.1, 0.2, 0.5]}, "box", "4 finite"),
+        ({"box": None}, "box", "4 finite"),
+        ({"box": [0.1, 0.2, 0.5, True]}, "box", "finite"),
+        ({"box": [0.5, 0.2, 0.1, 0.6]}, "box", "x1 < x2"),
+        ({"box": [0.1, 0.2, 0.1, 0.6]}, "box", "x1 < x2"),
+        ({"box": [0.1, 0.2, 1.2, 0.6]}, "box", "in \\[0, 1\\]"),
+        ({"box": [10, 20, 50, 60]}, "box", "in \\[0, 1\\]"),
+        ({"box": [1.0, 0.2, 1.0005, 0.6]}, "box", "x1 < x2"),
+        ({"caption": ""}, "region_caption", "text"),
+        ({"caption": " \n"}, "region_caption", "text"),
+        ({"caption": None}, "region_caption", "text"),
+        ({"kind": "text"}, "region_kind", "natural, ocr"),
+        ({"score": float("nan")}, "region_score", "finite"),
+    ],
+)
+def test_region_faults(changes, kind, message):
+    with pytest.raises(DataFault, match=message) as caught:
+        parse_region(REGION | changes)
+    assert caught.value.kind == kind
+
+
+def test_a_box_just_past_the_edge_is_cut():
+    assert parse_region(REGION | {"box": [-0.0005, 0, 1.0005, 1]}).box == (0.0, 0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"id": ""}, "id"),
+        ({"id": None}, "id"),
+        ({"caption": ""}, "caption"),
+        ({"caption": None, "regions": []}, "empty_row"),
+        ({"image": None}, "image"),
+        ({"image": {"bytes": b"no image", "path": None}}, "image"),
+        ({"image": {"bytes": None, "path": "/nowhere.png"}}, "image"),
+        ({"image": {"bytes": encoded(Image.new("RGB", (1, 1))), "path": None}}, "image_shape"),
+        ({"image": {"bytes": encoded(Image.new("L", (20000, 10))), "path": None}}, "image_shape"),
+    ],
+)
+def test_row_faults(changes, kind):
+    with pytest.raises(DataFault) as caught:
+        parse_row(row(**changes))
+    assert caught.value.kind == kind
+
+
+def test_a_bad_region_is_raised_or_dropped():
+    regions = [REGION, REGION | {"caption": ""}, REGION | {"box": [0, 0, 0, 0]}]
+    with pytest.raises(DataFault, match=r"regions\[1\]: caption"):
+        parse_row(row(regions=regions))
+    faults = []
+    assert len(parse_row(row(regions=regions), drop=faults.append).regions) == 1
+    assert [fault.kind for fault in faults] == ["region_caption", "box"]
+
+
+def test_broken_files_are_faults():
+    whole = encoded(Image.effect_noise((64, 64), 60).convert("RGB"), "JPEG")
+    flipped = bytearray(encoded(Image.effect_noise((64, 64), 60)))
+    flipped[len(flipped) // 2] ^= 0xFF
+    for broken in (whole[: len(whole) // 2], whole[:20], bytes(flipped), b"", b"P6 9 9 255\n" + bytes(300)):
+        with pytest.raises(DataFault) as caught:
+            decode_image(broken)
+        assert caught.value.kind == "image"
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
+    bomb = encoded(Image.new("1", (9000, 9000)))
+    monkeypatch.setattr(schema, "_to_rgb", lambda image: pytest.fail("decoded"))
+    with pytest.raises(DataFault, match="9000x9000") as caught:
+        decode_image(bomb)
+    assert caught.value.kind == "image_pixels"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    form = {"CMYK": "JPEG", "YCbCr": "JPEG"}.get(mode, "PNG")
+    if mode == "I;16":
+        image = Image.fromarray(np.full((8, 8), 51400, np.uint16))  # 200 * 257
+    elif mode == "1":
+        image = Image.new("1", (8, 8), 1)
+    else:
+        image = Image.new("RGB", (8, 8), (200, 200, 200))
+        image = image.quantize(4) if mode == "P" else image.convert(mode)
+    decoded = decode_image(encoded(image, form))
+    assert decoded.mode == "RGB"
+    expected = 255 if mode == "1" else 200
+    assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 3
+
+
+def test_transparency_is_laid_on_white():
+    assert decode_image(encoded(Image.new("RGBA", (8, 8), (9, 9, 9, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([9, 9, 9])
+    assert decode_image(encoded(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_floating_point_images_are_refused():
+    with pytest.raises(DataFault, match="floating"):
+        decode_image(encoded(Image.new("F", (8, 8), 0.5), "TIFF"))
+
+
+def test_exif_orientation_is_honoured():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    pixels = np.zeros((10, 20, 3), np.uint8)
+    pixels[:, :5] = 255  # the left edge becomes the top one
+    decoded = np.asarray(decode_image(encoded(Image.fromarray(pixels), exif=exif)))
+    assert decoded.shape == (20, 10, 3)
+    assert decoded[:5].min() == 255 and decoded[5:].max() == 0
