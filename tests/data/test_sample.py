@@ -261,7 +261,7 @@ def test_fonts_draw_every_character():
     for package, name in FONTS:
         face = font(package, name, 20)
         shapes = {bytes(face.getmask(character)) for character in everything + "\uffff"}
-        # Small capitals may share shapes with capitals; a missing glyph looks like that of no character at all.
+        # Small capitals share shapes with capitals; a missing glyph looks like that of no character.
         missing = bytes(face.getmask("\uffff"))
         assert not [character for character in everything if bytes(face.getmask(character)) == missing], name
         assert len(shapes) > 36, name

@@ -6,12 +6,10 @@ import hashlib
 import io
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +104,16 @@ def build_sample(
         for split, sources in counts(images, photos).items()
     }
     processes = workers if workers is not None else os.cpu_count() or 1
-    # The children only draw: none touches the threads and devices of the parent, which is what fork can't
-    # carry over.
-    pool = (
-        ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
-        if processes > 1
-        else nullcontext()
-    )
-    console = Console(stderr=True)
-    with pool as executor:
-        run = executor.map if executor else map
+    make = partial(_make, seed=seed, scenes=scenes)
+    # Fork, since children only draw: they need nothing of the parent's threads and devices, which is what
+    # fork can't carry over. They start here, before the progress bar's thread does.
+    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) if processes > 1 else None
+    try:
+        chunks = {split: (executor.map if executor else map)(make, todo) for split, todo in tasks.items()}
+        console = Console(stderr=True)
         splits = {
             split: track(
-                _rows(run, partial(_make, seed=seed, scenes=scenes), todo),
+                chain.from_iterable(chunks[split]),
                 f"Drawing the {split} split",
                 total=sum(task.stop - task.start for task in todo),
                 console=console,
@@ -127,6 +122,9 @@ def build_sample(
             for split, todo in tasks.items()
         }
         write_dataset(output_dir, splits)
+    finally:
+        if executor:
+            executor.shutdown(cancel_futures=True)
 
 
 def cached_sample(
@@ -148,11 +146,6 @@ def cached_sample(
             if not folder.exists():  # else another process was faster, and what it wrote is the same
                 raise
     return folder
-
-
-def _rows(run: Any, make: Any, tasks: Iterable[_Task]) -> Iterator[dict[str, Any]]:
-    for chunk in run(make, tasks):
-        yield from chunk
 
 
 def _make(task: _Task, seed: int, scenes: SceneConfig) -> list[dict[str, Any]]:
