@@ -10,6 +10,7 @@
 #include "common/isa.h"
 #include "cpu/pack_patches.h"
 #include "cpu/plan_packing.h"
+#include "cpu/region_attention.h"
 #include "cpu/roi_gather.h"
 
 namespace py = pybind11;
@@ -47,6 +48,37 @@ void bind_plan_packing(py::module_& m) {
         Release());
 }
 
+void bind_region_attention(py::module_& m) {
+    using granvit::RegionAttention;
+    using Sizes = std::array<int64_t, 5>;
+    // sizes: B, R, K, H, D. strides, in elements: of the query's regions (0: shared), the key's tokens and heads, the
+    // value's tokens and heads.
+    const auto problem = [](int dtype, Sizes sizes, Sizes strides, float scale, Address query, Address key, Address value,
+                            Address grids, Address cu_seqlens, Address output, Address lse) {
+        RegionAttention p{};
+        p.dtype = granvit::Dtype(dtype);
+        p.images = sizes[0], p.regions = sizes[1], p.queries = sizes[2], p.heads = sizes[3], p.size = sizes[4];
+        p.query_region_stride = strides[0], p.key_token_stride = strides[1], p.key_head_stride = strides[2];
+        p.value_token_stride = strides[3], p.value_head_stride = strides[4];
+        p.scale = scale;
+        p.query = at<void>(query), p.key = at<void>(key), p.value = at<void>(value);
+        p.grids = at<int32_t>(grids), p.cu_seqlens = at<int32_t>(cu_seqlens);
+        p.output = at<void>(output), p.lse = at<float>(lse);
+        return p;
+    };
+    py::class_<RegionAttention>(m, "RegionAttention").def(py::init(problem));
+    m.def("region_attention_forward", [](const RegionAttention& p, Address boxes, Address image, bool coverage, int threads) {
+        granvit::region_attention_forward(p, at<float>(boxes), at<int64_t>(image), coverage, threads);
+    }, Release());
+    m.def("region_attention_backward", [](RegionAttention p, Address boxes, Address image, bool coverage, int threads,
+                                          Address grad_output, Address grad_lse, Address grad_query, Address grad_key,
+                                          Address grad_value) {
+        p.grad_output = at<void>(grad_output), p.grad_lse = at<float>(grad_lse);
+        p.grad_query = at<float>(grad_query), p.grad_key = at<void>(grad_key), p.grad_value = at<void>(grad_value);
+        granvit::region_attention_backward(p, at<float>(boxes), at<int64_t>(image), coverage, threads);
+    }, Release());
+}
+
 void bind_roi_gather(py::module_& m) {
     using granvit::RoiGather;
     const auto problem = [](int dtype, Address grids, Address cu_seqlens, Address boxes, Address image, int64_t images,
@@ -76,5 +108,6 @@ PYBIND11_MODULE(_native, m) {
 #endif
     bind_pack_patches(m);
     bind_plan_packing(m);
+    bind_region_attention(m);
     bind_roi_gather(m);
 }

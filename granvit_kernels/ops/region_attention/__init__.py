@@ -27,24 +27,27 @@ def region_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each region's queries over the tokens whose cell meets its box with positive area.
 
-    output[r, k, h] = sum over those tokens t of softmax(scale * query[r, k, h] . key[t, h]) value[t, h]: [R, K, H, D] in
-    query's dtype (under autocast: in its dtype), accumulated in float32. Cell (y, x) of an image is the square
-    [x, x + 1] x [y, y + 1]. Time and memory go with the covered tokens: nothing of size [R, T] is made.
+    output[r, k, h] = sum over those tokens t of softmax(scale * query[r, k, h] . key[t, h]) value[t, h]:
+    [R, K, H, D] in query's dtype (under autocast: in its dtype), accumulated in float32. Cell (y, x) of an
+    image is the square [x, x + 1] x [y, y + 1]. Time and memory go with the covered tokens: nothing of size
+    [R, T] is made.
 
-    query [R, K, H, D], or [K, H, D] shared by all regions: float32, bfloat16, float16, or float64 (in the reference).
-    key, value [T, H, D]: of query's dtype, any strides. All three get gradients, once differentiable; deterministic, on the
-        CPU bit-equal for any number of threads.
+    query [R, K, H, D], or [K, H, D] shared by all regions: float32, bfloat16, float16, or float64 (in the
+        reference).
+    key, value [T, H, D]: of query's dtype, any strides. All three get gradients, once differentiable;
+        deterministic, on the CPU bit-equal for any number of threads.
     layout: of key and value, on their device.
-    boxes float32 [R, 4]: xyxy in patch units, image i spanning [0, w] x [0, h] (PackedLayout.to_grid); no gradient.
-        A box that meets no cell (inverted, empty or outside) gives zeros, lse -inf, and takes part in no gradient.
+    boxes float32 [R, 4]: xyxy in patch units, image i spanning [0, w] x [0, h] (PackedLayout.to_grid); no
+        gradient. A box that meets no cell (inverted, empty or outside) gives zeros, lse -inf, and takes part
+        in no gradient.
     image_index int32 or int64 [R]: the image of each box.
     scale: of the logits; None is D**-0.5.
-    coverage: add log(share of the token's cell that the box covers) to its logit, so that boxes smaller than a cell still
-        differ.
-    return_lse: return (output, lse), lse [R, K, H] float32 (float64 for float64): the natural log of the sum of the logits'
-        exponentials, scale and coverage included; differentiable.
-    Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an index outside
-    the layout; on a device such a box reads nothing and gives zeros.
+    coverage: add log(share of the token's cell that the box covers) to its logit, so that boxes smaller than
+        a cell still differ.
+    return_lse: return (output, lse), lse [R, K, H] float32 (float64 for float64): the natural log of the sum
+        of the logits' exponentials, scale and coverage included; differentiable.
+    Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an
+    index outside the layout; on a device such a box reads nothing and gives zeros.
     """
     device = query.device
     if torch.is_autocast_enabled(device.type):
@@ -54,7 +57,7 @@ def region_attention(
     checks.boxes(boxes, image_index)
     if query.dim() == 4 and query.shape[0] != boxes.shape[0]:
         raise ValueError(
-            f"query is {checks.describe(query)}; with R first it takes R = {boxes.shape[0]}, the number of boxes"
+            f"query is {checks.describe(query)}; [R, K, H, D] takes R = {boxes.shape[0]}, the number of boxes"
         )
     checks.same_device(
         device, key=key, value=value, layout=layout.grids, boxes=boxes, image_index=image_index
@@ -71,8 +74,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> N
     """Shapes and dtypes of the three."""
     if query.dim() not in (3, 4) or query.dtype not in _DTYPES or 0 in query.shape[-3:]:
         raise ValueError(
-            f"query is {checks.describe(query)}; it takes float32, bfloat16, float16 or float64 [R, K, H, D] or [K, H, D], "
-            "with K, H and D at least 1"
+            f"query is {checks.describe(query)}; it takes float32, bfloat16, float16 or float64 "
+            "[R, K, H, D] or [K, H, D], with K, H and D at least 1"
         )
     for name, tensor in (("key", key), ("value", value)):
         checks.packed(name, tensor, layout, 3, "[T, H, D]")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from granvit_kernels import backends, checks
-from granvit_kernels.ops.region_attention import reference
+from granvit_kernels.ops.region_attention import cpu, reference
 from granvit_kernels.registration import Operator
 
-CANDIDATES = {"region_attention": {"reference": reference}}
+CANDIDATES = {"region_attention": {"cpu": cpu, "reference": reference}}
 
 
 def _backend(query: Tensor) -> Any:
@@ -29,12 +29,14 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor, scale: float, coverage: bool,
+    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+    lse: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor, scale: float,
+    coverage: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, contiguous, each in its tensor's shape and dtype."""
     return _backend(query).backward(
-        grad_output, grad_lse, query, key, value, output, lse, grids, cu_seqlens, boxes, image_index, scale, coverage
+        grad_output, grad_lse, query, key, value, output, lse, grids, cu_seqlens, boxes, image_index,
+        scale, coverage,
     )  # fmt: skip
 
 
@@ -65,8 +67,8 @@ operator = Operator.define(
     f"region_attention(Tensor query, Tensor key, Tensor value, {_LAYOUT_AND_BOXES}) -> (Tensor, Tensor)",
     forward,
     _fake_forward,
-    backward_schema="region_attention_backward(Tensor grad_output, Tensor grad_lse, Tensor query, Tensor key, "
-    f"Tensor value, Tensor output, Tensor lse, {_LAYOUT_AND_BOXES}) -> (Tensor, Tensor, Tensor)",
+    backward_schema="region_attention_backward(Tensor grad_output, Tensor grad_lse, Tensor query, "
+    f"Tensor key, Tensor value, Tensor output, Tensor lse, {_LAYOUT_AND_BOXES}) -> (Tensor, Tensor, Tensor)",
     backward_launch=backward,
     backward_fake=_fake_backward,
     setup_context=_setup_context,

@@ -17,7 +17,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def covered_cells(box: list[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """The cells (row0, row1, column0, column1), ends excluded, that a box [x1, y1, x2, y2] meets with positive area.
+    """Cells (row0, row1, column0, column1), ends excluded, that a box x1 y1 x2 y2 meets with positive area.
 
     Cell (y, x) is the square [x, x+1] x [y, y+1]. A box without area, or with a NaN, meets nothing.
     """
@@ -31,8 +31,8 @@ def covered_cells(box: list[float], height: int, width: int) -> tuple[int, int, 
 def log_share(low: Tensor, high: Tensor, first: int, last: int) -> Tensor:
     """Log of the share of each cell [i, i+1], first <= i < last, that [low, high] covers: [last - first].
 
-    low and high are float32 scalars; so is the share. Logs of the two axes are added, not the shares multiplied:
-    the product of two tiny shares would be 0.
+    low and high are float32 scalars; so is the share. Logs of the two axes are added, not the shares
+    multiplied: the product of two tiny shares would be 0.
     """
     cell = torch.arange(first, last, device=low.device, dtype=torch.float32)
     return (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).log()
@@ -118,9 +118,10 @@ def backward(
     scale: float,
     coverage: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, each in its tensor's shape and dtype; probabilities are recomputed from lse.
+    """Gradients of query, key and value, each in its tensor's shape and dtype.
 
-    With p = exp(logits - lse) and g = grad_output:  dv = p g,  d logits = p (g.v - g.output + grad_lse).
+    With p = exp(logits - lse), recomputed, and g = grad_output:
+    dv = p g, dlogits = p (g.v - g.output + grad_lse).
     """
     count = boxes.shape[0]
     queries = _wide(query).expand(count, *query.shape[-3:])
@@ -137,7 +138,7 @@ def backward(
             through_value = torch.einsum("khd,nhd->khn", gradient, _wide(value[tokens]))
             grad_logits = weights * (through_value - shift[..., None]) * scale
             grad_queries[region] = torch.einsum("khn,nhd->khd", grad_logits, keys)
-            # A region's tokens are distinct, so that index_add_ has one term a row and regions add in their order.
+            # A region's tokens are distinct: index_add_ has one term a row, and regions add in their order.
             grad_key.index_add_(0, tokens, torch.einsum("khn,khd->nhd", grad_logits, queries[region]))
             grad_value.index_add_(0, tokens, torch.einsum("khn,khd->nhd", weights, gradient))
     if query.dim() == 3:
