@@ -95,13 +95,13 @@ def parse_row(
     max_pixels: int = MAX_PIXELS,
     decode: bool = True,
 ) -> Sample:
-    """A row of a Gran dataset, with `image` either decoded by `datasets` or as {"bytes", "path"}, as a
-    `Sample`.
+    """A row of a Gran dataset as a `Sample`; its `image` is decoded by `datasets` or {"bytes", "path"}.
 
     Without `drop`, the first fault is raised. With it, faults of single regions are handed to `drop`, those
-    regions are left out, and only what makes the whole row useless is raised.
+    regions are left out, and only what makes the whole row useless is raised. Without `decode`, the picture
+    is not looked at, and the sample's image is a blank of the row's width and height.
 
-    Raises DataFault of kind `id`, `caption`, `empty_row` or of `decode_image` or `parse_region`.
+    Raises DataFault of kind `id`, `caption`, `empty_row`, `size` or of `decode_image` or `parse_region`.
     """
     import torch
 
@@ -125,7 +125,10 @@ def parse_row(
     if decode:
         image = torch.from_numpy(np.array(decode_image(row.get("image"), max_pixels)))
     else:
-        image = torch.zeros((), dtype=torch.uint8).expand(row["height"], row["width"], 3)
+        sides = row.get("height"), row.get("width")
+        if not all(isinstance(side, int) and side >= 1 for side in sides):
+            raise DataFault("size", f"height and width must be integers >= 1, got {sides}")
+        image = torch.zeros((), dtype=torch.uint8).expand(*sides, 3)
     return Sample(
         id=row_id,
         image=image,

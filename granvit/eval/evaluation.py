@@ -15,7 +15,7 @@ from granvit.data.schema import Sample
 from granvit.eval.metrics import Prediction, summarise
 
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 48  # of a caption; a box ends where its written form does
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,10 @@ def evaluate(
             questions=[a.question for a in batch],
             image_index=None if blind == "text" else [ids.index(a.sample.id) for a in batch],
         ).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        length = MAX_NEW_TOKENS
+        if {a.truth["task"] for a in batch} == {CAPTION2BBOX}:
+            length = 4 + max(map(len, processor.answer_ids([a.question.answer for a in batch])))
+        out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
         answers += processor.decode_answers(out)
     model.train(training)
 

@@ -100,6 +100,15 @@ def test_a_bad_region_is_left_out_and_counted():
     assert data.faults.summary() == "1 of 20 rows have faults (region_caption 1)"
 
 
+def test_annotations_leave_the_picture_alone():
+    made = rows(20, {0: BROKEN, 1: {"width": None}, 2: {"regions": [EMPTY, GOOD]}})
+    data = GranDataset(datasets.Dataset.from_list(made, features=FEATURES), fault_budget=0.2)
+    assert data.annotations(0).image.shape == (8, 12, 3)
+    assert data.annotations(1) is None and dict(data.faults.counts) == {"size": 1}
+    assert data.annotations(2).regions == data[2].regions
+    assert dict(data.faults.counts) == {"size": 1, "region_caption": 1}
+
+
 def test_the_budget():
     set_ = datasets.Dataset.from_list(rows(20, {1: BROKEN, 2: BROKEN, 3: BROKEN}), features=FEATURES)
     data = GranDataset(set_, fault_budget=0.1)

@@ -25,6 +25,9 @@ class Processor:
     def __call__(self, images, questions, image_index):
         return Inputs(images=images, questions=questions, image_index=image_index)
 
+    def answer_ids(self, answers):
+        return [[*answer.encode(), 0] for answer in answers]
+
     def decode_answers(self, answers):
         return answers
 
@@ -43,10 +46,12 @@ class Scripted(torch.nn.Module):
         self.answer = answer
         self.batches = []
         self.modes = set()
+        self.lengths = []
 
     def generate(self, images, questions, image_index, max_new_tokens, do_sample):
         self.batches.append((len(images or ()), len(questions)))
         self.modes.add(self.training)
+        self.lengths.append(max_new_tokens)
         shown = [None] * len(questions) if images is None else [images[i] for i in image_index]
         colours = [None if s is None else tuple(s[0, 0].tolist()) for s in shown]
         return [self.answer(q, colour) for q, colour in zip(questions, colours, strict=True)]
@@ -107,6 +112,12 @@ def test_each_question_is_asked_of_its_own_image_and_an_image_stands_once_in_a_b
     evaluate(model, Processor(), dataset, tasks=(BBOX2CAPTION,), batch_size=4)
     assert sorted(seen) == sorted((a.sample.id, a.question.answer) for a in ask(dataset, (BBOX2CAPTION,)))
     assert model.batches == [(2, 4), (2, 2)]  # the natural regions of a and c, then the text of b and d
+
+
+def test_a_box_gets_the_tokens_that_its_written_form_needs(dataset):
+    model = Scripted(lambda q, _: "")
+    evaluate(model, Processor(), dataset, batch_size=6)
+    assert model.lengths == [48, len("[0.500, 0.000, 1.000, 1.000]") + 1 + 4]
 
 
 def test_blind_other_image_shows_a_derangement_within_sources(dataset):
