@@ -43,10 +43,15 @@ GRANVIT_HOST_DEVICE inline int64_t axis_weights(const Axis& axis, int64_t i, flo
     int64_t to = int64_t(ceil(centre + axis.support - 0.5));         // one past the last
     from = from > axis.begin ? from : axis.begin;
     to = to < axis.end ? to : axis.end;
+    const double slope = 1.0 / axis.support;
     double sum = 0.0;
-    for (int64_t j = from; j < to; ++j) sum += 1.0 - fabs(double(j) + 0.5 - centre) / axis.support;
-    for (int64_t j = from; j < to; ++j)
-        weights[j - from] = float((1.0 - fabs(double(j) + 0.5 - centre) / axis.support) / sum);
+    for (int64_t j = from; j < to; ++j) {
+        const double weight = 1.0 - fabs(double(j) + 0.5 - centre) * slope;
+        weights[j - from] = float(weight);
+        sum += weight;
+    }
+    const double share = 1.0 / sum;
+    for (int64_t j = from; j < to; ++j) weights[j - from] = float(weights[j - from] * share);
     *first = from;
     return to - from;
 }

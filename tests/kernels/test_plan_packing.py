@@ -1,5 +1,6 @@
 """plan_packing: its promises, and the C++ against the specification in Python."""
 
+import gc
 import math
 import random
 
@@ -69,6 +70,17 @@ def test_mixed_lengths_need_few_lists(kind, count):
 def test_many_lengths_follow_the_specification(kind):
     lengths = mixed(kind, 20_000, 2048)
     assert plan_packing(lengths, 2048) == best_fit_decreasing(lengths, 2048)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_leaves_the_garbage_collector_as_it_was(enabled):
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        plan_packing([1, 2, 3], 4)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_runs_without_the_native_library(monkeypatch):
