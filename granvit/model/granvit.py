@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,7 +135,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
             tokenizer.pad_token = tokenizer.eos_token
         made = GranViTConfig(
             vision_config=encoder.config,
-            text_config=model.config,
+            text_config=deepcopy(model.config),  # transformers resets what a configuration's parts share
             text_vocab=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

