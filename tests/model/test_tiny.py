@@ -25,7 +25,11 @@ def test_tokenizer_gives_back_any_text_and_splits_numbers():
 
 def test_fixed_sentences_are_single_tokens():
     _, processor = build_tiny(TEXTS, box_style="tokens")
-    asked = [describe_box((0, 0, 1, 1), box_style="tokens").prompt, find_box("a red circle").prompt, DESCRIBE_IMAGE]
+    asked = [
+        describe_box((0, 0, 1, 1), box_style="tokens").prompt,
+        find_box("a red circle").prompt,
+        DESCRIBE_IMAGE,
+    ]
     lengths = [len(ids) for ids in processor.prompt_ids(asked)]
     assert lengths[0] == 3 and lengths[1] <= 6 and lengths[2] == 1
 
