@@ -79,7 +79,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--output", default="found.png", metavar="PNG", help="where --find draws the box (found.png)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not Path(options.output).resolve().parent.is_dir():
+        parser.error(f"--output {options.output}: there is no such folder")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from granvit.data.loader import GranDataset
 from granvit.data.prompts import CAPTION2BBOX
@@ -44,6 +45,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no such folder")
     return options
 
 
@@ -52,7 +55,7 @@ def train_split(options: argparse.Namespace, console: Console) -> GranDataset | 
     try:
         return GranDataset(options.data, "train", options.fault_budget)
     except ValueError as error:
-        console.print(f"[yellow]no floors: {error}")
+        console.print(f"no floors: {error}", style="yellow", markup=False)
         return None
 
 
@@ -71,7 +74,9 @@ def table(title: str, names: list[str], columns: dict[str, dict[str, float]]) ->
         for name in group:
             scale, digits = (1, 2) if name.endswith("cider") else (100, 1)
             values = (column.get(name) for column in columns.values())
-            out.add_row(name, *("" if value is None else f"{scale * value:.{digits}f}" for value in values))
+            out.add_row(
+                Text(name), *("" if value is None else f"{scale * value:.{digits}f}" for value in values)
+            )
     return out
 
 
@@ -103,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         "asked: " + ", ".join(f"{name} {number}" for name, number in asked.items() if "/" not in name)
     )
     if test.faults.counts:
-        console.print(f"[yellow]left out: {test.faults.summary()}")
+        console.print(f"left out: {test.faults.summary()}", style="yellow", markup=False)
     if options.json:
         result = {
             "model": str(options.model),
@@ -116,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
             "predictions": found.predictions,
         }
         Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
-        console.print(f"written to {options.json}")
+        console.print(f"written to {options.json}", markup=False)
     return 0
 
 

@@ -1,12 +1,14 @@
 """python -m granvit.eval, on a tiny untrained model."""
 
+import io
 import json
 import re
 
 import datasets
 import pytest
+from rich.console import Console
 
-from granvit.eval.__main__ import main
+from granvit.eval.__main__ import main, table
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
@@ -69,3 +71,16 @@ def test_numbers_out_of_range_are_usage_errors(capsys):
     with pytest.raises(SystemExit):
         main(["model", "--data", "data", "--batch-size", "0"])
     assert "--batch-size must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_result_that_could_not_be_written_is_said_before_the_work(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["model", "--data", "data", "--json", str(tmp_path / "none" / "result.json")])
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_sources_name_is_text_and_no_markup():
+    name = "[red]/bbox2caption_exact"
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(table("title", [name], {"model": {name: 0.5}}))
+    assert name in shown.getvalue() and "50.0" in shown.getvalue()

@@ -73,7 +73,7 @@ def test_other_bad_input_is_one_line(ask, tmp_path):
     assert ask("--find", "  ")[2] == "error: the sentence to find is empty; describe one thing in the picture"
     assert "no picture at" in ask("--find", "x", image=tmp_path / "none.png")[2]
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
-    assert "error: not a readable image" in ask("--find", "x", image=tmp_path / "broken.jpg")[2]
+    assert ask("--find", "x", image=tmp_path / "broken.jpg")[2].startswith("error: ")
 
 
 def test_draw_keeps_the_size_of_a_large_picture():
