@@ -11,6 +11,8 @@ import datasets
 
 from granvit.data.schema import FEATURES, DataFault, Sample, parse_row
 
+ACCEPTED = "a folder written by save_to_disk, or Parquet files (one, or a folder of SPLIT*.parquet)"
+
 log = logging.getLogger(__name__)
 
 
@@ -122,28 +124,31 @@ class GranDataset:
 
 
 def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:
-    accepted = (
-        "a folder written by save_to_disk, or Parquet files (a file, a folder, or SPLIT*.parquet in a folder)"
-    )
     if not path.exists():
-        raise ValueError(f"no dataset at {path}: there is nothing there; accepted: {accepted}")
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return datasets.load_from_disk(str(path))
-    files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
-    if not files:
-        names = (
-            sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else [f"the file {path.name}"]
-        )
-        raise ValueError(
-            f"no dataset at {path}: found {', '.join(names) or 'an empty folder'}; accepted: {accepted}"
-        )
-    groups: dict[str, list[str]] = {}
+        raise ValueError(f"no dataset at {path}: there is nothing there; accepted: {ACCEPTED}")
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return datasets.load_from_disk(str(path))
+        files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
+        if files:
+            return _from_parquet(path, files)
+    # What `datasets` raises on damaged files is not documented; these have been seen.
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"the dataset at {path} can't be opened: {error}") from error
+    names = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else [f"the file {path.name}"]
+    raise ValueError(
+        f"no dataset at {path}: found {', '.join(names) or 'an empty folder'}; accepted: {ACCEPTED}"
+    )
+
+
+def _from_parquet(path: Path, files: list[Path]) -> datasets.DatasetDict:
+    """Splits by names as on the hub: train.parquet, train-00000-of-00002.parquet, train/0.parquet; else
+    "train"."""
+    splits: dict[str, list[str]] = {}
     for file in files:
-        # As the hub names them: train.parquet, train-00000-of-00002.parquet, train/0.parquet; others are
-        # "train".
         inside = file.relative_to(path).parts[0] if file != path else file.name
         split = next((name for name in ("train", "validation", "test") if inside.startswith(name)), "train")
-        groups.setdefault(split, []).append(str(file))
+        splits.setdefault(split, []).append(str(file))
     return datasets.DatasetDict(
-        {split: datasets.Dataset.from_parquet(found) for split, found in groups.items()}
+        {split: datasets.Dataset.from_parquet(found) for split, found in splits.items()}
     )

@@ -101,7 +101,8 @@ def parse_row(
     regions are left out, and only what makes the whole row useless is raised. Without `decode`, the picture
     is not looked at, and the sample's image is a blank of the row's width and height.
 
-    Raises DataFault of kind `id`, `caption`, `empty_row`, `size` or of `decode_image` or `parse_region`.
+    Raises DataFault of kind `id`, `caption`, `regions`, `empty_row`, `size` or of `decode_image` or
+    `parse_region`.
     """
     import torch
 
@@ -111,8 +112,11 @@ def parse_row(
     caption = row.get("caption")
     if caption is not None and (not isinstance(caption, str) or not caption.strip()):
         raise DataFault("caption", f"caption must be null or a string with text in it, got {caption!r}")
+    listed = row.get("regions") or []
+    if not isinstance(listed, list):
+        raise DataFault("regions", f"regions must be a list, got {type(listed).__name__}")
     regions = []
-    for index, region in enumerate(row.get("regions") or ()):
+    for index, region in enumerate(listed):
         try:
             regions.append(parse_region(region))
         except DataFault as fault:
@@ -142,11 +146,13 @@ def parse_row(
 def parse_region(region: Mapping[str, Any]) -> Region:
     """One entry of `regions`, checked.
 
-    Raises DataFault of kind `box` (not 4 finite numbers, outside the image, inverted, no area),
-    `region_caption`, `region_kind` or `region_score`.
+    Raises DataFault of kind `regions` (no such structure), `box` (not 4 finite numbers, outside the image,
+    inverted, no area), `region_caption`, `region_kind` or `region_score`.
     """
+    if not isinstance(region, Mapping):
+        raise DataFault("regions", f"a region must have named fields, got {region!r:.80}")
     box = region.get("box")
-    if box is None or len(box) != 4 or not all(_is_number(side) for side in box):
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(side) for side in box):
         raise DataFault("box", f"box must be 4 finite numbers [x1, y1, x2, y2], got {box!r}")
     if min(box) < -BOX_TOLERANCE or max(box) > 1 + BOX_TOLERANCE:
         raise DataFault("box", f"box must lie in [0, 1], relative to the image, got {list(box)}")

@@ -156,3 +156,25 @@ def test_writing_is_all_or_nothing(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     write_dataset(tmp_path / "empty", {"train": rows(1)})
     assert len(GranDataset(tmp_path / "empty")) == 1
+
+
+def test_damaged_datasets(folder, tmp_path):
+    (folder / "dataset_dict.json").write_text("{")
+    with pytest.raises(ValueError, match="set can't be opened"):
+        GranDataset(folder)
+    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (folder / "train" / "data-00000-of-00001.arrow").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="set can't be opened"):
+        GranDataset(folder)
+    (tmp_path / "a.parquet").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="a.parquet can't be opened"):
+        GranDataset(tmp_path / "a.parquet")
+
+
+def test_columns_of_another_shape_are_faults():
+    made = [row | {"regions": "boxes"} for row in rows(3)]
+    data = GranDataset(datasets.Dataset.from_list(made), fault_budget=1)
+    assert data[0] is None and dict(data.faults.counts) == {"regions": 1}
+    made = [row | {"regions": ["boxes"], "caption": "a scene"} for row in rows(3)]
+    data = GranDataset(datasets.Dataset.from_list(made), fault_budget=1)
+    assert data[0].regions == () and dict(data.faults.counts) == {"regions": 1}

@@ -22,7 +22,7 @@ from granvit.data.sample.pages import draw_page
 from granvit.data.sample.photographs import FOLDER, photographs
 from granvit.data.sample.scenes import SceneConfig, draw_scene
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Raised whenever equal arguments make other pictures or sentences, so that no cache goes stale."""
 
 SOURCES = ("photographs", "scenes", "scenes-heldout", "pages")

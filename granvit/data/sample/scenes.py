@@ -46,7 +46,7 @@ class SceneConfig:
     long_side: of a picture, in pixels.
     """
 
-    kinds: int = 8
+    kinds: int = 6
     patterns: int = 5
     colours: int = 6
     held_out: int = 8
@@ -111,14 +111,14 @@ class Scene:
 def held_out_pairs(config: SceneConfig) -> tuple[tuple[str, str], ...]:
     """The (kind, colour) and (pattern, colour) pairs that are never in train, taken in turns.
 
-    Strides spread them, so that every kind, pattern and colour is in train all the same.
+    Each is of another kind or pattern and of another colour, so every one is in train all the same.
     """
     colours = tuple(COLOURS)[: config.colours]
     pairs = []
     for index in range(config.held_out):
         step = index // 2
         if index % 2 == 0:
-            pairs.append((KINDS[(2 * step + step // 4) % config.kinds], colours[step % config.colours]))
+            pairs.append((KINDS[step % config.kinds], colours[step % config.colours]))
         else:
             pairs.append((PATTERNS[step % config.patterns], colours[(step + 3) % config.colours]))
     return tuple(dict.fromkeys(pairs))
