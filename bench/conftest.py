@@ -1,8 +1,8 @@
 """Times an operator beside its peers, and keeps what was measured.
 
 `pytest bench` runs all of it. Providers alternate within one run, so that what else the machine does meets
-all of them; figures are ratios of medians. malloc keeps freed memory instead of handing it back to the system:
-else the page faults of a fresh output would be timed with the work, for every provider.
+all of them; figures are ratios of medians. malloc keeps freed memory, as a training run does: else the page
+faults of a fresh output would be timed with the work, for every provider.
 """
 
 from __future__ import annotations

@@ -24,36 +24,34 @@ struct Axis {
 
     // Every output pixel is one source pixel: nothing to resample.
     GRANVIT_HOST_DEVICE bool copies() const { return step == 1.0 && a == double(begin); }
-    // No output has more source pixels than this.
-    GRANVIT_HOST_DEVICE int64_t max_taps() const {
-        int64_t taps = int64_t(ceil(2.0 * support)) + 1;
-        return taps < end - begin ? taps : end - begin;
+    // Source pixels that get a weight, the same number for every output: an open interval of 2 * support holds no more.
+    GRANVIT_HOST_DEVICE int64_t taps() const {
+        const int64_t widest = int64_t(ceil(2.0 * support));
+        return widest < end - begin ? widest : end - begin;
     }
 };
 
 GRANVIT_HOST_DEVICE inline Axis make_axis(double a, double b, int64_t outputs) {
-    double step = (b - a) / double(outputs);
+    const double step = (b - a) / double(outputs);
     return {a, step, step > 1.0 ? step : 1.0, int64_t(floor(a)), int64_t(ceil(b)), outputs};
 }
 
-// Writes output i's weights, which sum to 1, and its first source pixel; returns how many there are.
-GRANVIT_HOST_DEVICE inline int64_t axis_weights(const Axis& axis, int64_t i, float* weights, int64_t* first) {
-    double centre = axis.a + (double(i) + 0.5) * axis.step;
-    int64_t from = int64_t(floor(centre - axis.support - 0.5)) + 1;  // the first with |j + 1/2 - centre| < support
-    int64_t to = int64_t(ceil(centre + axis.support - 0.5));         // one past the last
-    from = from > axis.begin ? from : axis.begin;
-    to = to < axis.end ? to : axis.end;
-    const double slope = 1.0 / axis.support;
+// Writes output i's weights [taps], which sum to 1, and returns the source pixel of the first.
+GRANVIT_HOST_DEVICE inline int64_t axis_weights(const Axis& axis, int64_t i, float* weights) {
+    const double centre = axis.a + (double(i) + 0.5) * axis.step, slope = 1.0 / axis.support;
+    const int64_t taps = axis.taps(), latest = axis.end - taps;
+    int64_t first = int64_t(floor(centre - axis.support - 0.5)) + 1;  // |first + 1/2 - centre| < support
+    first = first > axis.begin ? first : axis.begin;
+    first = first < latest ? first : latest;
     double sum = 0.0;
-    for (int64_t j = from; j < to; ++j) {
-        const double weight = 1.0 - fabs(double(j) + 0.5 - centre) * slope;
-        weights[j - from] = float(weight);
+    for (int64_t t = 0; t < taps; ++t) {
+        const double weight = fmax(0.0, 1.0 - fabs(double(first + t) + 0.5 - centre) * slope);
+        weights[t] = float(weight);
         sum += weight;
     }
     const double share = 1.0 / sum;
-    for (int64_t j = from; j < to; ++j) weights[j - from] = float(weights[j - from] * share);
-    *first = from;
-    return to - from;
+    for (int64_t t = 0; t < taps; ++t) weights[t] = float(weights[t] * share);
+    return first;
 }
 
 }  // namespace granvit

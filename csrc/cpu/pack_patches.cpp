@@ -12,7 +12,7 @@ namespace {
 // Where one axis' weights lie in the storage that all crops of a call share.
 struct AxisPlan {
     Axis axis;
-    int64_t stride, weights, outputs;  // offsets: weights + i * stride, outputs + i
+    int64_t taps, weights, outputs;  // output i: weights + i * taps in the one, outputs + i in the other
 };
 
 struct Crop {
@@ -22,33 +22,30 @@ struct Crop {
 
 struct Storage {
     std::vector<float> weights;
-    std::vector<int32_t> first, count;
+    std::vector<int32_t> first;
     int64_t num_weights = 0, num_outputs = 0;
 
     AxisPlan reserve(double a, double b, int64_t outputs) {
         AxisPlan plan{make_axis(a, b, outputs), 0, num_weights, num_outputs};
         if (plan.axis.copies()) return plan;
-        plan.stride = plan.axis.max_taps();
-        num_weights += plan.stride * outputs;
+        plan.taps = plan.axis.taps();
+        num_weights += plan.taps * outputs;
         num_outputs += outputs;
         return plan;
     }
     void allocate() {
         weights.resize(num_weights);
         first.resize(num_outputs);
-        count.resize(num_outputs);
     }
     void fill(const AxisPlan& plan) {
         if (plan.axis.copies()) return;
         for (int64_t i = 0; i < plan.axis.outputs; ++i) {
-            int64_t from;
-            count[plan.outputs + i] = int32_t(axis_weights(plan.axis, i, &weights[plan.weights + i * plan.stride], &from));
-            first[plan.outputs + i] = int32_t(from - plan.axis.begin);
+            const int64_t pixel = axis_weights(plan.axis, i, &weights[plan.weights + i * plan.taps]);
+            first[plan.outputs + i] = int32_t(pixel - plan.axis.begin);
         }
     }
     Taps taps(const AxisPlan& plan) const {
-        return {plan.axis.copies(), plan.stride, weights.data() + plan.weights, first.data() + plan.outputs,
-                count.data() + plan.outputs};
+        return {plan.axis.copies(), plan.taps, weights.data() + plan.weights, first.data() + plan.outputs};
     }
 };
 

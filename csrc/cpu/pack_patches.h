@@ -24,10 +24,9 @@ void pack_patches(const PackPatches& job, int threads);
 // The weights of one axis of one crop.
 struct Taps {
     bool copies;           // output i is source pixel i: the rest is unused
-    int64_t stride;
-    const float* weights;  // [outputs, stride]
-    const int32_t* first;  // [outputs], counted from the start of the window
-    const int32_t* count;  // [outputs]
+    int64_t taps;
+    const float* weights;  // [outputs, taps]
+    const int32_t* first;  // [outputs] source pixel of the first weight, from the start of the window
 };
 
 // What an instruction set does at once: one row of patches of one crop.

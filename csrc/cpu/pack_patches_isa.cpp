@@ -29,25 +29,29 @@ inline Vec load(const uint8_t* p) {
 }
 
 constexpr float ONE = 1;
+constexpr int AHEAD = 512;  // bytes: so many rows at once are more than the hardware's prefetcher follows
 
 // out[k] = sum over t of weights[t] * source[t * stride + k] for N vectors of k, kept in registers
 template <int N>
-inline void blend_block(const uint8_t* source, int64_t stride, const float* weights, int count, float* out) {
+inline void blend_block(const uint8_t* source, int64_t stride, const float* weights, int64_t taps, float* out) {
     Vec sum[N] = {};
-    for (int t = 0; t < count; ++t, source += stride) {
+    for (int64_t t = 0; t < taps; ++t, source += stride) {
+        __builtin_prefetch(source + AHEAD);
+        __builtin_prefetch(source + AHEAD + 64);
         const Vec weight = splat(weights[t]);
         for (int n = 0; n < N; ++n) sum[n] += weight * load(source + n * WIDTH);
     }
     for (int n = 0; n < N; ++n) store(out + n * WIDTH, sum[n]);
 }
 
-inline void blend_rows(const uint8_t* source, int64_t stride, const float* weights, int count, int64_t values, float* out) {
+inline void blend_rows(const uint8_t* source, int64_t stride, const float* weights, int64_t taps, int64_t values,
+                       float* out) {
     int64_t k = 0;
-    for (; k + 8 * WIDTH <= values; k += 8 * WIDTH) blend_block<8>(source + k, stride, weights, count, out + k);
-    for (; k + WIDTH <= values; k += WIDTH) blend_block<1>(source + k, stride, weights, count, out + k);
+    for (; k + 8 * WIDTH <= values; k += 8 * WIDTH) blend_block<8>(source + k, stride, weights, taps, out + k);
+    for (; k + WIDTH <= values; k += WIDTH) blend_block<1>(source + k, stride, weights, taps, out + k);
     for (; k < values; ++k) {
         float sum = 0;
-        for (int t = 0; t < count; ++t) sum += weights[t] * float(source[t * stride + k]);
+        for (int64_t t = 0; t < taps; ++t) sum += weights[t] * float(source[t * stride + k]);
         out[k] = sum;
     }
 }
@@ -55,10 +59,10 @@ inline void blend_rows(const uint8_t* source, int64_t stride, const float* weigh
 // Reads one float past the row's last pixel and writes one past the line's: both have padding.
 inline void blend_columns(const float* row, const Taps& taps, int64_t outputs, float* line) {
     for (int64_t i = 0; i < outputs; ++i) {
-        const float* weights = taps.weights + i * taps.stride;
+        const float* weights = taps.weights + i * taps.taps;
         const float* source = row + 3 * taps.first[i];
         Pixel sum = {};
-        for (int t = 0; t < taps.count[i]; ++t) sum += weights[t] * *reinterpret_cast<const PixelU*>(source + 3 * t);
+        for (int64_t t = 0; t < taps.taps; ++t) sum += weights[t] * *reinterpret_cast<const PixelU*>(source + 3 * t);
         *reinterpret_cast<PixelU*>(line + 3 * i) = sum;
     }
 }
@@ -97,8 +101,8 @@ void patch_row(const PatchRow& job) {
             continue;
         }
         const uint8_t* source = job.window + (rows.copies ? y : rows.first[y]) * job.row_stride;
-        blend_rows(source, job.row_stride, rows.copies ? &ONE : rows.weights + y * rows.stride,
-                   rows.copies ? 1 : rows.count[y], 3 * job.window_width, job.row);
+        blend_rows(source, job.row_stride, rows.copies ? &ONE : rows.weights + y * rows.taps,
+                   rows.copies ? 1 : rows.taps, 3 * job.window_width, job.row);
         if (!columns.copies) blend_columns(job.row, columns, job.grid_width * job.patch_size, job.line);
         store_line<float, T>(job, columns.copies ? job.row : job.line, r);
     }
