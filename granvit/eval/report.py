@@ -228,8 +228,8 @@ def choose(predictions: dict[str, list[Prediction]]) -> list[dict[str, Any]]:
             draw = random.Random(0)
             shown = [p for part in (right, wrong) for p in draw.sample(part, min(PICTURES, len(part)))]
             groups.append(
-                {"stage": STAGES[stage], "task": task, "source": source, "right": len(right), "of": len(mine)}
-                | {"predictions": shown}
+                {"stage": STAGES[stage], "task": task, "source": source, "kind": kind}
+                | {"right": len(right), "of": len(mine), "predictions": shown}
             )
     return groups
 
