@@ -96,6 +96,10 @@ def packed_attention(
         if varlen_attn is not None:
             cu, longest = layout.cu_seqlens, layout.max_seqlen
             return varlen_attn(q, k, v, cu, cu, longest, longest)
+    if q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16):
+        # PyTorch's CPU attention is many times slower backward in half precision than in float32.
+        with torch.autocast("cpu", enabled=False):
+            return packed_attention(q.float(), k.float(), v.float(), layout, lengths).to(q.dtype)
     runs = [(length, sum(1 for _ in run)) for length, run in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     pieces = []
