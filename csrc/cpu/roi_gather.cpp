@@ -12,8 +12,8 @@ namespace {
 
 // Outputs larger than this go past the caches: they would only push the tokens out of them.
 constexpr int64_t STREAM_BYTES = int64_t(8) << 20;
-// Channels of one backward item: an image's float32 sums of so many channels stay in a core's L2 cache.
-constexpr int64_t BLOCK = 64;
+// Channels of one item: so much of an image (backward: in float32) stays in a core's L2 cache while its boxes pass.
+constexpr int64_t FORWARD_BLOCK = 128, BACKWARD_BLOCK = 64;
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -44,30 +44,49 @@ RoiLists cell_lists(const RoiLists& bins, int32_t* begin, RoiTap* taps) {
     std::fill(begin, begin + count + 2, 0);
     for (int32_t i = 0; i < total; ++i) ++begin[bins.taps[i].cell - first + 2];
     for (int32_t c = 0; c < count; ++c) begin[c + 2] += begin[c + 1];
-    // begin[c + 1] is now cell c's write position, and its end (begin of c + 1) after the last write.
+    // begin[c + 1] is cell c's write position now, and where cell c + 1 begins once all is written.
     for (int32_t bin = 0; bin < bins.count; ++bin)
         for (int32_t i = bins.begin[bin]; i < bins.begin[bin + 1]; ++i)
             taps[begin[bins.taps[i].cell - first + 1]++] = {bin, bins.taps[i].weight};
     return {begin, taps, first, count};
 }
 
-// Room for one box's bin lists.
-struct Scratch {
-    std::vector<int32_t> begin_y, begin_x;
-    std::vector<RoiTap> taps_y, taps_x;
-    Scratch(const RoiGather& p, int64_t taps_y, int64_t taps_x)
-        : begin_y(p.out_h + 1), begin_x(p.out_w + 1), taps_y(taps_y), taps_x(taps_x) {}
-};
+// What both directions need before the arithmetic.
+struct Plan {
+    std::vector<int64_t> begin, order;    // image i's boxes, in their order: order[begin[i]] to order[begin[i + 1]]
+    std::vector<RoiLists> rows, columns;  // each box's lists: cells of a bin, or bins of a cell
+    std::vector<RoiTap> taps;
+    std::vector<int32_t> begins;
 
-// One for each thread, large enough for every box.
-std::vector<Scratch> scratches(const RoiGather& p) {
-    int64_t most_y = 0, most_x = 0;
-    for (int64_t box = 0; box < p.num_boxes; ++box) {
-        most_y = std::max(most_y, axis_of(p, box, true).capacity());
-        most_x = std::max(most_x, axis_of(p, box, false).capacity());
+    Plan(const RoiGather& p, bool by_cell)
+        : begin(p.images + 2, 0), order(p.num_boxes), rows(p.num_boxes), columns(p.num_boxes) {
+        for (int64_t box = 0; box < p.num_boxes; ++box) ++begin[p.image[box] + 2];
+        for (int64_t image = 0; image < p.images; ++image) begin[image + 2] += begin[image + 1];
+        for (int64_t box = 0; box < p.num_boxes; ++box) order[begin[p.image[box] + 1]++] = box;
+
+        // Room: two lists of lists a box and axis, by bin and by cell (the latter only if asked for).
+        std::vector<int64_t> tap_at(2 * p.num_boxes + 1, 0), begin_at(2 * p.num_boxes + 1, 0);
+        for (int64_t i = 0; i < 2 * p.num_boxes; ++i) {
+            const RoiAxis axis = axis_of(p, i / 2, i % 2);
+            const int bins = i % 2 ? p.out_h : p.out_w;
+            tap_at[i + 1] = tap_at[i] + axis.capacity() * bins * (by_cell ? 2 : 1);
+            begin_at[i + 1] = begin_at[i] + bins + 1 + (by_cell ? axis.size + 2 : 0);
+        }
+        taps.resize(tap_at.back());
+        begins.resize(begin_at.back());
+        parallel_for((p.num_boxes + 15) / 16, p.threads, [&](int64_t item, int) {
+            for (int64_t i = 32 * item; i < std::min(32 * item + 32, 2 * p.num_boxes); ++i) {
+                const RoiAxis axis = axis_of(p, i / 2, i % 2);
+                const int bins = i % 2 ? p.out_h : p.out_w;
+                RoiTap* tap = taps.data() + tap_at[i];
+                int32_t* start = begins.data() + begin_at[i];
+                RoiLists lists = bin_lists(axis, bins, start, tap);
+                if (by_cell) lists = cell_lists(lists, start + bins + 1, tap + axis.capacity() * bins);
+                (i % 2 ? rows : columns)[i / 2] = lists;
+            }
+        });
     }
-    return std::vector<Scratch>(std::max(p.threads, 1), Scratch(p, most_y * p.out_h, most_x * p.out_w));
-}
+};
 
 }  // namespace
 
@@ -75,78 +94,57 @@ void roi_gather_forward(const RoiGather& p, const void* tokens, void* out) {
     if (p.num_boxes == 0 || p.channels == 0) return;
     const int64_t bins = int64_t(p.out_h) * p.out_w, item_bytes = size_of(p.dtype);
     const bool streaming = p.num_boxes * bins * p.channels * item_bytes > STREAM_BYTES;
-    // Few boxes share out their channels, so that every thread has work.
-    const int64_t parts = p.num_boxes >= 4 * p.threads ? 1 : (p.channels + 127) / 128;
-    const int64_t part = (((p.channels + parts - 1) / parts) + 63) / 64 * 64;
-    auto scratch = scratches(p);
-    parallel_for(p.num_boxes * parts, p.threads, [&](int64_t item, int thread) {
-        const int64_t box = item / parts, from = item % parts * part, to = std::min(from + part, p.channels);
-        if (from >= to) return;
-        Scratch& s = scratch[thread];
-        const int64_t image = p.image[box];
-        const RoiLists rows = bin_lists(axis_of(p, box, true), p.out_h, s.begin_y.data(), s.taps_y.data());
-        const RoiLists columns = bin_lists(axis_of(p, box, false), p.out_w, s.begin_x.data(), s.taps_x.data());
-        GRANVIT_BY_ISA(roi_gather_box, p.dtype,
-                       static_cast<const char*>(tokens) + p.cu_seqlens[image] * p.channels * item_bytes,
-                       static_cast<char*>(out) + box * bins * p.channels * item_bytes, p.channels, from, to,
-                       p.grids[2 * image + 1], rows, columns, streaming);
+    const Plan plan(p, false);
+
+    // An item is a block of channels of some boxes of one image.
+    const int64_t blocks = (p.channels + FORWARD_BLOCK - 1) / FORWARD_BLOCK;
+    const int64_t most = std::clamp<int64_t>(p.num_boxes * blocks / (4 * p.threads), 1, 64);
+    struct Item { int64_t image, block, from, to; };
+    std::vector<Item> items;
+    for (int64_t image = 0; image < p.images; ++image)
+        for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t from = plan.begin[image]; from < plan.begin[image + 1]; from += most)
+                items.push_back({image, block, from, std::min(from + most, plan.begin[image + 1])});
+    parallel_for(int64_t(items.size()), p.threads, [&](int64_t index, int) {
+        const Item item = items[index];
+        const int64_t from = item.block * FORWARD_BLOCK, to = std::min(from + FORWARD_BLOCK, p.channels);
+        const char* first = static_cast<const char*>(tokens) + p.cu_seqlens[item.image] * p.channels * item_bytes;
+        for (int64_t i = item.from; i < item.to; ++i) {
+            const int64_t box = plan.order[i];
+            GRANVIT_BY_ISA(roi_gather_box, p.dtype, first,
+                           static_cast<char*>(out) + box * bins * p.channels * item_bytes, p.channels, from, to,
+                           p.grids[2 * item.image + 1], plan.rows[box], plan.columns[box], streaming);
+        }
     });
 }
 
 void roi_gather_backward(const RoiGather& p, const void* grad, void* grad_tokens) {
     if (p.images == 0 || p.channels == 0) return;
     const int64_t bins = int64_t(p.out_h) * p.out_w, item_bytes = size_of(p.dtype);
-
-    // The boxes of each image, in their order; and every box's lists by cell, in one piece of memory.
-    std::vector<int64_t> begin(p.images + 2, 0), order(p.num_boxes);
-    for (int64_t box = 0; box < p.num_boxes; ++box) ++begin[p.image[box] + 2];
-    for (int64_t image = 0; image < p.images; ++image) begin[image + 2] += begin[image + 1];
-    for (int64_t box = 0; box < p.num_boxes; ++box) order[begin[p.image[box] + 1]++] = box;
-    std::vector<int64_t> tap_at(2 * p.num_boxes + 1, 0), begin_at(2 * p.num_boxes + 1, 0);
-    for (int64_t box = 0; box < p.num_boxes; ++box) {
-        for (int vertical = 0; vertical < 2; ++vertical) {
-            const RoiAxis axis = axis_of(p, box, vertical);
-            const int64_t i = 2 * box + vertical;
-            tap_at[i + 1] = tap_at[i] + axis.capacity() * (vertical ? p.out_h : p.out_w);
-            begin_at[i + 1] = begin_at[i] + axis.size + 2;
-        }
-    }
-    std::vector<RoiTap> taps(tap_at.back());
-    std::vector<int32_t> begins(begin_at.back());
-    std::vector<RoiLists> lists(2 * p.num_boxes);
-    auto scratch = scratches(p);
-    parallel_for(p.num_boxes, p.threads, [&](int64_t box, int thread) {
-        Scratch& s = scratch[thread];
-        for (int vertical = 0; vertical < 2; ++vertical) {
-            const int64_t i = 2 * box + vertical;
-            const RoiLists by_bin =
-                vertical ? bin_lists(axis_of(p, box, true), p.out_h, s.begin_y.data(), s.taps_y.data())
-                         : bin_lists(axis_of(p, box, false), p.out_w, s.begin_x.data(), s.taps_x.data());
-            lists[i] = cell_lists(by_bin, begins.data() + begin_at[i], taps.data() + tap_at[i]);
-        }
-    });
+    const bool streaming = int64_t(p.cu_seqlens[p.images]) * p.channels * item_bytes > STREAM_BYTES;
+    const Plan plan(p, true);
 
     // An item is a block of an image's channels: it owns what it writes.
     int64_t longest = 0;
     for (int64_t image = 0; image < p.images; ++image)
         longest = std::max<int64_t>(longest, p.cu_seqlens[image + 1] - p.cu_seqlens[image]);
-    const int64_t blocks = (p.channels + BLOCK - 1) / BLOCK;
-    const bool streaming = int64_t(p.cu_seqlens[p.images]) * p.channels * item_bytes > STREAM_BYTES;
-    const int64_t room = (longest + bins) * BLOCK;
-    std::unique_ptr<float[]> buffer(new float[std::max(p.threads, 1) * room]);
+    const int64_t blocks = (p.channels + BACKWARD_BLOCK - 1) / BACKWARD_BLOCK;
+    const int64_t room = (longest + bins) * BACKWARD_BLOCK;
+    std::unique_ptr<float[]> buffer(new float[p.threads * room]);
     parallel_for(p.images * blocks, p.threads, [&](int64_t item, int thread) {
-        const int64_t image = item / blocks, from = item % blocks * BLOCK, size = std::min(BLOCK, p.channels - from);
+        const int64_t image = item / blocks, from = item % blocks * BACKWARD_BLOCK;
+        const int64_t size = std::min(BACKWARD_BLOCK, p.channels - from);
         const int64_t start = p.cu_seqlens[image], cells = p.cu_seqlens[image + 1] - start;
         float* sum = buffer.get() + thread * room;
-        float* packed = sum + longest * BLOCK;
+        float* packed = sum + longest * BACKWARD_BLOCK;
         std::fill(sum, sum + cells * size, 0.0f);
-        for (int64_t i = begin[image]; i < begin[image + 1]; ++i) {
-            const int64_t box = order[i];
+        for (int64_t i = plan.begin[image]; i < plan.begin[image + 1]; ++i) {
+            const int64_t box = plan.order[i];
             GRANVIT_BY_ISA(roi_gather_pack, p.dtype,
                            static_cast<const char*>(grad) + box * bins * p.channels * item_bytes, packed, p.channels, from,
                            size, int(bins));
-            GRANVIT_BY_ISA(roi_gather_scatter, packed, sum, size, p.grids[2 * image + 1], p.out_w, lists[2 * box + 1],
-                           lists[2 * box]);
+            GRANVIT_BY_ISA(roi_gather_scatter, packed, sum, size, p.grids[2 * image + 1], p.out_w, plan.rows[box],
+                           plan.columns[box]);
         }
         GRANVIT_BY_ISA(roi_gather_unpack, p.dtype, sum,
                        static_cast<char*>(grad_tokens) + start * p.channels * item_bytes, p.channels, from, size, cells,

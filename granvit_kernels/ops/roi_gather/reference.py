@@ -76,7 +76,9 @@ def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio
         end = first(samples, lambda s: position(s) > size)
         while sample < end:
             here = position(sample)
-            following = first(samples, lambda s, here=here: position(s) > here)
+            following = sample + 1
+            if following < end and position(following) == here:
+                following = first(end, lambda s, here=here: position(s) > here)
             share = (following - sample) / samples
             at = here.clamp(min=0)
             cell = min(int(at), size - 1)

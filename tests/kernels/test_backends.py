@@ -1,0 +1,94 @@
+"""Which backend runs, forcing one, and the table."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from granvit_kernels import PackedLayout, backends, roi_gather
+
+PROBLEM = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+def module(reason: str | None) -> SimpleNamespace:
+    return SimpleNamespace(why_not=lambda device, dtype: reason)
+
+
+@pytest.fixture(autouse=True)
+def unforced(monkeypatch):
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+
+
+def test_the_best_that_can_run():
+    able, unable = module(None), module("no GPU")
+    candidates = {"reference": module(None), "cpu": able, "cuda": unable}
+    assert backends.choose("thing", candidates, **PROBLEM) is able
+
+
+def test_none_can_run():
+    candidates = {"reference": module("too big"), "cuda": module("no GPU")}
+    with pytest.raises(RuntimeError, match="no backend can run thing: cuda: no GPU; reference: too big"):
+        backends.choose("thing", candidates, **PROBLEM)
+
+
+@pytest.mark.parametrize(
+    "value", ["reference", "thing=reference", "other=cuda, thing = reference", "cpu,thing=reference"]
+)
+def test_forced(monkeypatch, value):
+    monkeypatch.setenv(backends.VARIABLE, value)
+    candidates = {"reference": module(None), "cpu": module(None)}
+    assert backends.choose("thing", candidates, **PROBLEM) is candidates["reference"]
+
+
+def test_forcing_another_operator_changes_nothing(monkeypatch):
+    monkeypatch.setenv(backends.VARIABLE, "other=reference")
+    candidates = {"reference": module(None), "cpu": module(None)}
+    assert backends.choose("thing", candidates, **PROBLEM) is candidates["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("cuda", "forces cuda for thing, which can't run: no GPU"),
+        ("triton", "forces triton, and thing has only cuda, reference"),
+        ("gpu", "GRANVIT_KERNELS_BACKEND=gpu: it takes cuda, triton, cpu, reference, or operator=backend"),
+    ],
+)
+def test_forced_and_unable(monkeypatch, value, message):
+    monkeypatch.setenv(backends.VARIABLE, value)
+    with pytest.raises(RuntimeError, match=message):
+        backends.choose("thing", {"cuda": module("no GPU"), "reference": module(None)}, **PROBLEM)
+
+
+def test_forcing_reaches_a_real_operator(monkeypatch):
+    layout = PackedLayout.from_grids([(2, 2)])
+    arguments = torch.zeros(4, 3), layout, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setenv(backends.VARIABLE, "roi_gather=triton")
+    with pytest.raises(RuntimeError, match="triton"):
+        roi_gather(*arguments)
+    monkeypatch.setenv(backends.VARIABLE, "roi_gather=reference")
+    assert roi_gather(*arguments).shape == (1, 7, 7, 3)
+
+
+def test_every_operator_has_a_reference_that_runs_here():
+    rows = backends.survey()
+    assert {operator for operator, *_ in rows} >= {"roi_gather"}
+    for operator in {operator for operator, *_ in rows}:
+        assert (operator, "reference", None) in rows
+
+
+def test_table_says_what_runs_and_why_not(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = subprocess.run(
+        [sys.executable, "-m", "granvit_kernels"], capture_output=True, text=True, check=True
+    )
+    for word in ("roi_gather", "cpu", "reference", "yes", "native library:", torch.__version__):
+        assert word in result.stdout
+    monkeypatch.setenv("GRANVIT_KERNELS_ISA", "sse9")
+    monkeypatch.setenv(backends.VARIABLE, "reference")
+    result = subprocess.run(
+        [sys.executable, "-m", "granvit_kernels"], capture_output=True, text=True, check=True
+    )
+    assert "GRANVIT_KERNELS_BACKEND=reference forces a backend" in result.stdout

@@ -1,0 +1,317 @@
+"""roi_gather: torchvision's numbers, the C++ kernel against the reference, what torch asks of an operator."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils import deterministic
+
+from granvit_kernels import PackedLayout, native, roi_gather
+from granvit_kernels.ops.roi_gather import cpu, reference
+from granvit_kernels.ops.roi_gather.op import operator
+
+STORED = json.loads(Path(__file__).with_name("roi_gather_torchvision.json").read_text())
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that what a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    deterministic.fill_uninitialized_memory = before[1]
+
+
+def wave(*shape: int) -> torch.Tensor:
+    """The tokens and gradients behind roi_gather_torchvision.json; see make_roi_gather_torchvision.py."""
+    count = torch.Size(shape).numel()
+    return (1.5 * torch.sin(torch.arange(count, dtype=torch.float64) * 12.9898)).float().reshape(shape)
+
+
+def problem(channels: int, boxes: int = 8, seed: int = 0):
+    """Ragged grids and boxes of every sort: (tokens float64 [T, C], layout, boxes, image_index)."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = PackedLayout.from_grids(torch.randint(1, 18, (5, 2), generator=generator))
+    image_index = torch.randint(5, (boxes,), generator=generator)
+    corners = torch.rand(boxes, 2, 2, generator=generator) * 20 - 2
+    found = torch.cat([corners.amin(1), corners.amax(1)], 1)
+    found[0] = torch.tensor([-1e9, -3e38, 1e9, 3e38])
+    found[1] = torch.tensor([5.0, 5.0, 2.0, 3.0])
+    tokens = torch.randn(layout.num_tokens, channels, dtype=torch.float64, generator=generator)
+    return tokens, layout, found, image_index
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_library)])
+@pytest.mark.parametrize("case", STORED["cases"], ids=lambda case: f"ratio{case['sampling_ratio']}")
+def test_equals_torchvision(case, backend, monkeypatch):
+    monkeypatch.setenv("GRANVIT_KERNELS_BACKEND", backend)
+    layout = PackedLayout.from_grids(case["grids"])
+    tokens = wave(layout.num_tokens, 3).requires_grad_(True)
+    output = roi_gather(
+        tokens,
+        layout,
+        torch.tensor(case["boxes"]),
+        torch.tensor(case["image_index"]),
+        tuple(case["output_size"]),
+        case["sampling_ratio"],
+    )
+    assert output.shape == (len(case["boxes"]), *case["output_size"], 3)
+    output.backward(wave(*output.shape))
+    torch.testing.assert_close(output.detach().flatten(), torch.tensor(case["output"]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(tokens.grad.flatten(), torch.tensor(case["gradient"]), rtol=0, atol=1e-4)
+
+
+@needs_library
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("sampling_ratio", [2, 0])
+@pytest.mark.parametrize("channels", [37, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_error_at_most_twice_plain_torchs(dtype, channels, sampling_ratio):
+    tokens, layout, boxes, image_index = problem(channels)
+    tokens = tokens.to(dtype)
+    place = (layout.grids, layout.cu_seqlens, boxes, image_index)
+
+    def within_rule(found, plain, exact):
+        error, allowed = (found.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()
+
+    size = (3, 5, sampling_ratio)
+    exact = reference.forward(tokens.double(), *place, *size)
+    within_rule(cpu.forward(tokens, *place, *size), reference.forward(tokens, *place, *size), exact)
+    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    size = (layout.num_tokens, sampling_ratio)
+    exact = reference.backward(grad.double(), *place, *size)
+    found = cpu.backward(grad, *place, *size)
+    assert found.dtype == dtype
+    within_rule(found, reference.backward(grad, *place, *size), exact)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    probe = "from granvit_kernels import native; print(native.why_not() or native.library().isa())"
+    environment = {**os.environ, "GRANVIT_KERNELS_ISA": isa}
+    found = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
+    )
+    if "this machine lacks it" in found.stdout:
+        pytest.skip(found.stdout.strip())
+    assert found.stdout.strip() == isa
+    names = "test_equals_torchvision or test_kernel_error"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    result = subprocess.run(run, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_run_or_threads(dtype):
+    tokens, layout, boxes, image_index = problem(200, boxes=40)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            leaf = tokens.to(dtype).requires_grad_(True)
+            output = roi_gather(leaf, layout, boxes, image_index)
+            output.backward(wave(*output.shape).to(dtype))
+            results.append((output.detach(), leaf.grad))
+    finally:
+        torch.set_num_threads(before)
+    for output, gradient in results[1:]:
+        assert torch.equal(output, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_reference_gradcheck():
+    tokens, layout, boxes, image_index = problem(2, boxes=6)
+    tokens.requires_grad_(True)
+    assert torch.autograd.gradcheck(
+        lambda t: roi_gather(t, layout, boxes, image_index, (2, 3)), (tokens,), fast_mode=True
+    )
+    assert torch.autograd.gradcheck(
+        lambda t: reference.forward(t, layout.grids, layout.cu_seqlens, boxes, image_index, 2, 3, 0),
+        (tokens,),
+        fast_mode=True,
+    )
+
+
+coordinate = st.one_of(
+    st.floats(-3, 15, width=32),
+    st.floats(-(2.0**-10), 2.0**-10, width=32),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.integers(-2, 14).map(float),
+)
+side = st.integers(1, 12)
+
+
+@needs_library
+@settings(max_examples=40, deadline=None)
+@given(
+    grids=st.lists(st.tuples(side, side), min_size=1, max_size=4),
+    boxes=st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), max_size=6),
+    output_size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    sampling_ratio=st.integers(-1, 4),
+    channels=st.integers(0, 40),
+    contiguous=st.booleans(),
+    data=st.data(),
+)
+def test_kernel_equals_reference(grids, boxes, output_size, sampling_ratio, channels, contiguous, data):
+    layout = PackedLayout.from_grids(grids)
+    index = st.integers(0, len(grids) - 1)
+    images = data.draw(st.lists(index, min_size=len(boxes), max_size=len(boxes)))
+    image_index = torch.tensor(images, dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    tokens = wave(layout.num_tokens, channels)
+    if not contiguous:
+        tokens = tokens.t().contiguous().t()
+        boxes = boxes.t().contiguous().t()
+        image_index = image_index.repeat_interleave(2)[::2]
+    tokens = tokens.clone(memory_format=torch.preserve_format).requires_grad_(True)
+    output = roi_gather(tokens, layout, boxes, image_index, output_size, sampling_ratio)
+    place = (layout.grids, layout.cu_seqlens, boxes, image_index)
+    expected = reference.forward(tokens.detach(), *place, *output_size, sampling_ratio)
+    torch.testing.assert_close(output.detach(), expected, rtol=0, atol=2e-5)
+    grad = wave(*output.shape)
+    if not contiguous:
+        grad = grad.transpose(0, 3).contiguous().transpose(0, 3)
+    (gradient,) = torch.autograd.grad(output, tokens, grad)
+    expected = reference.backward(grad, *place, layout.num_tokens, sampling_ratio)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("grids", [[], [(3, 4)]])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_library)])
+def test_nothing_to_gather(grids, backend, monkeypatch):
+    monkeypatch.setenv("GRANVIT_KERNELS_BACKEND", backend)
+    layout = PackedLayout.from_grids(grids)
+    tokens = torch.ones(layout.num_tokens, 8, requires_grad=True)
+    output = roi_gather(tokens, layout, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert output.shape == (0, 7, 7, 8)
+    output.sum().backward()
+    assert torch.equal(tokens.grad, torch.zeros_like(tokens))
+
+
+def test_unreadable_boxes_give_zeros_where_the_host_does_not_look():
+    layout = PackedLayout.from_grids([(3, 4)])
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, float("nan"), 2.0], [0.0, 0.0, 2.0, float("inf")]])
+    boxes = torch.cat([boxes, boxes[:1], boxes[:1]])
+    image_index = torch.tensor([0, 0, 0, 1, -1])
+    output = reference.forward(
+        torch.ones(12, 2), layout.grids, layout.cu_seqlens, boxes, image_index, 2, 2, 2
+    )
+    assert output[0].min() == 1 and output[1:].abs().max() == 0
+
+
+def test_opcheck():
+    tokens, layout, boxes, image_index = problem(6)
+    place = (layout.grids, layout.cu_seqlens, boxes, image_index)
+    torch.library.opcheck(operator.registered, (tokens.float().requires_grad_(True), *place, 3, 4, 2))
+    backward = torch.ops.granvit.roi_gather_backward.default
+    torch.library.opcheck(backward, (torch.ones(8, 3, 4, 6), *place, layout.num_tokens, 2))
+
+
+def squared(tokens, layout, boxes, image_index):
+    return (roi_gather(tokens * 2, layout, boxes, image_index, (3, 3)) ** 2).sum()
+
+
+def equals_eager(compiled, channels, boxes, seed):
+    tokens, layout, boxes, image_index = problem(channels, boxes, seed)
+    tokens = tokens.float().requires_grad_(True)
+    results = []
+    for function in (compiled, squared):
+        value = function(tokens, layout, boxes, image_index)
+        results.append((value.detach(), *torch.autograd.grad(value, tokens)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_traced_forward_and_backward_with_dynamic_shapes():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(squared, fullgraph=True, dynamic=True, backend=counter)
+    for seed, boxes in ((0, 5), (1, 9), (2, 3)):
+        equals_eager(compiled, 8, boxes, seed)
+    assert counter.frame_count <= 2  # not a graph of its own for every batch
+
+
+@pytest.mark.slow
+def test_compiled_forward_and_backward():
+    torch._dynamo.reset()
+    equals_eager(torch.compile(squared, fullgraph=True, dynamic=True), 8, 5, 0)
+
+
+def test_autocast_keeps_the_tokens_dtype():
+    tokens, layout, boxes, image_index = problem(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert roi_gather(tokens.float(), layout, boxes, image_index).dtype == torch.float32
+        assert roi_gather(tokens.half(), layout, boxes, image_index).dtype == torch.float16
+
+
+def test_only_once_differentiable():
+    tokens, layout, boxes, image_index = problem(4)
+    tokens = tokens.float().requires_grad_(True)
+    output = roi_gather(tokens, layout, boxes, image_index)
+    weights = torch.ones_like(output, requires_grad=True)
+    (gradient,) = torch.autograd.grad(output, tokens, weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+LAYOUT = PackedLayout.from_grids([(2, 3)])
+GOOD = {
+    "tokens": torch.zeros(6, 4),
+    "layout": LAYOUT,
+    "boxes": torch.zeros(2, 4),
+    "image_index": torch.zeros(2, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tokens": torch.zeros(5, 4)},
+            r"tokens is float32 \[5, 4\]; it takes floating-point \[T, C\] with T = 6",
+        ),
+        ({"tokens": torch.zeros(6)}, r"tokens is float32 \[6\]; it takes floating-point \[T, C\]"),
+        ({"tokens": torch.zeros(6, 4).int()}, r"tokens is int32 \[6, 4\]; it takes floating-point"),
+        ({"boxes": torch.zeros(2, 5)}, r"boxes is float32 \[2, 5\]; it takes float32 \[R, 4\]"),
+        ({"boxes": torch.zeros(4)}, r"boxes is float32 \[4\]; it takes float32 \[R, 4\]"),
+        ({"boxes": torch.zeros(2, 4).double()}, r"boxes is float64 \[2, 4\]; it takes float32 \[R, 4\]"),
+        (
+            {"image_index": torch.zeros(3).long()},
+            r"image_index is int64 \[3\]; it takes int32 or int64 \[2\]",
+        ),
+        ({"image_index": torch.zeros(2)}, r"image_index is float32 \[2\]; it takes int32 or int64 \[2\]"),
+        (
+            {"image_index": torch.tensor([0, 1])},
+            r"image_index holds 1; it takes \[0, 1\), the layout's images",
+        ),
+        ({"image_index": torch.tensor([0, -1])}, r"image_index holds -1; it takes \[0, 1\)"),
+        ({"boxes": torch.tensor([[0.0] * 4, [0, 0, float("inf"), 0]])}, r"boxes\[1\] is .*; it takes finite"),
+        (
+            {"boxes": torch.tensor([[float("nan")] * 4] * 2)},
+            r"boxes\[0\] is \[nan.*; it takes finite numbers",
+        ),
+        (
+            {"boxes": torch.zeros(2, 4, device="meta")},
+            r"boxes is on meta; it takes cpu, where the tokens are",
+        ),
+        ({"layout": LAYOUT.to("meta")}, r"layout is on meta; it takes cpu"),
+        ({"output_size": (0, 7)}, r"output_size is \(0, 7\); it takes \(height, width\), both at least 1"),
+        ({"output_size": 0}, r"output_size is 0; it takes"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        roi_gather(**{**GOOD, **change})
