@@ -56,7 +56,7 @@ def tiny(samples):
         ]
         torch.manual_seed(0)
         vision = TinyVision(width=32, layers=2, heads=2, mlp=64, table=4)
-        llm = TinyLLM(width=48, layers=2, heads=4, mlp=64, vocab=400, initializer_range=0.1)
+        llm = TinyLLM(width=48, layers=2, heads=4, mlp=64, vocab=400)
         options = {"max_image_tokens": 16, "bins": 16} | options
         model, processor = build_tiny(texts, vision, llm, **options)
         return model.eval(), processor

@@ -27,7 +27,7 @@ from .config import GranViTConfig
 from .llm import LocationTokens, additive_mask, check_llm, check_llm_config, decode, embedding_rms, load_llm
 from .processing import GranViTProcessor
 from .projector import Projector, shuffle_pixels
-from .region_prompt import RegionPrompt
+from .region_prompt import CellPositions, RegionPrompt
 from .vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
                 module._is_hf_initialized = True  # else post_init would draw given weights anew
         self.encoder = VisionEncoder(config.vision_config) if encoder is None else encoder
         self.projector = Projector(width * config.pixel_shuffle**2, outputs)
+        self.cell_positions = CellPositions(outputs)
         self.region_prompt = RegionPrompt(width, config.region_heads, config.region_tokens, outputs)
         self.locations = LocationTokens(config.location_tokens, outputs)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
@@ -90,7 +91,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, VisionEncoder | Projector | RegionPrompt):
+        if isinstance(module, VisionEncoder | Projector | CellPositions | RegionPrompt):
             module.reset_parameters()
         elif isinstance(module, LocationTokens):
             module.reset_parameters(0.02, 0.02)
@@ -141,6 +142,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,  # it is handed down, None too
             **config,
         )
         processor = GranViTProcessor.from_config(made, tokenizer)
@@ -187,6 +189,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
         """
         rms = embedding_rms(self.llm.get_input_embeddings(), self.config.text_vocab)
         self.projector.scale.fill_(rms)
+        self.cell_positions.scale.fill_(rms)
         self.region_prompt.projector.scale.fill_(rms)
         if reset_locations:
             table = self.llm.get_output_embeddings().weight[: self.config.text_vocab]
@@ -195,7 +198,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by what a stage trains: "encoder", "projector" (with region prompt and location tokens),
         "llm"."""
-        ours = (self.projector, self.region_prompt, self.locations)
+        ours = (self.projector, self.cell_positions, self.region_prompt, self.locations)
         return {
             "encoder": list(self.encoder.parameters()),
             "projector": [parameter for module in ours for parameter in module.parameters()],
@@ -239,8 +242,10 @@ class GranViT(PreTrainedModel, GenerationMixin):
         return self.encoder(patches.to(weight.dtype), layout.to(weight.device)), layout
 
     def image_embeds(self, features: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        """The LLM's image tokens [N, D], image by image: features through pixel shuffle and projector."""
-        return self.projector(shuffle_pixels(features, layout, self.config.pixel_shuffle)[0])
+        """The LLM's image tokens [N, D], image by image: features through pixel shuffle and projector, and
+        where each cell is."""
+        merged, merged_layout = shuffle_pixels(features, layout, self.config.pixel_shuffle)
+        return self.projector(merged) + self.cell_positions(merged_layout)
 
     def region_embeds(
         self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor
@@ -396,6 +401,6 @@ class GranViT(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Image tokens of each row's image, one row after the other."""
         merged, merged_layout = shuffle_pixels(features, layout, self.config.pixel_shuffle)
-        embeds = self.projector(merged)
+        embeds = self.projector(merged) + self.cell_positions(merged_layout)
         ends = merged_layout.cu_seqlens.tolist()
         return torch.cat([embeds[ends[i] : ends[i + 1]] for i in image_index.tolist()] or [embeds[:0]])

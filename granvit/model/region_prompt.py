@@ -61,6 +61,32 @@ class RegionPrompt(nn.Module):
             nn.init.zeros_(layer.bias)
 
 
+class CellPositions(nn.Module):
+    """Where each image token's cell is, added to the projector's output: the LLM reads coordinates off its image tokens
+    rather than infer them from a token's place in a sequence whose grid differs from image to image.
+
+    Linear in `box_features` of the cell, at the scale of the LLM's embeddings as the projector is: places must differ
+    from the first step on, or attention to the right one earns nothing.
+    """
+
+    def __init__(self, outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(8 * OCTAVES + 4, outputs, bias=False)
+        self.register_buffer("scale", torch.ones(()))
+        self.reset_parameters()
+
+    def forward(self, layout: PackedLayout) -> torch.Tensor:
+        """[T, D] for the T cells of a layout."""
+        cells = layout.positions().float()
+        sides = layout.grids[layout.image_ids()].float()
+        boxes = torch.cat(((cells / sides).flip(1), ((cells + 1) / sides).flip(1)), dim=1)
+        return self.scale * self.linear(box_features(boxes).to(self.linear.weight.dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.linear.weight, std=self.linear.in_features**-0.5)
+
+
 def box_features(boxes: torch.Tensor) -> torch.Tensor:
     """Relative xyxy boxes [R, 4] -> [R, 8 * OCTAVES + 4] float32: sin and cos of pi * 2^i * coordinate, then
     centre and size."""
