@@ -1,0 +1,142 @@
+"""From a dataset to the batch of a step. The batch is a pure function of (seed, stage, step), so that a run that was
+interrupted goes on with the pictures that it would have seen."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from granvit.data.packing import PackedBatch, pack_questions
+from granvit.data.prompts import GLOBAL_CAPTION, Question
+from granvit.data.schema import Sample
+from granvit.train.presets import Data
+from granvit.train.stages import Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step takes. regions [R, 4] are relative xyxy float32, region_image [R] int64 their images."""
+
+    samples: list[Sample]
+    packed: PackedBatch
+    regions: Tensor
+    region_image: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            regions=self.regions.to(device),
+            region_image=self.region_image.to(device),
+        )
+
+
+class Order:
+    """Which rows a step takes: one seeded permutation of `length` rows after the other, cut into batches."""
+
+    def __init__(self, length: int, stage: Stage, seed: int) -> None:
+        self.length, self.size = length, stage.batch_images
+        self._name = f"{seed} {stage.name}"
+        self._epochs: dict[int, list[int]] = {}
+
+    def rows(self, step: int) -> list[int]:
+        """Row numbers of `step`, counted from 1."""
+        first = (step - 1) * self.size
+        return [self._epoch(p // self.length)[p % self.length] for p in range(first, first + self.size)]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator of its own for every (seed, stage, purpose). Torch's takes 32 bits of a seed; hence the hash."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self._name} {purpose}".encode()))
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if epoch not in self._epochs:
+            if len(self._epochs) > 2:
+                self._epochs.pop(min(self._epochs))
+            self._epochs[epoch] = torch.randperm(self.length, generator=self.generator(f"epoch {epoch}")).tolist()
+        return self._epochs[epoch]
+
+
+def choose_questions(
+    sample: Sample, stage: Stage, processor, capacity: int, most: int, generator: torch.Generator
+) -> list[Question]:
+    """At most `most` of the stage's questions about a sample, in random order, that fit a sequence with its image."""
+    tasks = stage.tasks
+    if torch.rand((), generator=generator) >= stage.global_captions:
+        tasks = tuple(task for task in tasks if task != GLOBAL_CAPTION)
+    found = processor.questions(sample, tasks)
+    found = [found[i] for i in torch.randperm(len(found), generator=generator)[:most].tolist()]
+    lengths = [
+        len(prompt) + len(answer)
+        for prompt, answer in zip(
+            processor.prompt_ids([q.prompt for q in found]),
+            processor.answer_ids([q.answer for q in found]),
+            strict=True,
+        )
+    ]
+    room = capacity - len(processor.image_part(processor.image_tokens(*sample.image.shape[:2])))
+    while sum(lengths) > room:
+        found.pop()
+        lengths.pop()
+    return found
+
+
+def collate(samples: list[Sample], asked: list[list[Question]], processor, capacity: int) -> Batch | None:
+    """Pack samples and their questions; None if there is nothing to ask.
+
+    Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call.
+    """
+    pairs = [(sample, found) for sample, found in zip(samples, asked, strict=True) if found]
+    if not pairs:
+        return None
+    pairs.sort(key=lambda pair: pair[0].image.shape[0] / pair[0].image.shape[1])
+    samples = [sample for sample, _ in pairs]
+    packed = pack_questions(samples, [found for _, found in pairs], processor, capacity)
+    boxes = [region.box for sample in samples for region in sample.regions]
+    owner = [i for i, sample in enumerate(samples) for _ in sample.regions]
+    return Batch(
+        samples,
+        packed,
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(owner, dtype=torch.int64),
+    )
+
+
+def batches(
+    read: Callable[[int], Sample | None],
+    length: int,
+    stage: Stage,
+    seed: int,
+    processor,
+    data: Data,
+    start: int,
+) -> Iterator[tuple[int, Batch | None]]:
+    """(step, batch) from `start` to the stage's last step, read ahead by data.workers threads.
+
+    A row that `read` refuses leaves its place empty; a step without any good row gives None.
+    """
+    order = Order(length, stage, seed)
+
+    def make(step: int) -> Batch | None:
+        samples = [sample for sample in map(read, order.rows(step)) if sample is not None]
+        generator = order.generator(f"questions of step {step}")
+        asked = [
+            choose_questions(sample, stage, processor, data.capacity, data.questions_per_image, generator)
+            for sample in samples
+        ]
+        return collate(samples, asked, processor, data.capacity)
+
+    with ThreadPoolExecutor(max(1, data.workers)) as pool:
+        ahead: deque = deque()
+        for step in range(start, stage.steps + 1):
+            while len(ahead) < max(1, data.workers) * 2 and step + len(ahead) <= stage.steps:
+                ahead.append(pool.submit(make, step + len(ahead)))
+            yield step, ahead.popleft().result()

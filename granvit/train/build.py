@@ -1,0 +1,48 @@
+"""The model and processor that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from granvit.data.loader import GranDataset
+from granvit.model import GranViT, GranViTProcessor
+from granvit.model.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
+from granvit.train.presets import Model
+
+
+def build(config: Model, data: GranDataset) -> tuple[GranViT, GranViTProcessor]:
+    """A GranViT and its processor; what has no name in `config` is made from scratch, its tokenizer of `data`'s text.
+
+    Random weights come from torch's global generator: seed it before. Raises ValueError for a name that is no model.
+    """
+    encoder = config.encoder or tiny_encoder(
+        TinyVision(
+            config.encoder_width,
+            config.encoder_layers,
+            config.encoder_heads,
+            mlp=4 * config.encoder_width,
+            patch_size=config.patch_size,
+        )
+    )
+    llm = config.llm or tiny_llm(
+        training_text(data),
+        TinyLLM(
+            config.llm_width,
+            config.llm_layers,
+            config.llm_heads,
+            mlp=3 * config.llm_width,
+            vocab=config.vocabulary,
+        ),
+    )
+    shared = ("pixel_shuffle", "region_tokens", "box_style", "box_format", "bins", "max_image_tokens")
+    return GranViT.from_parts(encoder, llm, **{name: getattr(config, name) for name in shared})
+
+
+def training_text(data: GranDataset) -> Iterator[str]:
+    """Every caption of the training rows."""
+    for index in range(len(data)):
+        sample = data.annotations(index)
+        if sample is not None:
+            yield from (region.caption for region in sample.regions)
+            if sample.caption:
+                yield sample.caption

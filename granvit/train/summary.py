@@ -1,0 +1,73 @@
+"""report/summary.json: what a run measured, with everything that a reader needs to believe it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from granvit.data.loader import GranDataset
+from granvit.eval import floors
+from granvit.train.presets import TrainConfig
+
+
+def write_summary(folder: Path, config: TrainConfig, results: list[dict], seconds: float) -> Path:
+    """Write folder/report/summary.json from the results of one or several seeds, and return its path."""
+    train, test = (GranDataset(config.data.path, split, config.data.fault_budget) for split in ("train", "test"))
+    path = folder / "report" / "summary.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    summary = {
+        "preset": config.preset,
+        "commit": commit(),
+        "device": device_name(config.device),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
+        "seconds": seconds,
+        "peak_memory_mb": max(result["peak_memory_mb"] for result in results),
+        "data": {
+            "path": config.data.path,
+            "train": len(train),
+            "test": len(test),
+            "evaluated": config.data.eval_images,
+        },
+        "config": asdict(config),
+        "floors": floors(train, test, limit=config.data.eval_images),
+        "runs": results,
+        "mean": mean([{key: run[key] for key in ("stages", "features")} for run in results]),
+    }
+    path.write_text(json.dumps(summary, indent=1))
+    return path
+
+
+def mean(trees: list[Any]) -> Any:
+    """The trees' mean, leaf by leaf, over the leaves that each of them has."""
+    if isinstance(trees[0], dict):
+        shared = [key for key in trees[0] if all(key in tree for tree in trees)]
+        return {key: mean([tree[key] for tree in trees]) for key in shared}
+    return fmean(trees)
+
+
+def commit() -> str:
+    """The checked-out commit, with "+" where files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.get_device_name()
+    return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads of torch"

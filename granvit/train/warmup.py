@@ -1,0 +1,86 @@
+"""Warm-up of a tiny LLM on text, before stage 1 freezes it.
+
+A frozen LLM can only teach an encoder if it knows how to speak of what stands at an image's tokens. A large one does;
+one from scratch learns it here, without a pixel, from a *textual layout*: where the image's tokens will stand it gets,
+for each cell, the embeddings of the captions whose boxes cover the cell, and where a region's token will stand those
+of the region's own caption. It sees captions and boxes of training images alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from granvit.data.schema import Sample
+from granvit.model import GranViT, GranViTConfig
+from granvit.train.batches import Batch
+from granvit_kernels import PackedLayout
+
+NOISE = 0.3
+"""Standard deviation of the noise on the layout, in units of the embeddings': an encoder's features are not exact."""
+
+
+def layout_embeds(model: GranViT, processor, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(image_embeds [N, D], region_embeds [R, K, D]) that stand for an encoder's in the warm-up."""
+    bags, scale = _caption_bags(model, processor, batch)
+    per_image, grids, start = [], [], 0
+    for sample, (rows, columns) in zip(
+        batch.samples, (token_grid(model.config, s) for s in batch.samples), strict=True
+    ):
+        count = len(sample.regions)
+        share = _coverage(sample, rows, columns, bags.device)
+        per_image.append(share @ bags[start : start + count])
+        grids.append((rows, columns))
+        start += count
+    image = torch.cat(per_image)
+    image = image + NOISE * scale * torch.randn(image.shape, generator=generator).to(image)
+    image = image + model.cell_positions(PackedLayout.from_grids(grids, device=image.device))
+    asked = _asked_regions(batch)
+    region = bags[asked, None].expand(-1, model.config.region_tokens, -1)
+    region = region + NOISE * scale * torch.randn(region.shape, generator=generator).to(region)
+    return image, region
+
+
+def token_grid(config: GranViTConfig, sample: Sample) -> tuple[int, int]:
+    """Rows and columns of an image's tokens in the LLM's sequence."""
+    height, width = config.grid(*sample.image.shape[:2])
+    return -(-height // config.pixel_shuffle), -(-width // config.pixel_shuffle)
+
+
+def _caption_bags(model: GranViT, processor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Each region's caption as the sum of its tokens' embeddings [R, D], at the scale of the LLM's embeddings."""
+    captions = [region.caption for sample in batch.samples for region in sample.regions]
+    ids = processor.tokenizer(captions, add_special_tokens=False)["input_ids"]
+    owner = torch.tensor([i for i, tokens in enumerate(ids) for _ in tokens], device=batch.regions.device)
+    flat = torch.tensor([t for tokens in ids for t in tokens], device=batch.regions.device)
+    embeds = model.embed_ids(flat)
+    bags = torch.zeros(len(ids), embeds.shape[-1], device=embeds.device).index_add(0, owner, embeds.float())
+    scale = embeds.detach().float().square().mean().sqrt()
+    return bags * (scale / bags.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)), scale
+
+
+def _coverage(sample: Sample, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Share [rows * columns, R] of each cell that each region's box covers."""
+    boxes = torch.tensor([region.box for region in sample.regions], dtype=torch.float32).reshape(-1, 4)
+
+    def along(low: Tensor, high: Tensor, cells: int) -> Tensor:
+        edge = torch.arange(cells, dtype=torch.float32)[:, None]
+        return (torch.minimum(high * cells, edge + 1) - torch.maximum(low * cells, edge)).clamp(0, 1)
+
+    x = along(boxes[:, 0], boxes[:, 2], columns)
+    y = along(boxes[:, 1], boxes[:, 3], rows)
+    return (y[:, None] * x[None]).reshape(rows * columns, -1).to(device)
+
+
+def _asked_regions(batch: Batch) -> Tensor:
+    """The number (in batch.regions) of every box that a question asks about."""
+    same = (batch.packed.boxes[:, None] == batch.regions[None]).all(-1)
+    same &= batch.packed.box_image_index[:, None] == batch.region_image[None]
+    return same.int().argmax(-1)
+
+
+def warmup_loss(model: GranViT, processor, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    image, region = layout_embeds(model, processor, batch, generator)
+    logits, targets = model.answer_logits(batch.packed, image, region)
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets)
+    return {"loss": loss, "loss_caption": loss}

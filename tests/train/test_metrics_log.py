@@ -1,0 +1,31 @@
+import json
+
+from granvit.train.metrics_log import MetricsLog
+
+
+def test_lines_come_back_in_full_precision(tmp_path):
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    log.write(stage="pretrain", step=1, loss=1 / 3)
+    log.write(stage="pretrain", step=2, loss=2 / 3)
+    assert log.lines() == [
+        {"stage": "pretrain", "step": 1, "loss": 1 / 3}, {"stage": "pretrain", "step": 2, "loss": 2 / 3}
+    ]  # fmt: skip
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out_and_the_next_write_is_whole(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(stage="adapt", step=1)
+    with log.path.open("a") as file:
+        file.write('{"stage": "adapt", "st')
+    assert [line["step"] for line in log.lines()] == [1]
+    log.drop(lambda line: False)
+    log.write(stage="adapt", step=2)
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2]
+
+
+def test_drop_keeps_the_rest(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        log.write(stage="adapt", step=step)
+    log.drop(lambda line: line["step"] > 3)
+    assert [line["step"] for line in log.lines()] == [1, 2, 3]

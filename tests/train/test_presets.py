@@ -1,0 +1,64 @@
+from dataclasses import replace
+
+import pytest
+
+from granvit.train.__main__ import parse
+from granvit.train.presets import PRESETS, load_config, save_config
+from granvit.train.stages import Stage
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_saved_configuration_reads_back_the_same(name, tmp_path):
+    save_config(PRESETS[name], tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == PRESETS[name]
+
+
+def test_the_first_word_picks_a_preset_and_flags_change_it():
+    assert parse([]) == PRESETS["smoke"]
+    assert parse(["compact"]) == PRESETS["compact"]
+    changed = parse(["smoke", "--pretrain.distill", "0", "--output", "elsewhere", "--seeds", "3"])
+    assert (changed.pretrain.distill, changed.output, changed.seeds) == (0, "elsewhere", 3)
+    assert replace(changed, pretrain=PRESETS["smoke"].pretrain, output="runs/smoke", seeds=1) == PRESETS["smoke"]
+
+
+def test_config_reloads_a_run_and_flags_go_on_top(tmp_path):
+    save_config(replace(PRESETS["compact"], seed=7), tmp_path / "config.yaml")
+    config = parse(["--config", str(tmp_path / "config.yaml"), "--output", "again"])
+    assert config == replace(PRESETS["compact"], seed=7, output="again")
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(SystemExit, match="no preset 'huge'; there are smoke, compact, paper"):
+        parse(["huge"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("preset: [", "no readable configuration"), ("seed: many", "seed: "), ("colour: red", "colour: ")],
+)
+def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+def test_stages_refuse_what_makes_no_sense():
+    with pytest.raises(ValueError, match="encoder, projector, llm"):
+        Stage("x", train=("decoder",), tasks=("bbox2caption",))
+    with pytest.raises(ValueError, match="bbox2caption"):
+        Stage("x", train=("llm",), tasks=())
+    with pytest.raises(ValueError, match="distill"):
+        Stage("x", train=("llm",), tasks=("bbox2caption",), distill=1.0)
+    with pytest.raises(ValueError, match="steps is -1"):
+        Stage("x", train=("llm",), tasks=("bbox2caption",), steps=-1)
+
+
+def test_the_rate_rises_and_falls_to_zero():
+    stage = Stage("x", train=("llm",), tasks=("bbox2caption",), steps=100, warmup_steps=10)
+    rates = [stage.rate(step) for step in range(1, 101)]
+    assert rates[9] == 1.0 and rates[0] == pytest.approx(0.1)
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True)) and all(
+        a > b for a, b in zip(rates[9:], rates[10:], strict=True)
+    )
+    assert rates[-1] == pytest.approx(0, abs=1e-9)

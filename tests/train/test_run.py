@@ -1,0 +1,194 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Siglip2VisionModel
+
+from granvit.model import GranViT, GranViTProcessor
+from granvit.train.checkpoint import Checkpoints, load
+from granvit.train.presets import save_config
+from granvit.train.run import Run, claim, train
+from granvit.train.summary import mean
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(small_config, tmp_path_factory):
+    """A finished run with its control, and its configuration."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = dataclasses.replace(small_config, output=str(folder), control=True)
+    train(config)
+    return config, folder
+
+
+def training_lines(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "evaluation" not in line]
+
+
+def without_time(lines: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_a_run_leaves_what_the_documentation_names(finished):
+    config, folder = finished
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "export/config.json",
+        "report/index.html",
+        "report/summary.json",
+    ):
+        assert (folder / name).is_file(), name
+    lines = training_lines(folder)
+    counted = [(line["stage"], line["step"]) for line in lines]
+    stages = (config.warmup, config.pretrain, config.adapt)
+    assert counted == [(stage.name, step) for stage in stages for step in range(1, stage.steps + 1)]
+    for line in lines:
+        assert {"loss", "loss_caption", "regions", "tokens", "seconds"} <= line.keys()
+        assert ("loss_distill" in line) == (line["stage"] == "pretrain")
+    pretrain = [line for line in lines if line["stage"] == "pretrain"]
+    for line in pretrain:
+        assert line["loss"] == pytest.approx(line["loss_caption"] + line["loss_distill"], rel=1e-6)
+
+
+def test_the_summary_has_every_stage_floor_and_control(finished):
+    config, folder = finished
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    stages = summary["mean"]["stages"]
+    assert set(stages["pretrain"]) == {"before", "after", "other_image", "text_only"}
+    assert set(stages["adapt"]) == {"before", "after", "other_image", "text_only", "control"}
+    for metrics in (*stages["pretrain"].values(), *stages["adapt"].values()):
+        assert {"bbox2caption_rouge_l", "caption2bbox_acc50", "natural_caption2bbox_miou"} <= metrics.keys()
+    assert {"most_frequent", "blind", "centre_box", "whole_image", "mean_box"} <= summary["floors"].keys()
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0] or summary["versions"]["torch"]
+    assert stages["adapt"]["before"] == stages["pretrain"]["after"]
+
+
+def test_frozen_groups_are_byte_equal_and_the_others_learn(finished):
+    config, folder = finished
+    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    weights = {phase: load(checkpoints.final(phase), CPU)["model"] for phase in ("warmup", "pretrain", "adapt")}
+
+    def changed(before: str, after: str, group: str) -> bool:
+        names = [name for name in weights[before] if name.startswith(group)]
+        assert names
+        return any(not torch.equal(weights[before][name], weights[after][name]) for name in names)
+
+    assert not changed("warmup", "pretrain", "llm.")
+    assert changed("warmup", "pretrain", "encoder.") and changed("warmup", "pretrain", "projector.")
+    assert not changed("pretrain", "adapt", "encoder.")
+    assert changed("pretrain", "adapt", "llm.") and changed("pretrain", "adapt", "projector.")
+
+
+def test_the_control_starts_from_the_warm_llm_and_a_random_encoder(finished):
+    config, folder = finished
+    warm = load(Checkpoints(folder / "checkpoints", 1).final("warmup"), CPU)["model"]
+    control = load(Checkpoints(folder / "control" / "checkpoints", 1).final("adapt"), CPU)["model"]
+    encoder = [name for name in warm if name.startswith("encoder.")]
+    assert all(torch.equal(warm[name], control[name]) for name in encoder)  # the warm-up saw no pixel
+
+
+def test_the_export_is_the_model_and_its_encoder_opens_in_transformers(finished):
+    _, folder = finished
+    model = GranViT.from_pretrained(folder / "export")
+    GranViTProcessor.from_pretrained(folder / "export")
+    trained = load(Checkpoints(folder / "checkpoints", 1).final("adapt"), CPU)["model"]
+    ours = model.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in trained.items())
+    encoder = Siglip2VisionModel.from_pretrained(folder / "export" / "encoder")
+    assert encoder.config.hidden_size == model.config.vision_config.hidden_size
+
+
+def test_the_same_command_again_does_nothing_twice(finished):
+    config, folder = finished
+    before = (folder / "metrics.jsonl").read_text()
+    train(config)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("phase", "steps"), [("warmup", 2), ("pretrain", 3), ("pretrain", 6), ("adapt", 2)])
+def test_an_interrupted_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, phase, steps):
+    """Cut off after `steps` steps of `phase`, like kill -9: nothing is saved but what had been saved."""
+    from granvit.train import loop
+
+    config, folder = finished
+    config = dataclasses.replace(config, output=str(tmp_path / "run"), control=False)
+    update = loop.Phase.update
+
+    def cut(self, loss):
+        if self.stage.name == phase and self.step > steps:
+            raise KeyboardInterrupt
+        norm = update(self, loss)
+        if self.stage.name == phase and self.step == self.stage.steps == steps:
+            raise KeyboardInterrupt
+        return norm
+
+    monkeypatch.setattr(loop.Phase, "update", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(loop.Phase, "update", update)
+    train(config)
+    assert without_time(training_lines(tmp_path / "run")) == without_time(training_lines(folder))
+
+
+def test_a_killed_process_goes_on_where_it_was(finished, tmp_path):
+    config, folder = finished
+    config = dataclasses.replace(config, output=str(tmp_path / "run"), control=False)
+    save_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "granvit.train", "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    written = tmp_path / "run" / "checkpoints" / "pretrain-0000002.pt"
+    deadline = time.monotonic() + 120
+    while not written.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert without_time(training_lines(tmp_path / "run")) == without_time(training_lines(folder))
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+
+
+def test_several_seeds_are_averaged(small_config, tmp_path):
+    short = {
+        name: dataclasses.replace(getattr(small_config, name), steps=1) for name in ("warmup", "pretrain", "adapt")
+    }
+    config = dataclasses.replace(small_config, output=str(tmp_path / "run"), seeds=2, **short)
+    train(config)
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    assert [run["seed"] for run in summary["runs"]] == [0, 1]
+    values = [run["stages"]["adapt"]["after"]["caption2bbox_miou"] for run in summary["runs"]]
+    assert summary["mean"]["stages"]["adapt"]["after"]["caption2bbox_miou"] == pytest.approx(sum(values) / 2)
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(finished):
+    config, _ = finished
+    with pytest.raises(ValueError, match="seed: 0 there, 5 now"):
+        train(dataclasses.replace(config, seed=5))
+
+
+def test_a_folder_of_something_else_is_left_alone(small_config, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds no run"):
+        claim(tmp_path, small_config)
+    assert sorted(os.listdir(tmp_path)) == ["thesis.txt"]
+
+
+def test_a_folder_that_is_no_dataset_is_named(small_config, tmp_path):
+    config = dataclasses.replace(small_config, data=dataclasses.replace(small_config.data, path=str(tmp_path)))
+    with pytest.raises(ValueError, match="no dataset at"):
+        Run(config, tmp_path / "run")
+
+
+def test_mean_keeps_what_every_run_has():
+    assert mean([{"a": {"x": 1.0, "y": 2.0}}, {"a": {"x": 3.0}}]) == {"a": {"x": 2.0}}
