@@ -1,7 +1,8 @@
 // The only file that knows Python. Addresses come as integers (tensor.data_ptr()), sizes in elements.
 //
 // To add an operator: include its header, write one `void bind_NAME(py::module_&)` that converts addresses with at<T>() and
-// releases the GIL (py::call_guard<py::gil_scoped_release>()), and call it at the end. Checks of shapes, dtypes and devices
+// releases the GIL (py::call_guard<py::gil_scoped_release>()), call it at the end, and raise INTERFACE in
+// granvit_kernels/native.py, as for every change here. Checks of shapes, dtypes and devices
 // belong to the Python side: what arrives here is contiguous and in range, unless a comment says otherwise.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -100,6 +101,7 @@ void bind_roi_gather(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native kernels of granvit_kernels.";
+    m.attr("interface") = GRANVIT_INTERFACE;  // granvit_kernels/native.py compares it with its own
     m.def("isa", [] { return granvit::isa_name(granvit::isa()); }, "Name of the instruction set in use.");
 #ifdef GRANVIT_CUDA
     m.attr("cuda") = true;

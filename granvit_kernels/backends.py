@@ -12,10 +12,13 @@ import functools
 import importlib
 import os
 import pkgutil
+import warnings
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from granvit_kernels import native
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Best first."""
@@ -27,7 +30,8 @@ def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> 
     """The first backend of ORDER that can run the problem, or the one that GRANVIT_KERNELS_BACKEND forces.
 
     problem: device (torch.device), dtype, and what else the operator's backends decide by.
-    Raises RuntimeError with the reason(s) where the forced one, or every one, can't run.
+    Raises RuntimeError with the reason(s) where the forced one, or every one, can't run. Warns once where the
+    reference stands in for want of the native library.
     """
     forced = _forced(os.environ.get(VARIABLE, ""))
     name = forced.get(operator, forced.get("*"))
@@ -43,9 +47,16 @@ def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> 
         if name in candidates:
             reason = candidates[name].why_not(**problem)
             if reason is None:
+                if name == "reference" and native.why_not() is not None:
+                    _warn(native.why_not())
                 return candidates[name]
             reasons.append(f"{name}: {reason}")
     raise RuntimeError(f"no backend can run {operator}: {'; '.join(reasons)}")
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"granvit_kernels runs its slow reference: {reason}", RuntimeWarning, stacklevel=3)
 
 
 @functools.cache

@@ -8,6 +8,12 @@ from types import ModuleType
 
 import torch  # noqa: F401  before the library, so that both share one OpenMP runtime
 
+INTERFACE = 1
+"""Of csrc/bindings.cpp: raise it with every change there that callers can tell. CMake reads this line and compiles the
+number in, so that a library built from other sources is told apart here instead of failing somewhere in a call."""
+
+REBUILD = "run `pip install -e .` in granvit's folder"
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What csrc/common/dtype.h calls each dtype that the kernels store."""
 
@@ -16,9 +22,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("granvit_kernels._native")
+        built = getattr(module, "interface", None)
+        if built != INTERFACE:
+            return None, f"the native library is of other sources (interface {built}, not {INTERFACE}): {REBUILD}"
         module.isa()  # an unusable GRANVIT_KERNELS_ISA shows here
     except ModuleNotFoundError:
-        return None, "the native library is not built: run `pip install -e .` in granvit's folder"
+        return None, f"the native library is not built: {REBUILD}"
     except (ImportError, RuntimeError) as error:
         return None, f"the native library does not load: {error}"
     return module, None

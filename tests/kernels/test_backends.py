@@ -27,6 +27,17 @@ def test_the_best_that_can_run():
     assert backends.choose("thing", candidates, **PROBLEM) is able
 
 
+def test_a_missing_library_is_said_once_where_the_reference_stands_in(monkeypatch):
+    monkeypatch.setattr(backends.native, "why_not", lambda: "not built")
+    backends._warn.cache_clear()
+    candidates = {"reference": module(None), "cpu": module("not built")}
+    with pytest.warns(RuntimeWarning, match="runs its slow reference: not built") as seen:
+        for _ in range(2):
+            assert backends.choose("thing", candidates, **PROBLEM) is candidates["reference"]
+    assert len(seen) == 1
+    backends._warn.cache_clear()
+
+
 def test_none_can_run():
     candidates = {"reference": module("too big"), "cuda": module("no GPU")}
     with pytest.raises(RuntimeError, match="no backend can run thing: cuda: no GPU; reference: too big"):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,13 @@ def test_missing_and_broken_libraries(reload, error, reason):
     reload.setattr(native.importlib, "import_module", fail)
     assert reason in native.why_not() and reason in native.cpu_why_not(CPU, torch.float32)
     with pytest.raises(RuntimeError, match=reason):
+        native.library()
+
+
+@pytest.mark.parametrize("attributes", [{}, {"interface": native.INTERFACE - 1}])
+def test_a_library_of_other_sources_is_told_apart(reload, attributes):
+    reload.setattr(native.importlib, "import_module", lambda name: SimpleNamespace(**attributes))
+    with pytest.raises(RuntimeError, match="of other sources .*: run `pip install -e .`"):
         native.library()
 
 
