@@ -41,8 +41,10 @@ def main() -> None:
         from granvit.train.run import train
 
         train(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"granvit.train: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("granvit.train: stopped; the same command goes on from the last checkpoint") from None
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import multiprocessing
+import multiprocessing.connection
+import os
 import resource
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,12 +44,21 @@ def train(config: TrainConfig) -> Path:
     Raises ValueError where the folder holds another run, the dataset is none, or a name in the configuration is wrong.
     """
     folder = Path(config.output)
-    claim(folder, config)
     began = time.perf_counter()
+    started = resumes(folder, config)
+    if config.data.path == "":
+        raise ValueError(f"data.path: the preset {config.preset} has no data of its own; give --data.path DIR")
     if config.data.path is None:
         with console.status("building the sample set (once)"):
-            data = cached_sample(config.data.images, seed=0)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
+            data = str(cached_sample(config.data.images, seed=0))
+    else:
+        data = config.data.path
+    for split in ("train", "test"):
+        GranDataset(data, split)
+    if not started:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
     folders = {folder: config}
     if config.seeds > 1:
         seeds = range(config.seed, config.seed + config.seeds)
@@ -63,8 +74,8 @@ def train(config: TrainConfig) -> Path:
     return folder
 
 
-def claim(folder: Path, config: TrainConfig) -> None:
-    """Make `folder` this run's, or see that it is. Raises ValueError where it holds something else."""
+def resumes(folder: Path, config: TrainConfig) -> bool:
+    """Whether `folder` holds this very run; False if it is free. Raises ValueError where it holds something else."""
     path = folder / "config.yaml"
     if path.exists():
         ours, theirs = dataclasses.asdict(config), dataclasses.asdict(load_config(path))
@@ -72,11 +83,10 @@ def claim(folder: Path, config: TrainConfig) -> None:
         if differing:
             shown = "; ".join(f"{name}: {theirs[name]} there, {ours[name]} now" for name in differing)
             raise ValueError(f"{folder} holds a run of another configuration ({shown}); choose another --output")
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run (no config.yaml); choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
+        return True
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder and holds no run (no config.yaml); choose another --output")
+    return False
 
 
 class Run:
@@ -209,6 +219,7 @@ class Run:
 def run_control(config: TrainConfig) -> None:
     """Stage 2 alone, from the warmed-up LLM and an encoder with random weights: what stage 1 has to beat."""
     logging.basicConfig(level=logging.WARNING)
+    _end_with_parent()
     folder = Path(config.output)
     path = folder / "control" / "result.json"
     if path.exists():
@@ -219,3 +230,15 @@ def run_control(config: TrainConfig) -> None:
         run.model.load_state_dict(load(warm, run.device)["model"])
     run.phase(config.adapt)
     path.write_text(json.dumps(run.evaluation(config.adapt.name, config.adapt.steps, "after"), indent=1))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed can't end its child; a second control, started when the run goes on, must be alone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()

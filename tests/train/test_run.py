@@ -14,7 +14,7 @@ from transformers import Siglip2VisionModel
 from granvit.model import GranViT, GranViTProcessor
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.presets import save_config
-from granvit.train.run import Run, claim, train
+from granvit.train.run import train
 from granvit.train.summary import mean
 
 CPU = torch.device("cpu")
@@ -180,14 +180,34 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
 def test_a_folder_of_something_else_is_left_alone(small_config, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds no run"):
-        claim(tmp_path, small_config)
+        train(dataclasses.replace(small_config, output=str(tmp_path)))
     assert sorted(os.listdir(tmp_path)) == ["thesis.txt"]
 
 
-def test_a_folder_that_is_no_dataset_is_named(small_config, tmp_path):
-    config = dataclasses.replace(small_config, data=dataclasses.replace(small_config.data, path=str(tmp_path)))
+def test_a_folder_that_is_no_dataset_is_named_and_claims_nothing(small_config, tmp_path):
+    data = dataclasses.replace(small_config.data, path=str(tmp_path))
     with pytest.raises(ValueError, match="no dataset at"):
-        Run(config, tmp_path / "run")
+        train(dataclasses.replace(small_config, output=str(tmp_path / "run"), data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_takes_its_control_with_it(finished, tmp_path):
+    config, folder = finished
+    long = dataclasses.replace(config.adapt, steps=100_000)
+    config = dataclasses.replace(config, output=str(tmp_path / "run"), adapt=long, pretrain=config.pretrain)
+    save_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "granvit.train", "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "control" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    size = metrics.stat().st_size
+    time.sleep(1)
+    assert size and metrics.stat().st_size == size
 
 
 def test_mean_keeps_what_every_run_has():
