@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import platform
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +13,7 @@ import torch
 
 from granvit.data.loader import GranDataset
 from granvit.eval import floors
+from granvit.machine import commit, device_name
 from granvit.train.presets import TrainConfig
 
 
@@ -26,7 +25,7 @@ def write_summary(folder: Path, config: TrainConfig, results: list[dict], second
     summary = {
         "preset": config.preset,
         "commit": commit(),
-        "device": device_name(config.device),
+        "device": device_name("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
         "seconds": seconds,
         "peak_memory_mb": max(result["peak_memory_mb"] for result in results),
@@ -51,23 +50,3 @@ def mean(trees: list[Any]) -> Any:
         shared = [key for key in trees[0] if all(key in tree for tree in trees)]
         return {key: mean([tree[key] for tree in trees]) for key in shared}
     return fmean(trees)
-
-
-def commit() -> str:
-    """The checked-out commit, with "+" where files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.get_device_name()
-    return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads of torch"

@@ -1,0 +1,26 @@
+"""What a measurement depends on besides the code, and which code it was."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def commit() -> str:
+    """The checked-out commit, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--match", ""]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def device_name(device: str = "cpu") -> str:
+    """The GPU's name, or the CPU's model name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
