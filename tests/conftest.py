@@ -9,6 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 TASKS = ("global_caption", "bbox2caption", "caption2bbox")
 CAPTIONS = ("a red striped circle", "the blue star on the left", "OPEN 24 HOURS", "two green dotted squares")
 

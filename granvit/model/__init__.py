@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .config import GranViTConfig
-from .granvit import GranViT, GranViTOutput
+from .granvit import GranViT
 from .processing import GranViTProcessor
 from .tiny import TinyLLM, TinyVision, build_tiny
 from .vision import VisionEncoder
@@ -16,7 +16,6 @@ AutoProcessor.register(GranViTConfig, GranViTProcessor)
 __all__ = [
     "GranViT",
     "GranViTConfig",
-    "GranViTOutput",
     "GranViTProcessor",
     "TinyLLM",
     "TinyVision",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    Cache,
     GenerationConfig,
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from granvit_kernels import PackedLayout, pack_patches
 
@@ -34,14 +32,8 @@ if TYPE_CHECKING:
     from granvit.data.packing import PackedBatch
 
 
-@dataclass
-class GranViTOutput(ModelOutput):
-    """loss: mean cross entropy over the answers' tokens (training only). logits: [A, V] at the answers'
-    tokens in training, [B, L, V] in generation. past_key_values: the LLM's cache."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+# transformers 5.24 calls a model's cache `cache`, earlier ones `past_key_values`.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class GranViT(PreTrainedModel, GenerationMixin):
@@ -302,34 +294,32 @@ class GranViT(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs,
-    ) -> GranViTOutput:
-        """With a PackedBatch: encode its images and score its answers (loss, logits [A, V]). Otherwise one
-        step of generation, as transformers calls it: ids or embeddings with a 2-D mask and a cache -> logits
-            [B, L, V]."""
+    ) -> CausalLMOutputWithPast:
+        """With a PackedBatch: encode its images and score its answers: loss, the mean cross entropy over the
+        answers' tokens, and logits [A, V]. Otherwise one step of generation, as transformers calls it: ids or
+        embeddings with a 2-D mask and a cache -> logits [B, L, V] and the cache."""
         if batch is not None:
             features, layout = self.encode(batch.images)
             regions = self.region_embeds(features, layout, batch.boxes, batch.box_image_index)
             logits, targets = self.answer_logits(batch, self.image_embeds(features, layout), regions)
-            return GranViTOutput(loss=F.cross_entropy(logits.float(), targets), logits=logits)
+            return CausalLMOutputWithPast(loss=F.cross_entropy(logits.float(), targets), logits=logits)
         embeds = self.embed_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        if (
-            attention_mask is None and past_key_values is None
-        ):  # None would let transformers look for packed sequences
+        cache = kwargs.get(CACHE)
+        if attention_mask is None and cache is None:  # None would let transformers look for packed sequences
             attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         output = self.llm.get_decoder()(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
         )
         hidden = output.last_hidden_state[:, -logits_to_keep:]
-        return GranViTOutput(logits=self.logits(hidden), past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(logits=self.logits(hidden), **{CACHE: output.get(CACHE)})
 
     # Generation
 
