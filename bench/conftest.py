@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from granvit.machine import commit, device_name
 from granvit_kernels import native
 
 BENCH = Path(__file__).resolve().parent
@@ -80,16 +80,11 @@ def compare(benchmark) -> Callable[..., dict[str, float]]:
 
 def machine() -> dict:
     """What a timing depends on besides the code, and which code it was."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=BENCH, capture_output=True, text=True
-    ).stdout.strip()
     isa = native.library().isa() if native.why_not() is None else "no native library"
     return {
-        "device": f"{names[0] if names else platform.processor()}, {isa}, {THREADS} threads",
+        "device": f"{device_name()}, {isa}, {THREADS} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit,
+        "commit": commit(),
     }
 
 

@@ -112,8 +112,8 @@ def _features(axis: Axes, series: Any, stages: dict[str, int]) -> None:
             axis.plot(steps, values, color=ORANGE, alpha=0.2, linewidth=0.8)
             handles["distillation loss"] = axis.plot(steps, smooth(values), color=ORANGE, linewidth=1.6)[0]
         for key, label, scale, colour in (
-            ("effective_rank", "effective rank (right)", 1, GREEN),
-            ("std", "10 x standard deviation (right)", 10, RED),
+            ("features_effective_rank", "effective rank (right)", 1, GREEN),
+            ("features_std", "10 x standard deviation (right)", 10, RED),
         ):
             steps, values = series(key, stage)
             if values:

@@ -151,8 +151,8 @@ class Run:
         path.write_text(json.dumps(result, indent=1))
         return result
 
-    def phase(self, stage: Stage) -> None:
-        """Train `stage` to its end, from its newest checkpoint if there is one."""
+    def phase(self, stage: Stage, progress: bool = True) -> None:
+        """Train `stage` to its end, from its newest checkpoint if there is one, with a progress bar or without."""
         phase = Phase(self.model, stage, self.checkpoints, self.metrics, self.config.distill.alpha)
         if phase.resume(self.device):
             return
@@ -171,6 +171,7 @@ class Run:
         train_phase(
             phase, stream, loss_of, autocast=self._autocast(), device=self.device,
             checkpoint_every=self.config.checkpoint_every, log_every=self.config.log_every,
+            progress=progress,
         )  # fmt: skip
 
     def evaluation(self, stage: str, step: int, when: str, blind: str | None = None) -> dict[str, float]:
@@ -228,7 +229,7 @@ def run_control(config: TrainConfig) -> None:
     warm = Checkpoints(folder / "checkpoints", config.keep_checkpoints).final("warmup")
     if warm is not None:
         run.model.load_state_dict(load(warm, run.device)["model"])
-    run.phase(config.adapt)
+    run.phase(config.adapt, progress=False)  # its bar would be drawn over stage 1's
     path.write_text(json.dumps(run.evaluation(config.adapt.name, config.adapt.steps, "after"), indent=1))
 
 

@@ -84,7 +84,7 @@ LINES = [
         "loss": 3.0,
         "loss_caption": 2.0,
         "loss_distill": 1.0,
-        "effective_rank": 9.0,
+        "features_effective_rank": 9.0,
     },
     {
         "stage": "pretrain",
@@ -92,7 +92,7 @@ LINES = [
         "loss": 2.0,
         "loss_caption": 1.5,
         "loss_distill": 0.5,
-        "effective_rank": 9.5,
+        "features_effective_rank": 9.5,
     },
     {"stage": "pretrain", "step": 2, "evaluation": "after", **metrics(0.4, 0.1)},
     {"stage": "pretrain", "step": 2, "evaluation": "other_image", **metrics(0.2, 0.0)},

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import Siglip2VisionModel
 
+from granvit.eval.curves import draw_curves
 from granvit.model import GranViT, GranViTProcessor
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.presets import save_config
@@ -69,8 +71,16 @@ def test_the_summary_has_every_stage_floor_and_control(finished):
     for metrics in (*stages["pretrain"].values(), *stages["adapt"].values()):
         assert {"bbox2caption_rouge_l", "caption2bbox_acc50", "natural_caption2bbox_miou"} <= metrics.keys()
     assert {"most_frequent", "blind", "centre_box", "whole_image", "mean_box"} <= summary["floors"].keys()
-    assert summary["versions"]["torch"] == torch.__version__.split("+")[0] or summary["versions"]["torch"]
+    assert summary["versions"]["torch"] == importlib.metadata.version("torch")
     assert stages["adapt"]["before"] == stages["pretrain"]["after"]
+
+
+def test_the_curves_find_every_series_in_a_runs_lines(finished):
+    config, folder = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure = draw_curves(lines, json.loads((folder / "report" / "summary.json").read_text()))
+    legend = {text.get_text() for text in figure.axes[1].get_legend().get_texts()}
+    assert legend == {"distillation loss", "effective rank (right)", "10 x standard deviation (right)"}
 
 
 def test_frozen_groups_are_byte_equal_and_the_others_learn(finished):
