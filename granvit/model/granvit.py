@@ -83,6 +83,9 @@ class GranViT(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        # transformers asks for modules whose weights it has loaded too, and marks the weights.
+        if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+            return
         if isinstance(module, VisionEncoder | Projector | CellPositions | RegionPrompt):
             module.reset_parameters()
         elif isinstance(module, LocationTokens):
