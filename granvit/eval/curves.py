@@ -108,7 +108,7 @@ def _features(axis: Axes, series: Any, stages: dict[str, int]) -> None:
     handles = {}
     for stage in stages:
         steps, values = series("loss_distill", stage)
-        if values:
+        if any(values):
             axis.plot(steps, values, color=ORANGE, alpha=0.2, linewidth=0.8)
             handles["distillation loss"] = axis.plot(steps, smooth(values), color=ORANGE, linewidth=1.6)[0]
         for key, label, scale, colour in (

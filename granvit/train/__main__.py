@@ -14,6 +14,7 @@ from granvit.train.presets import PRESETS, TrainConfig, load_config
 
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line asks for. Exits with a usage text for what it cannot read."""
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     preset = arguments[0] if arguments and not arguments[0].startswith("-") else "smoke"
     rest = arguments[1:] if arguments and not arguments[0].startswith("-") else list(arguments)
     if preset not in PRESETS:

@@ -83,7 +83,9 @@ def choose_questions(
         )
     ]
     room = capacity - len(processor.image_part(processor.image_tokens(*sample.image.shape[:2])))
-    while sum(lengths) > room:
+    while found and sum(lengths) > room:
+        if len(found) == 1:
+            log.warning("%s: a question of %d tokens leaves its image no place in %d", sample.id, *lengths, capacity)
         found.pop()
         lengths.pop()
     return found

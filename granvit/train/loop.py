@@ -134,7 +134,8 @@ def train_phase(
                 losses = loss_of(step, batch)
             norm = phase.update(losses["loss"])
             ended = time.perf_counter()
-            line = {name: float(value.detach()) for name, value in losses.items() if name != "features"}
+            line = {"loss_distill": 0.0}
+            line |= {name: float(value.detach()) for name, value in losses.items() if name != "features"}
             if "features" in losses and (step % log_every == 0 or step == 1):
                 line |= {f"features_{k}": v for k, v in feature_statistics(losses["features"]).items()}
             phase.metrics.write(

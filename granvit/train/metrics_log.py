@@ -14,7 +14,7 @@ class MetricsLog:
 
     def write(self, **values: object) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(values, allow_nan=False) + "\n")
 
     def lines(self) -> list[dict]:
         """All complete lines; a last one that a crash cut short is left out."""

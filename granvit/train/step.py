@@ -18,6 +18,7 @@ def stage_loss(
     model: GranViT, teacher: Teacher | None, batch: Batch, stage: Stage, distill: Distill
 ) -> dict[str, Tensor]:
     """{"loss", "loss_caption", "loss_distill"} of a batch, and "features" [T, C], the student's, without gradient.
+    Without a teacher or a region there is no "loss_distill".
 
     L = L_caption + stage.distill * L_distill. L_caption is the mean cross entropy over the answers' tokens. Images and
     the teacher's crops are cut out, resized and packed in one launch of pack_patches; a frozen encoder keeps no
@@ -46,7 +47,7 @@ def stage_loss(
     logits, targets = model.answer_logits(batch.packed, image_embeds, region_embeds)
     losses = {"loss_caption": F.cross_entropy(logits.float(), targets), "features": features.detach()}
     losses["loss"] = losses["loss_caption"]
-    if teacher is not None:
+    if teacher is not None and len(batch.regions):
         crop_layout = PackedLayout.from_grids(all_grids[len(images) :], device=patches.device)
         with torch.no_grad():
             target = teacher.encoder(patches[layout.num_tokens :], crop_layout)

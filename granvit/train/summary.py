@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from granvit.data.loader import GranDataset
 from granvit.eval import floors
-from granvit.machine import commit, device_name
 from granvit.train.presets import TrainConfig
 
 
@@ -24,9 +20,7 @@ def write_summary(folder: Path, config: TrainConfig, results: list[dict], second
     path.parent.mkdir(parents=True, exist_ok=True)
     summary = {
         "preset": config.preset,
-        "commit": commit(),
-        "device": device_name("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
+        **{name: results[0][name] for name in ("commit", "device", "versions")},
         "seconds": seconds,
         "peak_memory_mb": max(result["peak_memory_mb"] for result in results),
         "data": {

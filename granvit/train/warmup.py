@@ -50,12 +50,14 @@ def token_grid(config: GranViTConfig, sample: Sample) -> tuple[int, int]:
 def _caption_bags(model: GranViT, processor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Each region's caption as the sum of its tokens' embeddings [R, D], at the scale of the LLM's embeddings."""
     captions = [region.caption for sample in batch.samples for region in sample.regions]
-    ids = processor.tokenizer(captions, add_special_tokens=False)["input_ids"]
-    owner = torch.tensor([i for i, tokens in enumerate(ids) for _ in tokens], device=batch.regions.device)
-    flat = torch.tensor([t for tokens in ids for t in tokens], device=batch.regions.device)
+    ids = processor.tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else []
+    owner, flat = (
+        torch.tensor(numbers, dtype=torch.int64, device=batch.regions.device)
+        for numbers in ([i for i, tokens in enumerate(ids) for _ in tokens], [t for tokens in ids for t in tokens])
+    )
     embeds = model.embed_ids(flat)
     bags = torch.zeros(len(ids), embeds.shape[-1], device=embeds.device).index_add(0, owner, embeds.float())
-    scale = embeds.detach().float().square().mean().sqrt()
+    scale = embeds.detach().float().square().mean().sqrt().nan_to_num()  # of no caption at all: nothing to scale
     return bags * (scale / bags.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)), scale
 
 
@@ -74,6 +76,8 @@ def _coverage(sample: Sample, rows: int, columns: int, device: torch.device) -> 
 
 def _asked_regions(batch: Batch) -> Tensor:
     """The number (in batch.regions) of every box that a question asks about."""
+    if not len(batch.packed.boxes):
+        return batch.packed.box_image_index
     same = (batch.packed.boxes[:, None] == batch.regions[None]).all(-1)
     same &= batch.packed.box_image_index[:, None] == batch.region_image[None]
     return same.int().argmax(-1)

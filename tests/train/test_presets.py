@@ -24,6 +24,7 @@ def test_the_first_word_picks_a_preset_and_flags_change_it():
 def test_config_reloads_a_run_and_flags_go_on_top(tmp_path):
     save_config(replace(PRESETS["compact"], seed=7), tmp_path / "config.yaml")
     config = parse(["--config", str(tmp_path / "config.yaml"), "--output", "again"])
+    assert config == parse([f"--config={tmp_path / 'config.yaml'}", "--output", "again"])
     assert config == replace(PRESETS["compact"], seed=7, output="again")
 
 
@@ -41,6 +42,35 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--data.eval-images", "1", "data.eval_images is 1; it is at least 2"),
+        ("--data.questions-per-image", "0", "data.questions_per_image is 0"),
+        ("--data.fault-budget", "2", "data.fault_budget is 2.0"),
+        ("--model.encoder-heads", "0", "model.encoder_heads is 0"),
+        ("--model.encoder-heads", "3", "model.encoder_width is 128; it takes a multiple"),
+        ("--distill.alpha", "1.5", "distill.alpha is 1.5"),
+        ("--checkpoint-every", "0", "config.checkpoint_every is 0"),
+        ("--seeds", "-2", "config.seeds is -2"),
+        ("--threads", "-1", "config.threads is -1"),
+        ("--pretrain.learning-rate", "-1", "pretrain.learning_rate is -1.0"),
+        ("--pretrain.clip", "0", "pretrain.clip is 0.0"),
+        ("--adapt.tasks", "chat", "adapt.tasks has 'chat'"),
+    ],
+)
+def test_a_value_out_of_range_is_named_before_anything_starts(flag, value, message, capsys):
+    with pytest.raises((ValueError, SystemExit)) as raised:
+        parse([flag, value])
+    assert message in str(raised.value) + "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_sequences_hold_its_largest_image_and_some_questions(name):
+    preset = PRESETS[name]
+    assert preset.data.capacity >= preset.model.max_image_tokens // preset.model.pixel_shuffle**2 + 200
 
 
 def test_stages_refuse_what_makes_no_sense():

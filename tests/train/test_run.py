@@ -2,12 +2,14 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import Siglip2VisionModel
@@ -16,7 +18,7 @@ from granvit.eval.curves import draw_curves
 from granvit.model import GranViT, GranViTProcessor
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.presets import save_config
-from granvit.train.run import train
+from granvit.train.run import run_control, train
 from granvit.train.summary import mean
 
 CPU = torch.device("cpu")
@@ -55,8 +57,8 @@ def test_a_run_leaves_what_the_documentation_names(finished):
     stages = (config.warmup, config.pretrain, config.adapt)
     assert counted == [(stage.name, step) for stage in stages for step in range(1, stage.steps + 1)]
     for line in lines:
-        assert {"loss", "loss_caption", "regions", "tokens", "seconds"} <= line.keys()
-        assert ("loss_distill" in line) == (line["stage"] == "pretrain")
+        assert {"loss", "loss_caption", "loss_distill", "regions", "tokens", "seconds"} <= line.keys()
+        assert (line["loss_distill"] > 0) == (line["stage"] == "pretrain")
     pretrain = [line for line in lines if line["stage"] == "pretrain"]
     for line in pretrain:
         assert line["loss"] == pytest.approx(line["loss_caption"] + line["loss_distill"], rel=1e-6)
@@ -99,12 +101,17 @@ def test_frozen_groups_are_byte_equal_and_the_others_learn(finished):
     assert changed("pretrain", "adapt", "llm.") and changed("pretrain", "adapt", "projector.")
 
 
-def test_the_control_starts_from_the_warm_llm_and_a_random_encoder(finished):
+def test_the_control_starts_from_the_warm_llm_and_a_random_encoder(finished, tmp_path):
     config, folder = finished
-    warm = load(Checkpoints(folder / "checkpoints", 1).final("warmup"), CPU)["model"]
-    control = load(Checkpoints(folder / "control" / "checkpoints", 1).final("adapt"), CPU)["model"]
-    encoder = [name for name in warm if name.startswith("encoder.")]
-    assert all(torch.equal(warm[name], control[name]) for name in encoder)  # the warm-up saw no pixel
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    no_step = dataclasses.replace(config.adapt, steps=0)
+    run_control(dataclasses.replace(config, output=str(tmp_path), adapt=no_step))
+    weights = load(Checkpoints(tmp_path / "control" / "checkpoints", 1).final("adapt"), CPU)["model"]
+    known = {phase: load(Checkpoints(folder / "checkpoints", 1).final(phase), CPU)["model"]
+             for phase in ("warmup", "pretrain")}  # fmt: skip
+    assert all(torch.equal(value, known["warmup"][name]) for name, value in weights.items())
+    encoder = [name for name in weights if name.startswith("encoder.") and "norm" not in name and "weight" in name]
+    assert encoder and not any(torch.equal(weights[name], known["pretrain"][name]) for name in encoder)
 
 
 def test_the_export_is_the_model_and_its_encoder_opens_in_transformers(finished):
@@ -185,6 +192,44 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
     config, _ = finished
     with pytest.raises(ValueError, match="seed: 0 there, 5 now"):
         train(dataclasses.replace(config, seed=5))
+
+
+def test_a_finished_run_keeps_what_it_measured_when_asked_again(finished):
+    config, folder = finished
+    path = folder / "report" / "summary.json"
+    before = json.loads(path.read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train(dataclasses.replace(config, log_every=7, data=dataclasses.replace(config.data, workers=2)))
+    after = json.loads(path.read_text())
+    assert after["runs"] == before["runs"] and after["commit"] == before["commit"]
+    assert after["seconds"] >= after["runs"][0]["seconds"] == pytest.approx(sum(line["seconds"] for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "abacus"}, "device: 'abacus' can't be used here"),
+        ({"data.capacity": 40}, "data.capacity is 40; an image takes up to 9 tokens"),
+        ({"model.llm": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_a_setting_that_can_not_be_built_claims_no_folder(small_config, tmp_path, change, message):
+    ((name, value),) = change.items()
+    owner, _, field = name.rpartition(".")
+    new = {field: value} if not owner else {owner: dataclasses.replace(getattr(small_config, owner), **{field: value})}
+    with pytest.raises((ValueError, OSError), match=message):
+        train(dataclasses.replace(small_config, output=str(tmp_path / "run"), **new))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_without_regions_is_refused_before_training(small_config, sample_set, tmp_path):
+    split = datasets.load_from_disk(str(sample_set))
+    split["test"] = split["test"].map(lambda row: {"regions": [], "caption": "something"})
+    split.save_to_disk(tmp_path / "data")
+    data = dataclasses.replace(small_config.data, path=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="its split test has no region"):
+        train(dataclasses.replace(small_config, output=str(tmp_path / "run"), data=data))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(small_config, tmp_path):

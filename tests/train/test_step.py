@@ -104,21 +104,56 @@ def test_the_warm_up_sees_no_pixel(parts):
 
 
 def test_the_warm_up_s_layout_puts_captions_where_their_boxes_are(parts):
-    """Without noise, cells that no box covers are empty, and a region's token is its caption's."""
+    """Without noise, cells that no box covers are empty, those of one box alone hold its caption, and so does the
+    token of an asked region."""
     config, data, model, processor = parts
     batch = first_batch(config, data, processor, config.warmup, data.annotations)
     noiseless = [layout_embeds(model, processor, batch, torch.Generator().manual_seed(seed)) for seed in range(200)]
     grids = [model.config.grid(*sample.image.shape[:2]) for sample in batch.samples]
-    image = torch.stack([image for image, _ in noiseless]).mean(0)
+    image, region = (torch.stack(drawn).mean(0) for drawn in zip(*noiseless, strict=True))
     image = image - model.cell_positions(PackedLayout.from_grids(grids))
-    start = 0
-    scale = model.llm.get_input_embeddings().weight.square().mean().sqrt()
+    table = model.llm.get_input_embeddings().weight
+    scale = table.square().mean().sqrt()
+
+    def bag(caption: str) -> torch.Tensor:
+        ids = processor.tokenizer([caption], add_special_tokens=False)["input_ids"][0]
+        return torch.nn.functional.normalize(table[ids].sum(0), dim=0)
+
+    start, full = 0, 0
     for sample, (rows, columns) in zip(batch.samples, grids, strict=True):
-        cells = image[start : start + rows * columns].square().mean(-1).sqrt().view(rows, columns) / scale
+        cells = image[start : start + rows * columns].view(rows, columns, -1)
         start += rows * columns
-        covered = torch.zeros(rows, columns, dtype=torch.bool)
+        shares = []
         for x1, y1, x2, y2 in (region.box for region in sample.regions):
             y, x = torch.arange(rows), torch.arange(columns)
-            covered |= ((y + 1 > y1 * rows) & (y < y2 * rows))[:, None] & ((x + 1 > x1 * columns) & (x < x2 * columns))
-        assert (cells[~covered] < 0.1).all()
-    assert start == len(image)
+            high = (torch.clamp(y + 1, max=y2 * rows) - torch.clamp(y, min=y1 * rows)).clamp(min=0)
+            wide = (torch.clamp(x + 1, max=x2 * columns) - torch.clamp(x, min=x1 * columns)).clamp(min=0)
+            shares.append(high[:, None] * wide)
+        shares = torch.stack(shares)
+        assert (cells[shares.sum(0) == 0].square().mean(-1).sqrt() < 0.1 * scale).all()
+        for index, one in enumerate(sample.regions):
+            alone = (shares[index] > 0.3) & (shares.sum(0) == shares[index])
+            full += int(alone.sum())
+            assert (torch.nn.functional.cosine_similarity(cells[alone], bag(one.caption), dim=-1) > 0.9).all()
+    assert start == len(image) and full > 0
+    for box, owner, tokens in zip(batch.packed.boxes.tolist(), batch.packed.box_image_index.tolist(), region,
+                                  strict=True):  # fmt: skip
+        (caption,) = {one.caption for one in batch.samples[owner].regions if list(one.box) == pytest.approx(box)}
+        assert (torch.nn.functional.cosine_similarity(tokens, bag(caption), dim=-1) > 0.98).all()
+
+
+def without_regions(sample):
+    return replace(sample, regions=(), caption="a picture")
+
+
+def test_images_without_regions_are_trained_on(parts):
+    config, data, model, processor = parts
+    for stage, read in ((config.warmup, data.annotations), (config.pretrain, data.__getitem__)):
+        stage = replace(stage, global_captions=1.0)
+        batch = first_batch(config, data, processor, stage, lambda i, read=read: without_regions(read(i)))
+        if stage is not config.warmup and stage.distill:
+            losses = stage_loss(model, Teacher(model.encoder, 0.9), batch, stage, config.distill)
+            assert losses["loss"] is losses["loss_caption"] and "loss_distill" not in losses
+        else:
+            losses = warmup_loss(model, processor, batch, torch.Generator().manual_seed(0))
+        assert losses["loss"].isfinite()
