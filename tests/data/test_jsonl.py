@@ -146,5 +146,9 @@ def test_command_line(file, tmp_path, capsys):
     assert "0 of 1 lines have faults" in capsys.readouterr().err
     assert main(["convert", "jsonl", str(file), "--output", str(tmp_path / "out")]) == 1
     assert "error: output must be a new or an empty folder" in capsys.readouterr().err
+    evil = ["--output", str(tmp_path / "deep" / "o"), "--split", "../../evil"]
+    assert main(["convert", "jsonl", str(file), *evil]) == 1
+    assert "error: split must be a name of letters" in capsys.readouterr().err
+    assert not (tmp_path / "evil").exists() and not (tmp_path / "deep").exists()
     assert main(["convert", "jsonl", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "o")]) == 1
     assert "error: no JSONL file at" in capsys.readouterr().err
