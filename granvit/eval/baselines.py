@@ -15,11 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from rouge_score.tokenizers import DefaultTokenizer
 
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.eval.evaluation import TASKS, ask
-from granvit.eval.metrics import Prediction, box_iou, summarise
+from granvit.eval.metrics import Prediction, box_iou, summarise, words
 
 MIN_CLASS = 20  # a size class with fewer training regions than this falls back on its kind
 MAX_CAPTIONS = 1000  # candidates for the blind caption: the most frequent ones
@@ -29,12 +28,11 @@ MAX_BOXES = 4000  # training boxes compared with each other, all against all; an
 def rouge_l_matrix(candidates: list[str], references: list[str]) -> np.ndarray:
     """ROUGE-L F-measure of every candidate against every reference, float64 [candidates, references].
 
-    Equal to the rouge-score library's (a test compares them), but fast enough for all against all: the length
+    Equal to `rouge_l` (a test compares them), but fast enough for all against all: the length
     of the longest common subsequence by Hyyro's bit-parallel recurrence (2004), one uint64 a pair, so that
     words past the 64th are cut off.
     """
-    tokenizer = DefaultTokenizer(use_stemmer=False)
-    tokens = [[tokenizer.tokenize(text)[:64] for text in texts] for texts in (candidates, references)]
+    tokens = [[words(text)[:64] for text in texts] for texts in (candidates, references)]
     vocabulary = {word: i for i, word in enumerate(sorted({w for texts in tokens for t in texts for w in t}))}
     where = np.zeros((len(vocabulary) + 1, len(references)), dtype=np.uint64)  # bit p: word stands at place p
     for r, reference in enumerate(tokens[1]):

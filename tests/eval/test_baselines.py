@@ -18,9 +18,9 @@ def dataset(gran_rows):
     return lambda regions: GranDataset(gran_rows([(str(i), [region]) for i, region in enumerate(regions)]))
 
 
-def test_rouge_l_matrix_equals_the_library():
+def test_rouge_l_matrix_equals_rouge_l():
     rng = random.Random(0)
-    vocabulary = ["a", "red", "blue", "circle", "on", "the", "left", "Total:", "12.50", "-", "naïve"]
+    vocabulary = ["a", "red", "blue", "circle", "on", "the", "left", "Total:", "12.50", "-", "naïve", "круг", "红色"]
     texts = [" ".join(rng.choices(vocabulary, k=rng.randint(0, 12))) for _ in range(40)]
     texts += ["", " ".join(rng.choices(vocabulary[:3], k=64)), " ".join(rng.choices(vocabulary[:3], k=63))]
     expected = np.array([[rouge_l(reference, candidate) for reference in texts] for candidate in texts])
