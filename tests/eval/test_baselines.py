@@ -88,8 +88,15 @@ def test_a_limit_spreads_over_the_whole_split(dataset):
     assert floors(train, test, limit=9)["blind"]["bbox2caption_exact"] == 0.25
 
 
-@pytest.mark.parametrize("empty", ["train", "test"])
-def test_a_split_without_regions_is_named(dataset, empty):
+def test_rows_that_no_model_is_asked_about_are_left_out(gran_rows, dataset):
+    rows = [("0", [(SMALL, "a mouse", "natural")]), ("broken", [(LARGE, "a whale", "natural")])]
+    test = GranDataset(gran_rows(rows), fault_budget=0.5)
+    assert floors(dataset([(SMALL, "a mouse", "natural")]), test)["blind"]["bbox2caption_exact"] == 1
+
+
+def test_splits_without_regions(dataset):
     full, none = dataset([(SMALL, "a mouse", "natural")]), dataset([])
-    with pytest.raises(ValueError, match=f"{empty} has no region"):
-        floors(**{"train": full, "test": full} | {empty: none})
+    assert floors(none, full).keys() == {"centre_box", "whole_image"}  # nothing to fit the others on
+    assert floors(none, full)["whole_image"] == floors(full, full)["whole_image"]
+    with pytest.raises(ValueError, match="test has no region"):
+        floors(full, none)
