@@ -133,7 +133,7 @@ def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:
         if files:
             return _from_parquet(path, files)
     # What `datasets` raises on damaged files is not documented; these have been seen.
-    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"the dataset at {path} can't be opened: {error}") from error
     names = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else [f"the file {path.name}"]
     raise ValueError(

@@ -32,7 +32,8 @@ FIND_BOX = "Please provide the bounding box coordinate of the region this senten
 _NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*"
 _TEXT_BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 _BINS_BOX = re.compile(r"\s*".join([r"<loc_(\d+)>"] * 4))
-_MARKER = re.compile(r"<(image|region|loc_\d+)>")
+# Ours, and the usual names of special tokens: which ones an LLM has, only its tokenizer knows.
+_MARKER = re.compile(r"<(image|region|loc_\d+|/?s|bos|eos|pad|unk|mask|cls|sep|\|[^<>]*\|)>")
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,12 @@ def find_box(sentence: str, answer: str = "", region: int | None = None) -> Ques
 
 
 def without_markers(text: str) -> str:
-    """The text with the angle brackets of anything that our tokenizer would read as a marker removed: a
-    caption is data, and "<region>" in it must not ask for a box."""
-    return _MARKER.sub(r"\1", text)
+    """The text with the angle brackets removed of anything that a tokenizer would read as a marker or, by its
+    usual name, as a special token: a caption is data, and "<region>" in it must not ask for a box, nor "<eos>"
+    end it."""
+    text = _MARKER.sub(r"\1", text)
+    # "<<region>>" has become a marker only now. Another pass could make the next one; no marker lacks its "<".
+    return text.replace("<", "") if _MARKER.search(text) else text
 
 
 def format_box(box: Sequence[float], box_format: str = "text", bins: int = 1000) -> str:

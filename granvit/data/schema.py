@@ -8,7 +8,7 @@ left out.
 from __future__ import annotations
 
 import io
-import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,8 @@ grids."""
 BOX_TOLERANCE = 1e-3
 """A box may leave [0, 1] by this much (rounding of other people's converters) and is cut to the image."""
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 class DataFault(ValueError):
     """Something in a row that can't be used. `kind` is a short name that faults are counted under."""
@@ -99,7 +101,8 @@ def parse_row(
 
     Without `drop`, the first fault is raised. With it, faults of single regions are handed to `drop`, those
     regions are left out, and only what makes the whole row useless is raised. Without `decode`, the picture
-    is not looked at, and the sample's image is a blank of the row's width and height.
+    is not looked at, and the sample's image is a blank of the row's width and height. With it, the picture
+    must have that width and height.
 
     Raises DataFault of kind `id`, `caption`, `regions`, `empty_row`, `size` or of `decode_image` or
     `parse_region`.
@@ -107,11 +110,11 @@ def parse_row(
     import torch
 
     row_id = row.get("id")
-    if not isinstance(row_id, str) or not row_id:
-        raise DataFault("id", f"id must be a non-empty string, got {row_id!r}")
+    if not isinstance(row_id, str) or not row_id or not is_unicode(row_id):
+        raise DataFault("id", f"id must be a non-empty string of Unicode, got {row_id!r}")
     caption = row.get("caption")
-    if caption is not None and (not isinstance(caption, str) or not caption.strip()):
-        raise DataFault("caption", f"caption must be null or a string with text in it, got {caption!r}")
+    if caption is not None and not _is_text(caption):
+        raise DataFault("caption", f"caption must be null or a string with text in it (Unicode), got {caption!r}")
     listed = row.get("regions") or []
     if not isinstance(listed, list):
         raise DataFault("regions", f"regions must be a list, got {type(listed).__name__}")
@@ -126,13 +129,15 @@ def parse_row(
             drop(named)
     if not regions and caption is None:
         raise DataFault("empty_row", "neither a caption nor a usable region")
+    width, height = row.get("width"), row.get("height")
+    if not all(isinstance(side, int) and side >= 1 for side in (width, height)):
+        raise DataFault("size", f"width and height must be integers >= 1, got {width!r} and {height!r}")
     if decode:
-        image = torch.from_numpy(np.array(decode_image(row.get("image"), max_pixels)))
+        picture = decode_image(row.get("image"), max_pixels)
+        check_size(width, height, picture)
+        image = torch.from_numpy(np.array(picture))
     else:
-        sides = row.get("height"), row.get("width")
-        if not all(isinstance(side, int) and side >= 1 for side in sides):
-            raise DataFault("size", f"height and width must be integers >= 1, got {sides}")
-        image = torch.zeros((), dtype=torch.uint8).expand(*sides, 3)
+        image = torch.zeros((), dtype=torch.uint8).expand(height, width, 3)
     return Sample(
         id=row_id,
         image=image,
@@ -157,11 +162,11 @@ def parse_region(region: Mapping[str, Any]) -> Region:
     if min(box) < -BOX_TOLERANCE or max(box) > 1 + BOX_TOLERANCE:
         raise DataFault("box", f"box must lie in [0, 1], relative to the image, got {list(box)}")
     x1, y1, x2, y2 = (min(max(float(side), 0.0), 1.0) for side in box)
-    if x1 >= x2 or y1 >= y2:
-        raise DataFault("box", f"box must have x1 < x2 and y1 < y2, got {list(box)}")
+    if np.float32(x1) >= np.float32(x2) or np.float32(y1) >= np.float32(y2):  # a dataset stores float32
+        raise DataFault("box", f"box must have x1 < x2 and y1 < y2, in float32 too, got {list(box)}")
     caption = region.get("caption")
-    if not isinstance(caption, str) or not caption.strip():
-        raise DataFault("region_caption", f"caption must be a string with text in it, got {caption!r}")
+    if not _is_text(caption):
+        raise DataFault("region_caption", f"caption must be a string with text in it (Unicode), got {caption!r}")
     kind = region.get("kind")
     if kind not in KINDS:
         raise DataFault("region_kind", f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -169,6 +174,13 @@ def parse_region(region: Mapping[str, Any]) -> Region:
     if score is not None and not _is_number(score):
         raise DataFault("region_score", f"score must be null or a finite number, got {score!r}")
     return Region((x1, y1, x2, y2), caption, kind, None if score is None else float(score))
+
+
+def check_size(width: int, height: int, picture: PILImage.Image) -> None:
+    """Raises DataFault of kind `size` unless the decoded picture has this width and height."""
+    if (width, height) != picture.size:
+        given, real = f"{width}x{height}", "{}x{}".format(*picture.size)
+        raise DataFault("size", f"width and height are {given}, the image is {real} as EXIF turns it")
 
 
 def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
@@ -217,6 +229,8 @@ def _image_file(image: Any) -> io.BytesIO | str:
         if image.get("bytes"):
             return io.BytesIO(image["bytes"])
         if image.get("path"):
+            if not os.path.isfile(image["path"]):  # to open a FIFO or a device could take for ever
+                raise DataFault("image", f"path must be that of a regular file, got {image['path']!r}")
             return image["path"]
     raise DataFault(
         "image", f"image must be encoded bytes or a path, got {type(image).__name__} without either"
@@ -242,6 +256,22 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 
 def _is_number(value: Any) -> bool:
+    """A number that is finite in float32, as which it is stored. NaN compares as False."""
     return (
-        isinstance(value, (int, float, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+        isinstance(value, (int, float, np.floating))
+        and not isinstance(value, bool)
+        and abs(value) <= _FLOAT32_MAX
     )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
+
+
+def is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can write as "\\ud800" and UTF-8, in Arrow, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

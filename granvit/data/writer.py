@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,18 +20,27 @@ def write_dataset(output_dir: str | Path, splits: Mapping[str, Iterable[Mapping[
     """Write rows of the schema as a DatasetDict folder that `datasets.load_from_disk` reads.
 
     Rows stream to disk, images as the encoded bytes that they come with. Raises ValueError if `output_dir`
-    has anything in it; an error while rows are made leaves nothing behind.
+    has anything in it, a split's name could lead out of it, or a split has no rows (`datasets` would write it,
+    but not open it); an error while rows are made leaves nothing behind.
     """
+    for split in splits:
+        if not re.fullmatch(r"\w[\w.-]*", split):
+            raise ValueError(
+                f"split must be a name of letters, digits, '_', '.' and '-' that starts with none of the last two, "
+                f"got {split!r}"
+            )
     with whole_folder(output_dir) as folder:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-arrow-") as scratch:
             written = {}
-            for split, rows in splits.items():
-                arrow = str(Path(scratch) / f"{split}.arrow")
+            for index, (split, rows) in enumerate(splits.items()):
+                arrow = str(Path(scratch) / f"{index}.arrow")
                 with ArrowWriter(path=arrow, features=FEATURES, writer_batch_size=256) as writer:
                     for row in rows:
                         writer.write(dict(row))
                     writer.finalize()
                 written[split] = datasets.Dataset.from_file(arrow)
+                if not len(written[split]):
+                    raise ValueError(f"split {split!r} has no rows; leave it out or give it at least one")
             bars = datasets.are_progress_bars_disabled()
             datasets.disable_progress_bars()
             try:

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from rouge_score.tokenizers import DefaultTokenizer
 
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.eval.evaluation import TASKS, ask
-from granvit.eval.metrics import Prediction, box_iou, summarise
+from granvit.eval.metrics import Prediction, box_iou, summarise, words
 
 MIN_CLASS = 20  # a size class with fewer training regions than this falls back on its kind
 MAX_CAPTIONS = 1000  # candidates for the blind caption: the most frequent ones
@@ -29,12 +28,11 @@ MAX_BOXES = 4000  # training boxes compared with each other, all against all; an
 def rouge_l_matrix(candidates: list[str], references: list[str]) -> np.ndarray:
     """ROUGE-L F-measure of every candidate against every reference, float64 [candidates, references].
 
-    Equal to the rouge-score library's (a test compares them), but fast enough for all against all: the length
+    Equal to `rouge_l` (a test compares them), but fast enough for all against all: the length
     of the longest common subsequence by Hyyro's bit-parallel recurrence (2004), one uint64 a pair, so that
     words past the 64th are cut off.
     """
-    tokenizer = DefaultTokenizer(use_stemmer=False)
-    tokens = [[tokenizer.tokenize(text)[:64] for text in texts] for texts in (candidates, references)]
+    tokens = [[words(text)[:64] for text in texts] for texts in (candidates, references)]
     vocabulary = {word: i for i, word in enumerate(sorted({w for texts in tokens for t in texts for w in t}))}
     where = np.zeros((len(vocabulary) + 1, len(references)), dtype=np.uint64)  # bit p: word stands at place p
     for r, reference in enumerate(tokens[1]):
@@ -114,24 +112,14 @@ def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[st
     """Metrics of every floor, {floor: {metric: value}}, fitted on `train` and measured on `test` (both
     GranDatasets).
 
-    `limit` as in `evaluate`: that many test images. ValueError where either has no region.
+    `limit` as in `evaluate`: that many test images. They are decoded, so that no floor is measured on a row
+    that a model is never asked about; training images are not looked at. Where `train` has no region, only the
+    floors that need no fitting are there. ValueError where `test` has none.
     """
     known = [q.truth for q in ask(train, (BBOX2CAPTION,), pictures=False)]
-    asked = [q.truth for q in ask(test, TASKS, limit, pictures=False)]
-    for name, regions in (("train", known), ("test", asked)):
-        if not regions:
-            raise ValueError(f"{name} has no region; floors need at least one in each split")
-
-    kinds = {r["kind"] for r in known}
-    of_kind = {kind: [r for r in known if r["kind"] == kind] for kind in kinds} | {None: known}
-    frequent = {k: Counter(r["caption"] for r in v).most_common(1)[0][0] for k, v in of_kind.items()}
-    boxes = {k: np.array([r["box"] for r in v]) for k, v in of_kind.items()}
-    mean_box = {k: b.mean(axis=0) for k, b in boxes.items()}
-    likely_box = {k: best_box(b) for k, b in boxes.items()}
-    blind = _Blind(known)
-
-    def kind(region: dict[str, Any]) -> str | None:
-        return region["kind"] if region["kind"] in kinds else None  # a kind never seen in training: all of it
+    asked = [q.truth for q in ask(test, TASKS, limit)]
+    if not asked:
+        raise ValueError("test has no region; floors are measured on at least one")
 
     def answered(
         caption: Callable[[Prediction], str] | None, box: Callable[[Prediction], Any] | None
@@ -145,10 +133,27 @@ def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[st
                 predictions.append({**truth, "answer": "", "predicted_box": list(box(truth))})
         return summarise(predictions)
 
+    found = {
+        "centre_box": answered(None, lambda r: (0.25, 0.25, 0.75, 0.75)),
+        "whole_image": answered(None, lambda r: (0.0, 0.0, 1.0, 1.0)),
+    }
+    if not known:
+        return found
+
+    kinds = {r["kind"] for r in known}
+    of_kind = {kind: [r for r in known if r["kind"] == kind] for kind in kinds} | {None: known}
+    frequent = {k: Counter(r["caption"] for r in v).most_common(1)[0][0] for k, v in of_kind.items()}
+    boxes = {k: np.array([r["box"] for r in v]) for k, v in of_kind.items()}
+    mean_box = {k: b.mean(axis=0) for k, b in boxes.items()}
+    likely_box = {k: best_box(b) for k, b in boxes.items()}
+    blind = _Blind(known)
+
+    def kind(region: dict[str, Any]) -> str | None:
+        return region["kind"] if region["kind"] in kinds else None  # a kind never seen in training: all of it
+
     return {
         "most_frequent": answered(lambda r: frequent[kind(r)], None),
         "blind": answered(blind, lambda r: likely_box[kind(r)]),
-        "centre_box": answered(None, lambda r: (0.25, 0.25, 0.75, 0.75)),
-        "whole_image": answered(None, lambda r: (0.0, 0.0, 1.0, 1.0)),
+        **found,
         "mean_box": answered(None, lambda r: mean_box[kind(r)]),
     }

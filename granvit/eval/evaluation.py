@@ -20,11 +20,12 @@ MAX_NEW_TOKENS = 48  # of a caption; a box ends where its written form does
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, the image it is asked of, and the truth half of its prediction (see
-    granvit.eval.metrics)."""
+    """A question, the image it is asked of with its row in the dataset (an id may be repeated by mistake), and
+    the truth half of its prediction (see granvit.eval.metrics)."""
 
     question: Question
     sample: Sample
+    row: int
     truth: Prediction
 
 
@@ -50,16 +51,16 @@ def ask(
     rows, tasks = len(dataset), tuple(tasks)
     chosen = range(rows) if limit is None or limit >= rows else [i * rows // limit for i in range(limit)]
     read = dataset.__getitem__ if pictures else dataset.annotations
-    for sample in map(read, chosen):
+    for row, sample in zip(chosen, map(read, chosen), strict=True):
         for question in [] if sample is None else write(sample, tasks):
             region = sample.regions[question.region]
             truth = {"id": sample.id, "source": sample.source, "task": question.task, "kind": region.kind}
             truth |= {"box": list(region.box), "caption": region.caption}
-            yield Asked(question, sample, truth)
+            yield Asked(question, sample, row, truth)
 
 
-def other_images(samples: list[Sample]) -> dict[str, Sample]:
-    """For each sample's id another sample, whose image is shown instead: a derangement, the same at every
+def other_images(samples: dict[int, Sample]) -> dict[int, Sample]:
+    """For each sample, by its row, another one whose image is shown instead: a derangement, the same at every
     call.
 
     One cycle through all samples, in a seeded order within each source: nearly every image is replaced by one
@@ -67,9 +68,9 @@ def other_images(samples: list[Sample]) -> dict[str, Sample]:
     """
     if len(samples) < 2:
         raise ValueError(f"blind='other_image' needs at least 2 images, the dataset has {len(samples)}")
-    order = random.Random(0).sample(samples, len(samples))
-    order.sort(key=lambda sample: sample.source)
-    return {here.id: there for here, there in zip(order, order[1:] + order[:1], strict=True)}
+    order = random.Random(0).sample(list(samples), len(samples))
+    order.sort(key=lambda row: samples[row].source)
+    return {here: samples[there] for here, there in zip(order, order[1:] + order[:1], strict=True)}
 
 
 @torch.no_grad()
@@ -94,9 +95,9 @@ def evaluate(
     asked = list(ask(dataset, tasks, limit, processor.questions))
     if not asked:
         raise ValueError(f"nothing to ask: none of {len(dataset)} rows has a region for {', '.join(tasks)}")
-    shown = {a.sample.id: a.sample for a in asked}
+    shown = {a.row: a.sample for a in asked}
     if blind == "other_image":
-        shown = other_images(list(shown.values()))
+        shown = other_images(shown)
     # Answers of one task and kind are of about one length: few steps are spent on rows that have ended.
     asked.sort(key=lambda a: (a.truth["task"], a.truth["kind"]))
 
@@ -105,11 +106,11 @@ def evaluate(
     answers: list[str] = []
     for i in range(0, len(asked), batch_size):
         batch = asked[i : i + batch_size]
-        ids = list(dict.fromkeys(a.sample.id for a in batch))  # distinct, in order
+        rows = list(dict.fromkeys(a.row for a in batch))  # distinct, in order
         inputs = processor(
-            images=None if blind == "text" else [shown[one].image for one in ids],
+            images=None if blind == "text" else [shown[row].image for row in rows],
             questions=[a.question for a in batch],
-            image_index=None if blind == "text" else [ids.index(a.sample.id) for a in batch],
+            image_index=None if blind == "text" else [rows.index(a.row) for a in batch],
         ).to(model.device)
         length = MAX_NEW_TOKENS
         if {a.truth["task"] for a in batch} == {CAPTION2BBOX}:

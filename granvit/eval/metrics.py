@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from functools import lru_cache
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import jiwer
@@ -27,22 +28,26 @@ from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 Prediction = dict[str, Any]
 
+# Scripts without spaces between words, a character a word: kana and Chinese characters with their extensions.
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"(?!\W)[{_CJK}]|[^\W_{_CJK}]+")
+
 
 @lru_cache(maxsize=1)
 def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"])
+    return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
 
 
 def rouge_l(truth: str, answer: str) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004), by the rouge-score library, without
-    stemming.
+    """F-measure of the longest common subsequence of `words` (Lin 2004), by the rouge-score library, without
+    stemming. Its own tokenizer knows ASCII only, where ours gives the same words.
     """
     return _rouge().score(truth, answer)["rougeL"].fmeasure
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation: what CIDEr and the exact match compare."""
-    return re.findall(r"\w+", text.lower())
+    """Lower-case words of any script without punctuation, which ROUGE-L, CIDEr and the exact match compare."""
+    return _WORD.findall(text.lower())
 
 
 def exact(truth: str, answer: str) -> bool:

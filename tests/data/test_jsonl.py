@@ -88,6 +88,14 @@ def test_good_lines(file, tmp_path):
         (line(regions=[REGION, REGION | {"box": [0, 0, 12, 8]}]), r"regions[1]: box must lie in [0, 1]"),
         (line(regions=[REGION, REGION | {"box": [0.5, 0, 0.5, 1]}]), r"regions[1]: box must have x1 < x2"),
         (line(regions=[REGION, REGION | {"box": [0, 0, 1e999, 1]}]), "no JSON number"),
+        (line(caption="\ud800"), r"caption must be a string or null of Unicode, got '\ud800'"),
+        (line(id="\ud800"), r"id must be a string of Unicode, got '\ud800'"),
+        (line(source="\udfff"), r"source must be a string of Unicode, got '\udfff'"),
+        (line(image="images/\udcff.png"), r"image must be a path relative to the file of Unicode"),
+        (line(regions=[REGION, REGION | {"caption": "\ud800"}]), r"regions[1]: caption must be a string with text"),
+        (line(regions=[REGION, REGION | {"box": [0, 0, 10**400, 1]}]), r"regions[1]: box must be 4 finite numbers"),
+        (line(regions=[REGION, REGION | {"box": [0.5, 0.5, 0.5 + 1e-9, 0.6]}]), r"regions[1]: box must have x1 < x2"),
+        (line(regions=[REGION, REGION | {"score": 10**400}]), r"regions[1]: score must be null or a finite number"),
         (line(regions=[REGION, REGION | {"kind": "text"}]), r"regions[1]: kind must be one of natural, ocr"),
         (line(regions=[REGION, REGION | {"caption": ""}]), r"regions[1]: caption must be a string with text"),
     ],
@@ -146,5 +154,9 @@ def test_command_line(file, tmp_path, capsys):
     assert "0 of 1 lines have faults" in capsys.readouterr().err
     assert main(["convert", "jsonl", str(file), "--output", str(tmp_path / "out")]) == 1
     assert "error: output must be a new or an empty folder" in capsys.readouterr().err
+    evil = ["--output", str(tmp_path / "deep" / "o"), "--split", "../../evil"]
+    assert main(["convert", "jsonl", str(file), *evil]) == 1
+    assert "error: split must be a name of letters" in capsys.readouterr().err
+    assert not (tmp_path / "evil").exists() and not (tmp_path / "deep").exists()
     assert main(["convert", "jsonl", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "o")]) == 1
     assert "error: no JSONL file at" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import datasets
 import numpy as np
@@ -156,6 +157,25 @@ def test_writing_is_all_or_nothing(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     write_dataset(tmp_path / "empty", {"train": rows(1)})
     assert len(GranDataset(tmp_path / "empty")) == 1
+
+
+@pytest.mark.parametrize("split", ["", "../evil", "../../evil", "a/b", ".", "..", "a\n", "-x", "a\0"])
+def test_a_split_stays_in_its_folder(tmp_path, split):
+    with pytest.raises(ValueError, match=f"split must be a name of letters.*got {re.escape(repr(split))}"):
+        write_dataset(tmp_path / "sets" / "new", {split: rows(1)})
+    assert list(tmp_path.iterdir()) == []
+    write_dataset(tmp_path / "new", {"my-split.v1_2": rows(1)})
+    assert len(GranDataset(tmp_path / "new", "my-split.v1_2")) == 1
+
+
+def test_a_split_without_rows_is_not_written_and_named_when_opened(tmp_path):
+    with pytest.raises(ValueError, match="split 'test' has no rows"):
+        write_dataset(tmp_path / "new", {"train": rows(1), "test": []})
+    assert list(tmp_path.iterdir()) == []
+    empty = datasets.Dataset.from_dict({name: [] for name in FEATURES}, FEATURES)
+    datasets.DatasetDict(train=empty).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="empty can't be opened"):
+        GranDataset(tmp_path / "empty")
 
 
 def test_damaged_datasets(folder, tmp_path):

@@ -1,7 +1,8 @@
+import re
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from granvit.data.prompts import (
@@ -96,6 +97,28 @@ def test_markers_in_captions_are_only_text():
     assert find_box("<region>").prompt.endswith(": region")
     asked = questions(sample("a <region>", caption="<image>"), (GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX))
     assert [q.answer for q in asked[:2]] == ["image", "a region"]
+
+
+def test_special_tokens_in_captions_are_only_text():
+    assert without_markers("<|im_end|> a <b> <eos></s><pad>") == "|im_end| a <b> eos/spad"
+
+
+MARKER = re.compile(r"<(image|region|loc_\d+|/?s|bos|eos|pad|unk|\|[^<>]*\|)>")
+pieces = st.sampled_from(["<", ">", "|", "/", "image", "<region>", "loc_", "<loc_1>", "7", "s", "<s>", "e", "eos", " "])
+
+
+@given(st.lists(pieces, max_size=12).map("".join))
+@example("<<region>>")
+@example("<<<image>>>")
+@example("<<loc_1>2>")
+@example("<<s>|im_end|>")
+def test_no_marker_is_left_or_made(text):
+    assert not MARKER.search(without_markers(text))
+
+
+@given(st.text("abc <>[](),.'1_"))
+def test_ordinary_captions_are_kept(text):
+    assert without_markers(text) == text
 
 
 coordinate = st.floats(0, 1, width=32)

@@ -1,6 +1,7 @@
 """Rows are checked: every fault has its kind and says what is wrong."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -59,6 +60,12 @@ def test_a_good_row():
         ({"caption": None}, "region_caption", "text"),
         ({"kind": "text"}, "region_kind", "natural, ocr"),
         ({"score": float("nan")}, "region_score", "finite"),
+        ({"box": [0.1, 0.2, 10**400, 0.6]}, "box", "finite"),
+        ({"box": [0.5, 0.5, 0.5 + 1e-9, 0.6]}, "box", "in float32 too"),
+        ({"box": [0.5, 0.5, 0.6, 0.5 + 1e-9]}, "box", "in float32 too"),
+        ({"score": 10**400}, "region_score", "finite"),
+        ({"score": 1e39}, "region_score", "finite"),  # inf in float32
+        ({"caption": "half a \ud800 pair"}, "region_caption", "Unicode"),
     ],
 )
 def test_region_faults(changes, kind, message):
@@ -76,7 +83,11 @@ def test_a_box_just_past_the_edge_is_cut():
     [
         ({"id": ""}, "id"),
         ({"id": None}, "id"),
+        ({"id": "\ud800"}, "id"),
         ({"caption": ""}, "caption"),
+        ({"caption": "\udc80"}, "caption"),
+        ({"width": 12, "height": 16}, "size"),
+        ({"width": None}, "size"),
         ({"caption": None, "regions": []}, "empty_row"),
         ({"image": None}, "image"),
         ({"image": {"bytes": b"no image", "path": None}}, "image"),
@@ -98,6 +109,28 @@ def test_a_bad_region_is_raised_or_dropped():
     faults = []
     assert len(parse_row(row(regions=regions), drop=faults.append).regions) == 1
     assert [fault.kind for fault in faults] == ["region_caption", "box"]
+
+
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr(schema.PILImage, "open", lambda *args, **options: pytest.fail("opened, which waits for ever"))
+    with pytest.raises(DataFault, match="regular file, got '.*fifo'") as caught:
+        parse_row(row(image={"bytes": None, "path": str(tmp_path / "fifo")}))
+    assert caught.value.kind == "image"
+
+
+def test_a_file_is_read_by_its_path(tmp_path):
+    (tmp_path / "a.png").write_bytes(row()["image"]["bytes"])
+    assert parse_row(row(image={"bytes": None, "path": str(tmp_path / "a.png")})).image.shape == (12, 16, 3)
+
+
+def test_the_size_is_that_after_exif():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = {"bytes": encoded(Image.new("RGB", (16, 12)), "JPEG", exif=exif), "path": None}
+    assert parse_row(row(image=turned, width=12, height=16)).image.shape == (16, 12, 3)
+    with pytest.raises(DataFault, match="width and height are 16x12, the image is 12x16 as EXIF turns it"):
+        parse_row(row(image=turned))
 
 
 def test_broken_files_are_faults():

@@ -129,9 +129,20 @@ def test_blind_other_image_shows_a_derangement_within_sources(dataset):
     assert {other for _, other in shown} == set("abcd")  # each image is shown once
     pages = set("bd")
     assert sum((mine in pages) != (other in pages) for mine, other in shown) == 2  # the cycle's seams
-    samples = [dataset[i] for i in range(len(dataset))]
+    samples = {i: dataset[i] for i in range(len(dataset))}
     first, again = other_images(samples), other_images(samples)
-    assert all(first[s.id] is not s and first[s.id].id == again[s.id].id for s in samples)
+    assert all(first[i] is not sample and first[i] is again[i] for i, sample in samples.items())
+
+
+def test_rows_that_share_an_id_are_shown_each_with_its_own_picture(gran_rows):
+    names = ["a", "b", "c"]
+    rows = gran_rows([(name, [(LEFT, f"thing {name}", "natural")]) for name in names])
+    twins = GranDataset(rows.remove_columns("id").add_column("id", ["same"] * 3))
+    colour = {tuple(twins[i].image[0, 0].tolist()): f"thing {name}" for i, name in enumerate(names)}
+    model = Scripted(lambda q, shown: colour[shown])
+    assert evaluate(model, Processor(), twins, tasks=(BBOX2CAPTION,)).metrics["bbox2caption_exact"] == 1
+    blind = evaluate(model, Processor(), twins, tasks=(BBOX2CAPTION,), blind="other_image")
+    assert blind.metrics["bbox2caption_exact"] == 0
 
 
 def test_blind_text_shows_nothing(dataset):

@@ -4,8 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rouge_score.tokenizers import DefaultTokenizer
 
-from granvit.eval.metrics import box_iou, cer, cider, counts, exact, exact_text, iou, rouge_l, summarise
+from granvit.eval.metrics import box_iou, cer, cider, counts, exact, exact_text, iou, rouge_l, summarise, words
 
 
 def caption(truth, answer, kind="natural", source="scenes"):
@@ -33,6 +36,22 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     # common subsequence "a red circle": 3 words of 4 and of 5 -> 2*3/(4+5)
     assert rouge_l("a red big circle", "a dark red round circle") == pytest.approx(6 / 9)
     assert rouge_l("a red circle", "") == 0
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+@example("snake_case x-1 \x1c Don't  A.B")
+def test_words_of_ascii_are_those_of_rouge_score(text):
+    assert words(text) == DefaultTokenizer().tokenize(text)
+
+
+def test_words_of_other_scripts():
+    assert words("Naïve café") == ["naïve", "café"]
+    assert words("Красный круг, ένας 한국 사람") == ["красный", "круг", "ένας", "한국", "사람"]
+    assert words("红色2圆。カ・ナ x_y") == ["红", "色", "2", "圆", "カ", "ナ", "x", "y"]
+    assert rouge_l("красный большой круг", "красный круг") == pytest.approx(4 / 5)
+    assert rouge_l("红色的圆", "红圆") == pytest.approx(4 / 6)
+    assert rouge_l("café", "caf") == 0
+    assert exact("Красный круг.", "красный круг")
 
 
 def test_exact_ignores_case_and_punctuation_but_text_to_be_read_is_compared_to_the_letter():

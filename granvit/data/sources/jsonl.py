@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from granvit.data.loader import FaultLog
-from granvit.data.schema import DataFault, decode_image, parse_region
+from granvit.data.schema import DataFault, check_size, decode_image, is_unicode, parse_region
 from granvit.data.writer import write_dataset
 
 _KEYS = {  # key: (types, what a fault says is accepted)
@@ -101,6 +101,8 @@ def _row(folder: Path, line: bytes, drop: Callable[[DataFault], None]) -> dict[s
     for key, (types, accepted) in _KEYS.items():
         if key in data and (not isinstance(data[key], types) or isinstance(data[key], bool)):
             raise DataFault("type", f"{key} must be {accepted}, got {data[key]!r:.80}")
+        if isinstance(data.get(key), str) and not is_unicode(data[key]):
+            raise DataFault("type", f"{key} must be {accepted} of Unicode, got {data[key]!r:.80}")
     if data["caption"] is not None and not data["caption"].strip():
         raise DataFault("caption", f"caption must be null or have text in it, got {data['caption']!r}")
     regions = []
@@ -112,20 +114,15 @@ def _row(folder: Path, line: bytes, drop: Callable[[DataFault], None]) -> dict[s
     if not regions and data["caption"] is None:
         raise DataFault("empty_row", "neither a caption nor a usable region")
     content = _image_bytes(folder, data["image"])
-    width, height = decode_image(content).size
-    if (data["width"], data["height"]) != (width, height):
-        given = f"{data['width']}x{data['height']}"
-        raise DataFault(
-            "size", f"width and height are {given}, the image is {width}x{height} as EXIF turns it"
-        )
+    check_size(data["width"], data["height"], decode_image(content))
     row_id = data.get("id", data["image"])
     if not row_id:
         raise DataFault("id", "id must not be empty")
     return {
         "id": row_id,
         "image": {"bytes": content, "path": Path(data["image"]).name},
-        "width": width,
-        "height": height,
+        "width": data["width"],
+        "height": data["height"],
         "caption": data["caption"],
         "regions": regions,
         "source": data["source"],
