@@ -17,7 +17,7 @@ from transformers import Siglip2VisionModel
 from granvit.eval.curves import draw_curves
 from granvit.model import GranViT, GranViTProcessor
 from granvit.train.checkpoint import Checkpoints, load
-from granvit.train.presets import save_config
+from granvit.train.presets import PRESETS, save_config
 from granvit.train.run import run_control, train
 from granvit.train.summary import mean
 
@@ -192,6 +192,29 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
     config, _ = finished
     with pytest.raises(ValueError, match="seed: 0 there, 5 now"):
         train(dataclasses.replace(config, seed=5))
+
+
+@pytest.mark.parametrize("name", ["compact", "paper"])
+def test_the_large_presets_take_their_steps(sample_set, tmp_path, name):
+    """With small models, but their own sequences, image sizes, forms of boxes, distillation and precision."""
+    preset = PRESETS[name]
+    few = {"steps": 1, "batch_images": 2, "warmup_steps": 0}
+    config = dataclasses.replace(
+        preset,
+        output=str(tmp_path / "run"),
+        data=dataclasses.replace(preset.data, path=str(sample_set), eval_images=2, workers=1),
+        model=dataclasses.replace(
+            preset.model, encoder=None, llm=None, encoder_width=32, encoder_layers=1, encoder_heads=2, llm_width=32,
+            llm_layers=1, llm_heads=2, vocabulary=400,
+        ),
+        pretrain=dataclasses.replace(preset.pretrain, **few),
+        adapt=dataclasses.replace(preset.adapt, **few),
+        control=False,
+        device="cpu",
+    )  # fmt: skip
+    train(config)
+    lines = training_lines(tmp_path / "run")
+    assert [line["stage"] for line in lines] == ["pretrain", "adapt"] and lines[0]["loss_distill"] > 0
 
 
 def test_a_finished_run_keeps_what_it_measured_when_asked_again(finished):
