@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from granvit.data.prompts import Box, Question, box_fault, describe_box, find_box
 from granvit.data.schema import decode_image
-from granvit.eval.loading import load_model
+from granvit.eval.loading import load_model, output_fault
 from granvit.model.granvit import GranViT
 from granvit.model.processing import GranViTProcessor
 
@@ -80,8 +80,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    if not Path(options.output).resolve().parent.is_dir():
-        parser.error(f"--output {options.output}: there is no such folder")
+    if options.find is not None and (fault := output_fault(options.output)):
+        parser.error(f"--output {options.output}: {fault}")
     return options
 
 

@@ -16,7 +16,7 @@ from granvit.data.loader import GranDataset
 from granvit.data.prompts import CAPTION2BBOX
 from granvit.eval.baselines import floors
 from granvit.eval.evaluation import evaluate
-from granvit.eval.loading import load_model
+from granvit.eval.loading import check_device, load_model, output_fault
 from granvit.eval.metrics import counts
 
 BLIND = {"other image": "other_image", "text alone": "text"}
@@ -45,8 +45,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no such folder")
+    if options.json and (fault := output_fault(options.json)):
+        parser.error(f"--json {options.json}: {fault}")
     return options
 
 
@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(width=max(100, Console().width))  # the tables have up to eight columns
     try:
+        check_device(options.device)
         test = GranDataset(options.data, options.split, options.fault_budget)
         model, processor = load_model(options.model, options.device)
         found = evaluate(model, processor, test, limit=options.limit, batch_size=options.batch_size)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
 
 from granvit.model.granvit import GranViT
 from granvit.model.processing import GranViTProcessor
@@ -45,12 +46,36 @@ def find_model(path: str | Path) -> Path:
 def load_model(path: str | Path, device: str = "cpu") -> tuple[GranViT, GranViTProcessor]:
     """The model that `path` means (`find_model`), in eval mode on `device`, and its processor.
 
-    ValueError where its files are damaged or lack weights.
+    ValueError where its files are damaged, lack weights or don't belong together, and for a device that isn't there.
     """
+    check_device(device)
     folder = find_model(path)
     try:
-        model = GranViT.from_pretrained(folder)
+        if not (folder / "processor_config.json").is_file():  # transformers would take defaults for what stands in it
+            raise ValueError("processor_config.json is missing")
         processor = GranViTProcessor.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} can't be loaded: {error}") from error
+        processor.check_config(GranViT.config_class.from_pretrained(folder))
+        model = GranViT.from_pretrained(folder)
+    except Exception as error:  # on damaged files the libraries raise whatever the damage leads to
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{folder} can't be loaded: {kind}{error}") from error
     return model.eval().to(device), processor
+
+
+def check_device(device: str) -> None:
+    """ValueError for what torch can't compute on: no device's name, one that is not here, or "meta"."""
+    try:
+        torch.zeros((), device=device).item()
+    except Exception as error:  # each backend raises its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: got {device!r}, accepted is 'cpu', or 'cuda' with a GPU: {reason}") from error
+
+
+def output_fault(path: str | Path) -> str | None:
+    """Why no file can be written at `path` (None: one can), to be said before the work and not after it."""
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir():
+        return "it is a folder; give a file"
+    if not folder.is_dir():
+        return "there is no such folder"
+    return None if os.access(path if Path(path).exists() else folder, os.W_OK) else "it can't be written"

@@ -235,20 +235,20 @@ def choose(predictions: dict[str, list[Prediction]]) -> list[dict[str, Any]]:
 
 
 def _images(path: str, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Data URI and shape of the test images with these ids; ValueError naming one that the data set lacks."""
-    dataset = GranDataset(path, split="test")
+    """Data URI and shape of the test images with these ids; ValueError naming one that the data set lacks.
+
+    The run has already kept to its fault budget: no other row is read here, and no fault ends the report.
+    """
+    dataset = GranDataset(path, split="test", fault_budget=1.0)
     found: dict[str, dict[str, Any]] = {}
-    for i in range(len(dataset)):
-        if len(found) == len(wanted):
-            break
-        sample = dataset[i]
-        if sample is None or sample.id not in wanted:
+    for i, name in enumerate(dataset.rows["id"][:]):
+        if name not in wanted or name in found or (sample := dataset[i]) is None:
             continue
         image = Image.fromarray(sample.image.numpy())
         image.thumbnail((LONG_SIDE, LONG_SIDE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=88)
-        found[sample.id] = {"uri": _data_uri(buffer.getvalue(), "jpeg"), "size": image.size}
+        found[name] = {"uri": _data_uri(buffer.getvalue(), "jpeg"), "size": image.size}
     if missing := wanted - found.keys():
         raise ValueError(f"{path} has no test image {sorted(missing)[0]!r}, of which predictions.json speaks")
     return found

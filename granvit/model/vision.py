@@ -214,7 +214,7 @@ class VisionEncoder(nn.Module):
     def to_transformers(self) -> Siglip2VisionModel:
         """A Siglip2VisionModel (vision_use_head=False) with this encoder's weights (copied)."""
         target = Siglip2VisionModel(_headless(self.config)).to(self.post_layernorm.weight)
-        # transformers below 5 keeps the transformer one module deeper
+        # earlier transformers (5.0 still) keep the transformer one module deeper
         prefix = "vision_model." if hasattr(target, "vision_model") else ""
         target.load_state_dict({prefix + key: value for key, value in self.state_dict().items()})
         return target

@@ -58,6 +58,7 @@ def test_without_a_train_split_the_missing_floors_are_said(saved, data, tmp_path
         ({"model": "nowhere"}, "no model at nowhere: it is not there"),
         ({"--data": "nowhere"}, "no dataset at nowhere"),
         ({"--split": "dev"}, "split must be one of"),
+        ({"--device": "foo"}, "device: got 'foo', accepted is 'cpu', or 'cuda' with a GPU"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(saved, data, capsys, change, message):
@@ -77,6 +78,9 @@ def test_a_result_that_could_not_be_written_is_said_before_the_work(tmp_path, ca
     with pytest.raises(SystemExit):
         main(["model", "--data", "data", "--json", str(tmp_path / "none" / "result.json")])
     assert "there is no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["model", "--data", "data", "--json", str(tmp_path)])
+    assert "it is a folder; give a file" in capsys.readouterr().err
 
 
 def test_a_sources_name_is_text_and_no_markup():

@@ -76,6 +76,16 @@ def test_other_bad_input_is_one_line(ask, tmp_path):
     assert ask("--find", "x", image=tmp_path / "broken.jpg")[2].startswith("error: ")
 
 
+def test_devices_and_outputs_that_cannot_be_used_are_said_before_the_work(picture, saved, tmp_path, capsys):
+    asked = [str(saved[0]), "--image", str(picture), "--find", "x"]
+    assert main([*asked, "--device", "foo", "--output", str(tmp_path / "found.png")]) == 2
+    assert capsys.readouterr().err.startswith("error: device: got 'foo', accepted is 'cpu'")
+    for output, message in ((tmp_path, "it is a folder"), (tmp_path / "none" / "found.png", "no such folder")):
+        with pytest.raises(SystemExit):
+            main([*asked, "--output", str(output)])
+        assert message in capsys.readouterr().err
+
+
 def test_draw_keeps_the_size_of_a_large_picture():
     image = Image.new("RGB", (1000, 700))
     assert draw(image, (0.0, 0.0, 1.0, 1.0)).size == image.size

@@ -229,6 +229,15 @@ def test_an_unfinished_run_is_said(tmp_path, summary, missing):
         write_report(run)
 
 
+def test_faults_of_rows_that_are_not_shown_end_no_report(tmp_path, summary, gran_rows):
+    """A run of a raised fault budget has kept to it; its report must not count again by another."""
+    shown = [("a", [(LEFT, "a red circle", "natural")], "photos"), ("b", [(LEFT, "Total 12", "ocr")], "pages")]
+    broken = [("broken", [(LEFT, "x", "natural")], "photos")] * 5
+    datasets.DatasetDict({"test": gran_rows(broken + shown)}).save_to_disk(tmp_path / "faulty")
+    summary["data"]["path"] = str(tmp_path / "faulty")
+    assert write_report(lay_out(tmp_path / "run", summary)).is_file()
+
+
 def test_a_dataset_that_lacks_a_shown_image_is_named(tmp_path, summary):
     run = lay_out(tmp_path / "run", summary)
     strangers = {"pretrain": [caption("stranger", "x", "y")]}

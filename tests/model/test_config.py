@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from transformers import AutoConfig, LlamaConfig, Siglip2VisionConfig
 
@@ -49,6 +51,7 @@ def test_grids_are_naflex(height, width):
     assert (h, w) == fit_grid(height, width, 16, 144) and h * w <= 144
     assert config.image_tokens(height, width) == h * w
     shuffled = GranViTConfig(max_image_tokens=144, pixel_shuffle=2)
+    assert shuffled.token_grid(height, width) == ((h + 1) // 2, (w + 1) // 2)
     assert shuffled.image_tokens(height, width) == ((h + 1) // 2) * ((w + 1) // 2)
 
 
@@ -62,8 +65,38 @@ def test_grids_are_naflex(height, width):
         ("region_tokens", 1.5),
         ("max_image_tokens", -1),
         ("region_heads", 7),
+        ("region_heads", 0),
+        ("region_heads", "2"),
+        ("pixel_shuffle", 1.0),
+        ("bins", True),
+        ("text_vocab", 0),
+        ("text_vocab", "many"),
+        ("text_config", 5),
+        ("vision_config", "siglip2"),
+        ("eos_token_id", "<eos>"),
+        ("pad_token_id", -1),
+        ("image_mean", 0.5),
+        ("image_mean", [0.5, 0.5]),
+        ("image_std", [0.5, 0.5, 0.0]),
     ],
 )
 def test_faults_are_named(field, value):
-    with pytest.raises(ValueError, match=f"{field}: got {value!r}, accepted"):
+    got = type(value).__name__ if field.endswith("_config") else repr(value)
+    with pytest.raises(ValueError, match=re.escape(f"{field}: got {got}, accepted")):
+        GranViTConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("text_config", {}, "text_config: no P.*Config can be made of its dict: "),
+        ("text_config", {"model_type": "none such"}, "text_config: no P.*Config can be made"),
+        ("vision_config", LlamaConfig(), "vision_config: got LlamaConfig, accepted is a Siglip2VisionConfig"),
+        ("vision_config", {"hidden_size": 0}, "vision_config"),
+        ("vision_config", {"num_attention_heads": 0}, "vision_config"),
+        ("vision_config", {"patch_size": "16"}, "vision_config"),
+    ],
+)
+def test_faults_of_its_parts_are_named(field, value, message):
+    with pytest.raises(ValueError, match=message):
         GranViTConfig(**{field: value})

@@ -206,8 +206,9 @@ def test_from_parts_takes_folders_and_modules(tmp_path, samples):
     assert model.config.text_vocab == len(tokenizer) and model.config.image_token_id == len(tokenizer) + 7
     for key, value in llm.state_dict().items():
         assert torch.equal(model.llm.state_dict()[key], value), key
+    theirs = {key.removeprefix("vision_model."): value for key, value in encoder.state_dict().items()}
     for key, value in model.encoder.state_dict().items():
-        assert torch.equal(encoder.state_dict()[key], value), key
+        assert torch.equal(theirs[key], value), key
     rms = llm.get_input_embeddings().weight[: len(tokenizer)].square().mean().sqrt()
     assert model.projector.scale == model.region_prompt.projector.scale == pytest.approx(rms.item(), rel=1e-3)
     batch = pack_questions(samples, [processor.questions(s, TASKS) for s in samples], processor, 10_000)

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from granvit.data.prompts import describe_box
+from granvit.data.schema import decode_image
 from granvit.model.processing import as_pixels
 
 BOX = (0.1, 0.2, 0.6, 0.9)
@@ -50,7 +51,91 @@ def test_pictures_of_all_kinds():
     turned = Image.fromarray(pixels)
     turned.getexif()[0x0112] = 6  # the camera was turned by a quarter
     assert torch.equal(as_pixels(turned), expected.rot90(-1, (0, 1)))
-    assert as_pixels(Image.new("L", (5, 3))).shape == (3, 5, 3)
+    assert as_pixels(Image.new("L", (5, 4))).shape == (4, 5, 3)
+
+
+def test_pictures_are_read_as_data_sets_are():
+    clear = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
+    grey = Image.fromarray(np.full((4, 6), 30_000, dtype=np.uint16))
+    for picture, value in ((clear, 255), (grey, round(30_000 / 257))):
+        assert (as_pixels(picture) == value).all()
+        assert np.array_equal(as_pixels(picture).numpy(), np.array(decode_image(picture)))
+    with pytest.raises(ValueError, match=r"images\[3\]: .*floating-point pixels"):
+        as_pixels(Image.new("F", (6, 4)), 3)
+
+
+@pytest.mark.parametrize("text", ["a <eos> b", "<bos><pad>", "<e<eos>os>", "<<e<eos>os>>", "a <image> b", "<region>"])
+def test_special_tokens_of_outside_texts_are_text(tiny, text):
+    model, processor = tiny()
+    special = {*processor.tokenizer.all_special_ids, model.config.image_token_id, model.config.region_token_id}
+    (ids,) = processor.answer_ids([text])
+    assert ids[-1] == processor.tokenizer.eos_token_id and not special & set(ids[:-1])
+    assert processor.decode_answers(torch.tensor([ids]))[0]  # its words are kept
+    (ids,) = processor.prompt_ids([text.replace("<region>", "")])
+    assert not special & set(ids)
+
+
+def test_special_tokens_of_another_llm_are_text_too(tiny):
+    model, processor = tiny()
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    (ids,) = type(processor)(processor.tokenizer).answer_ids(["a <|im_end|> b"])
+    assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+
+
+def test_markers_and_ordinary_texts_keep_their_ids(tiny):
+    model, processor = tiny(region_tokens=2)
+    texts = ["What is <region>, at <loc_3><loc_15>?", "a red < blue > <b>circle</b>", "<eos", "5 < 6", "Grün, 北京"]
+    plain = processor.tokenizer([f"\n{t.replace('<region>', '<region><region>')}\n" for t in texts])["input_ids"]
+    assert processor.prompt_ids(texts) == plain
+    assert plain[0].count(model.config.region_token_id) == 2
+    eos = [processor.tokenizer.eos_token_id]
+    assert processor.answer_ids(texts[1:]) == [ids + eos for ids in processor.tokenizer(texts[1:])["input_ids"]]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        all(map(torch.equal, a[key], b[key])) if key == "images" else torch.equal(a[key], b[key]) for key in a
+    )
+
+
+def test_one_image_and_one_question_need_no_lists(tiny):
+    _, processor = tiny()
+    expected = processor([image()], ["What?"])
+    for one in (image(), image().numpy(), Image.fromarray(image().numpy())):
+        assert same(processor(one, "What?"), expected)
+    question = describe_box(BOX, box_style="both", box_format="bins", bins=16)
+    assert same(processor(image(), question), processor([image()], [question]))
+    expected = processor([image()], ["<region> or <region>?"], boxes=[[BOX, BOX]])
+    two = torch.tensor([BOX, BOX])
+    for boxes in ([BOX, BOX], two, list(two), [[BOX, BOX]], [two], two[None]):
+        assert same(processor(image(), "<region> or <region>?", boxes=boxes), expected)
+    assert same(processor(image(), "What?", boxes=[]), processor(image(), "What?", boxes=[[]]))
+
+
+def test_boxes_are_lists_or_tensors(tiny):
+    _, processor = tiny()
+    asked = ["What?", "<region> or <region>?"]
+    expected = processor(image(), asked, boxes=[[], [BOX, BOX]])
+    assert same(processor(image(), asked, boxes=[torch.zeros(0, 4), torch.tensor([BOX, BOX])]), expected)
+    assert same(processor(image(), asked, boxes=(np.zeros((0, 4)), np.array([BOX, BOX]))), expected)
+
+
+@pytest.mark.parametrize("name", ["text", "return_tensors", "padding"])
+def test_arguments_of_other_processors_are_refused_by_the_names_of_ours(tiny, name):
+    with pytest.raises(TypeError, match=f"got {name}; accepted are images, questions .*boxes, image_index"):
+        tiny()[1](image(), "What?", **{name: "pt"})
+
+
+def test_a_processor_of_another_model_is_told_apart(tiny):
+    model, processor = tiny()
+    processor.check_config(model.config)
+    for options in ({"bins": 8}, {"box_style": "text"}, {"region_tokens": 2}, {"max_image_tokens": 9}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name}: the processor has .*, the model's configuration"):
+            tiny(**options)[1].check_config(model.config)
+    processor.tokenizer.eos_token = "<pad>"
+    with pytest.raises(ValueError, match="eos_token_id: the processor has 0, the model's configuration 2"):
+        processor.check_config(model.config)
 
 
 def test_answers_become_text_and_boxes(tiny):
@@ -116,6 +201,15 @@ def test_settings_survive_saving(tiny, tmp_path):
         ([image().float()], ["a"], {}, r"images\[0\]: got torch.float32 \[40, 60, 3\], accepted is uint8"),
         ([image()[0]], ["a"], {}, r"images\[0\]: got torch.uint8 \[60, 3\]"),
         (["x.png"], ["a"], {}, r"images\[0\]: got str"),
+        ("x.png", "a", {}, r"images\[0\]: got str"),
+        (image()[..., 0], "a", {}, r"images\[0\]: got torch.uint8 \[40, 60\]"),
+        (image(), ["<region>"], {"boxes": BOX}, r"boxes: got \[0.1, .* accepted is a list of boxes"),
+        (image(), "<region>", {"boxes": BOX}, r"boxes: got \[0.1, .* accepted is a list of boxes"),
+        (image(), ["<region>"], {"boxes": [BOX]}, r"boxes\[0\]\[0\]: got 0.1, accepted is relative xyxy"),
+        (image(), ["<region>"], {"boxes": "0.1 0.2 0.6 0.9"}, "boxes: got 0.1 0.2 0.6 0.9, accepted"),
+        (image(), "<region>", {"boxes": ["0.1 0.2 0.6 0.9"]}, r"boxes: got \['0.1 0.2 0.6 0.9'\], accepted"),
+        (image(), "<region>", {"boxes": [["0.1"] * 4]}, r"boxes\[0\]\[0\]: got \['0.1', .* four numbers"),
+        (image(), "<region>", {"boxes": [[0.1, 0.2, 0.6]]}, r"boxes\[0\]\[0\]: .* has 3 numbers"),
         ([image(0, 4)], ["a"], {}, r"images\[0\]: got an empty image"),
         ([image()] * 2, ["a"] * 3, {}, "image_index: needed where 3 questions are asked of 2 images"),
         ([image()] * 2, ["a"] * 2, {"image_index": [0, 2]}, r"image_index: got \[0, 2\]"),
