@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from granvit.data.schema import Sample
-from granvit.model import GranViT, GranViTConfig
+from granvit.model import GranViT
 from granvit.train.batches import Batch
 from granvit_kernels import PackedLayout
 
@@ -25,7 +25,7 @@ def layout_embeds(model: GranViT, processor, batch: Batch, generator: torch.Gene
     bags, scale = _caption_bags(model, processor, batch)
     per_image, grids, start = [], [], 0
     for sample, (rows, columns) in zip(
-        batch.samples, (token_grid(model.config, s) for s in batch.samples), strict=True
+        batch.samples, (model.config.token_grid(*s.image.shape[:2]) for s in batch.samples), strict=True
     ):
         count = len(sample.regions)
         share = _coverage(sample, rows, columns, bags.device)
@@ -39,12 +39,6 @@ def layout_embeds(model: GranViT, processor, batch: Batch, generator: torch.Gene
     region = bags[asked, None].expand(-1, model.config.region_tokens, -1)
     region = region + NOISE * scale * torch.randn(region.shape, generator=generator).to(region)
     return image, region
-
-
-def token_grid(config: GranViTConfig, sample: Sample) -> tuple[int, int]:
-    """Rows and columns of an image's tokens in the LLM's sequence."""
-    height, width = config.grid(*sample.image.shape[:2])
-    return -(-height // config.pixel_shuffle), -(-width // config.pixel_shuffle)
 
 
 def _caption_bags(model: GranViT, processor, batch: Batch) -> tuple[Tensor, Tensor]:
