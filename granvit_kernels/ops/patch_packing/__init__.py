@@ -70,8 +70,7 @@ def unpack_patches(
     Returns float32 [h * p, w * p, 3] each, on the patches' device, in 0-255, neither rounded nor clamped.
     Raises ValueError, naming the argument.
     """
-    mean, std = check_format(patch_size, mean, std, order)
-    p = patch_size
+    p, mean, std = check_format(patch_size, mean, std, order)
     if not patches.is_floating_point() or patches.shape != (layout.num_tokens, 3 * p * p):
         raise ValueError(
             f"patches is {describe(patches)}; it takes floating-point [{layout.num_tokens}, {3 * p * p}], "
