@@ -30,6 +30,8 @@ def shown(value: Any) -> str:
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """`value` as an int in low..high: whatever Python itself takes for an index (numpy's integers too), no bool."""
+    if type(value) is int and (low is None or value >= low) and (high is None or value <= high):
+        return value  # nearly always, and quickly
     number = value
     if not isinstance(value, (int, torch.SymInt)):  # traced ones must stay as they are
         try:

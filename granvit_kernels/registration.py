@@ -20,7 +20,10 @@ from torch.autograd.function import once_differentiable
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool})
 """Arguments that launchers can take as they are. A subclass (FakeTensor, DTensor) or a symbolic number is not."""
 
-_WRAPPED = torch._C._functorch.is_functorch_wrapped_tensor
+# Names of their own: looking them up would cost as much as calling them.
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_transform = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
 
 LIBRARY = torch.library.Library("granvit", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -80,7 +83,7 @@ class Operator:
 
         def run_backward(*args: Any) -> Any:
             # torch.func.vjp calls it after the transform, with tensors that are still wrapped.
-            wrapped = any(_WRAPPED(x) for x in args if isinstance(x, Tensor))
+            wrapped = any(_wrapped(x) for x in args if isinstance(x, Tensor))
             return (registered_backward if wrapped or not _plain(args) else backward_launch)(*args)
 
         members = {
@@ -98,7 +101,7 @@ class Operator:
             self._refuse_tangents(args)
         plain = _plain(args)
         # torch.func differentiates an autograd.Function that has setup_context, but no registered operator.
-        if (plain or torch._C._functorch.peek_interpreter_stack() is not None) and (
+        if (plain or _transform() is not None) and (
             torch.is_grad_enabled() and any(args[i].requires_grad for i in self.differentiable)
         ):
             return self.eager.apply(*args)
@@ -114,8 +117,5 @@ class Operator:
 def _plain(args: tuple) -> bool:
     """Nothing but memory and numbers, and nobody who would want to see the call. Costs about half a microsecond."""
     return (
-        _PLAIN.issuperset(map(type, args))
-        and not args[0].is_meta
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        _PLAIN.issuperset(map(type, args)) and not args[0].is_meta and not _modes() and _transform() is None
     )

@@ -48,10 +48,10 @@ def roi_gather(
 def _bins(output_size: int | tuple[int, int]) -> tuple[int, int]:
     sides = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     try:
-        out_h, out_w = (checks.integer("output_size", side, 1, 2**31 - 1) for side in sides)
+        out_h, out_w = sides
+        return checks.integer("height", out_h, 1, 2**31 - 1), checks.integer("width", out_w, 1, 2**31 - 1)
     except ValueError:
         raise ValueError(
             f"output_size is {checks.shown(output_size)}; it takes (height, width), both at least 1, or one number "
             "for both"
         ) from None
-    return out_h, out_w
