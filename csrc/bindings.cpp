@@ -51,14 +51,16 @@ void bind_plan_packing(py::module_& m) {
 
 void bind_region_attention(py::module_& m) {
     using granvit::RegionAttention;
-    using Sizes = std::array<int64_t, 5>;
-    // sizes: B, R, K, H, D. strides, in elements: of the query's regions (0: shared), the key's tokens and heads, the
+    using Sizes = std::array<int64_t, 6>;
+    using Strides = std::array<int64_t, 5>;
+    // sizes: B, R, K, H, D, T. strides, in elements: of the query's regions (0: shared), the key's tokens and heads, the
     // value's tokens and heads.
-    const auto problem = [](int dtype, Sizes sizes, Sizes strides, float scale, Address query, Address key, Address value,
+    const auto problem = [](int dtype, Sizes sizes, Strides strides, float scale, Address query, Address key, Address value,
                             Address grids, Address cu_seqlens, Address output, Address lse) {
         RegionAttention p{};
         p.dtype = granvit::Dtype(dtype);
         p.images = sizes[0], p.regions = sizes[1], p.queries = sizes[2], p.heads = sizes[3], p.size = sizes[4];
+        p.tokens = sizes[5];
         p.query_region_stride = strides[0], p.key_token_stride = strides[1], p.key_head_stride = strides[2];
         p.value_token_stride = strides[3], p.value_head_stride = strides[4];
         p.scale = scale;
@@ -83,10 +85,10 @@ void bind_region_attention(py::module_& m) {
 void bind_roi_gather(py::module_& m) {
     using granvit::RoiGather;
     const auto problem = [](int dtype, Address grids, Address cu_seqlens, Address boxes, Address image, int64_t images,
-                            int64_t num_boxes, int64_t channels, int out_h, int out_w, int64_t sampling_ratio,
-                            int threads) {
+                            int64_t num_boxes, int64_t channels, int64_t num_tokens, int out_h, int out_w,
+                            int64_t sampling_ratio, int threads) {
         return RoiGather{granvit::Dtype(dtype), at<int32_t>(grids), at<int32_t>(cu_seqlens), at<float>(boxes),
-                         at<int64_t>(image), images, num_boxes, channels, out_h, out_w, sampling_ratio, threads};
+                         at<int64_t>(image), images, num_boxes, channels, num_tokens, out_h, out_w, sampling_ratio, threads};
     };
     py::class_<RoiGather>(m, "RoiGather").def(py::init(problem));
     m.def("roi_gather_forward", [](const RoiGather& p, Address tokens, Address out) {

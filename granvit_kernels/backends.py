@@ -29,7 +29,8 @@ VARIABLE = "GRANVIT_KERNELS_BACKEND"
 def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> ModuleType:
     """The first backend of ORDER that can run the problem, or the one that GRANVIT_KERNELS_BACKEND forces.
 
-    problem: device (torch.device), dtype, and what else the operator's backends decide by.
+    problem: device (torch.device), dtype, and what else the operator's backends decide by; nothing for an operator
+    on host numbers.
     Raises RuntimeError with the reason(s) where the forced one, or every one, can't run. Warns once where the
     reference stands in for want of the native library.
     """
@@ -65,11 +66,13 @@ def _forced(value: str) -> dict[str, str]:
     forced = {}
     for part in filter(None, (part.strip() for part in value.split(","))):
         operator, name = part.split("=", 1) if "=" in part else ("*", part)
-        if name.strip() not in ORDER:
+        operator, name = operator.strip(), name.strip()
+        if name not in ORDER or operator not in ("*", *operators()):
             raise RuntimeError(
-                f"{VARIABLE} is {value!r}; it takes {', '.join(ORDER)}, or operator=backend,..."
+                f"{VARIABLE} is {value!r}; it takes {', '.join(ORDER)}, or operator=backend,... with the operators "
+                f"{', '.join(operators())}"
             )
-        forced[operator.strip()] = name.strip()
+        forced[operator] = name
     return forced
 
 

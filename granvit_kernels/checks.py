@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import operator
+import reprlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,15 +14,47 @@ if TYPE_CHECKING:
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of every operator's tensors; float64 runs in the reference alone."""
+
 
 def describe(tensor: Tensor) -> str:
     """dtype and shape for a message: "float32 [3, 4]"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def shown(value: Any) -> str:
+    """A value of any kind for a message: its repr, cut where it is long."""
+    return describe(value) if isinstance(value, Tensor) and value.dim() else reprlib.repr(value)
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """`value` as an int in low..high: whatever Python itself takes for an index (numpy's integers too), no bool."""
+    if type(value) is int and (low is None or value >= low) and (high is None or value <= high):
+        return value  # nearly always, and quickly
+    number = value
+    if not isinstance(value, (int, torch.SymInt)):  # traced ones must stay as they are
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = None
+    fits = number is not None and not isinstance(value, bool)
+    if not (fits and (low is None or number >= low) and (high is None or number <= high)):
+        bounds = [f"{sign} {bound}" for sign, bound in ((">=", low), ("<=", high)) if bound is not None]
+        raise ValueError(f"{name} is {shown(value)}; it takes a whole number {' and '.join(bounds)}".rstrip())
+    return number
+
+
+def float_dtype(name: str, tensor: Tensor) -> None:
+    """A tensor of a dtype that the operators take."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} is {describe(tensor)}; it takes float32, bfloat16, float16 or float64")
+
+
 def packed(name: str, tensor: Tensor, layout: PackedLayout, dims: int, shape: str) -> None:
-    """A floating-point tensor whose first dimension is the layout's tokens. shape: for the message."""
-    if tensor.dim() != dims or tensor.shape[0] != layout.num_tokens or not tensor.is_floating_point():
+    """A tensor of FLOAT_DTYPES whose first dimension is the layout's tokens. shape: for the message."""
+    float_dtype(name, tensor)
+    if tensor.dim() != dims or tensor.shape[0] != layout.num_tokens:
         raise ValueError(
             f"{name} is {describe(tensor)}; it takes floating-point {shape} with T = {layout.num_tokens}, "
             "the layout's tokens"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class PackedLayout:
     num_tokens: int
     max_seqlen: int
 
+    def __post_init__(self) -> None:
+        for name in ("grids", "cu_seqlens"):
+            tensor = getattr(self, name)
+            if tensor.dtype != torch.int32:  # kernels take its address, and would read it as int32
+                raise ValueError(f"{name} is {checks.describe(tensor)}; it takes int32")
+
     @classmethod
     def from_grids(
         cls, grids: Sequence[Sequence[int]] | Tensor, device: torch.device | str | None = None
@@ -37,21 +44,28 @@ class PackedLayout:
         device: where the tensors go; by default where `grids` is, the CPU for a list.
         Raises ValueError for another shape or dtype, a side under 1, or 2**31 tokens and more.
         """
-        given = grids.detach() if isinstance(grids, Tensor) else torch.tensor(list(map(tuple, grids)))
-        if given.numel() == 0:
+        if isinstance(grids, Tensor):
+            given = grids.detach()
+        else:
+            try:
+                given = torch.tensor([tuple(grid) for grid in grids])
+            except (TypeError, ValueError, RuntimeError, OverflowError):  # no pairs, ragged ones, other things in them
+                raise ValueError(f"grids is {checks.shown(grids)}; it takes pairs (h, w) of whole numbers") from None
+        if given.shape == (0,):
             given = given.reshape(0, 2).to(torch.int64)
         if given.dim() != 2 or given.shape[1] != 2:
             raise ValueError(f"grids has shape {list(given.shape)}; it takes [B, 2], (h, w) an image")
         if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
             raise ValueError(f"grids has dtype {given.dtype}; it takes integers")
         host = given.to("cpu", torch.int64)
-        if host.numel() and int(host.min()) < 1:
-            image = int((host < 1).any(1).nonzero()[0])
+        wrong = (host < 1) | (host >= 2**31)
+        if wrong.any():
+            image = int(wrong.any(1).nonzero()[0])
             raise ValueError(
-                f"grids[{image}] is {tuple(host[image].tolist())}; both sides must be at least 1"
+                f"grids[{image}] is {tuple(host[image].tolist())}; both sides must be at least 1 and below 2**31"
             )
-        lengths = host[:, 0] * host[:, 1]
-        ends = [0, *lengths.cumsum(0).tolist()]
+        lengths = host.prod(1).tolist()
+        ends = [0, *accumulate(lengths)]  # Python's integers: the sum may be larger than int64
         if ends[-1] >= 2**31:
             raise ValueError(f"grids hold {ends[-1]} tokens together; a layout takes fewer than 2**31")
         device = given.device if device is None else torch.device(device)
@@ -59,7 +73,7 @@ class PackedLayout:
             grids=host.to(device, torch.int32).contiguous(),
             cu_seqlens=torch.tensor(ends, dtype=torch.int32).to(device),
             num_tokens=ends[-1],
-            max_seqlen=max(lengths.tolist(), default=0),
+            max_seqlen=max(lengths, default=0),
         )
 
     def __len__(self) -> int:
@@ -94,11 +108,12 @@ class PackedLayout:
 
         boxes [R, 4]: xyxy in [0, 1] of the image, floating point. image_index [R]: int32 or int64, the image
         of each. Returns float32 [R, 4], xyxy, image i spanning [0, w] x [0, h]. No gradient. Raises
-        ValueError for other shapes or dtypes and, on the CPU, for an index outside [0, B).
+        ValueError for other shapes, dtypes or devices and, on the CPU, for an index outside [0, B).
         """
         if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
             raise ValueError(f"boxes is {checks.describe(boxes)}; it takes floating-point [R, 4]")
         checks.image_index_shape(image_index, boxes.shape[0])
+        checks.same_device(self.device, boxes=boxes, image_index=image_index)
         checks.image_index_values(image_index, len(self))
         sides = self.grids[image_index.long()].flip(1).to(torch.float32)
         return boxes.detach().to(torch.float32) * sides.repeat(1, 2)

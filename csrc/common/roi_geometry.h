@@ -1,6 +1,6 @@
-// Where RoIAlign's samples lie along one axis. float32, in torchvision's order of operations, one rounding each: compile
-// without FMA contraction, or the number of adaptive samples and the cells they read flip. The specification is
-// granvit_kernels/ops/roi_gather/reference.py.
+// Where RoIAlign's samples lie along one axis. Positions are float32, in torchvision's order of operations, one rounding
+// each: include this only where FMA contraction is off (not from *_isa.cpp), or the number of adaptive samples and the cells
+// they read flip. The specification is granvit_kernels/ops/roi_gather/reference.py.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -41,20 +41,17 @@ struct RoiAxis {
 
     // Writes the cells that bin `index` reads, rising, and their shares of the bin; returns how many, at most capacity().
     // Samples outside [-1, size] have no cell and count all the same. Samples at one position are visited once: a huge
-    // box has a great many.
-    int taps(int index, struct RoiTap* out) const;
+    // box has a great many. Tap: {int32_t cell; float weight}.
+    template <typename Tap>
+    int taps(int index, Tap* out) const;
     int64_t capacity() const {
         const int64_t most = samples < size ? 2 * samples : size;
         return most < size ? most : size;
     }
 };
 
-struct RoiTap {
-    int32_t cell;
-    float weight;
-};
-
-inline int RoiAxis::taps(int index, RoiTap* out) const {
+template <typename Tap>
+int RoiAxis::taps(int index, Tap* out) const {
     if (samples <= 0) return 0;
     // Positions rise with the sample's number, or fall in an inverted box; `at` makes them rise.
     const bool rising = bin >= 0;
@@ -62,29 +59,32 @@ inline int RoiAxis::taps(int index, RoiTap* out) const {
     const int64_t end = first([&](int64_t i) { return at(i) > float(size); });
     int64_t i = first([&](int64_t i) { return at(i) >= -1.0f; });
     int count = 0;
-    const auto add = [&](int cell, float weight) {
-        if (weight == 0.0f) return;
+    // Samples rise, so that only the last two cells still grow: their sums stay in double, and are rounded once.
+    double sums[2];
+    const auto add = [&](int cell, double weight) {
+        if (weight == 0.0) return;
         for (int back = count - 1; back >= 0 && back >= count - 2; --back) {
             if (out[back].cell == cell) {
-                out[back].weight += weight;
+                out[back].weight = float(sums[back % 2] += weight);
                 return;
             }
         }
-        out[count++] = {cell, weight};
+        out[count] = {cell, float(weight)};
+        sums[count++ % 2] = weight;
     };
     while (i < end) {
         const float here = at(i);
         int64_t next = i + 1;
         if (next < end && at(next) == here) next = first([&](int64_t j) { return at(j) > here; });
         if (next > end) next = end;
-        const float share = float(next - i) / float(samples);
+        const double share = double(next - i) / double(samples);
         const float y = here > 0.0f ? here : 0.0f;
         int cell = int(y);
         if (cell >= size - 1) {
             add(size - 1, share);
         } else {
-            const float upper = y - float(cell);
-            add(cell, share * (1.0f - upper));
+            const double upper = y - float(cell);
+            add(cell, share * (1.0 - upper));
             add(cell + 1, share * upper);
         }
         i = next;

@@ -52,7 +52,7 @@ struct Storage {
 }  // namespace
 
 void pack_patches(const PackPatches& job, int threads) {
-    const int64_t p = job.patch_size, patch_bytes = 3 * p * p * (job.dtype == Dtype::float32 ? 4 : 2);
+    const int64_t p = job.patch_size, patch_bytes = 3 * p * p * size_of(job.dtype);
 
     Storage storage;
     std::vector<Crop> crops(job.num_crops);

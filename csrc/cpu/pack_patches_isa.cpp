@@ -111,9 +111,7 @@ void patch_row(const PatchRow& job) {
 }  // namespace
 
 void pack_patch_row(const PatchRow& job) {
-    if (job.dtype == Dtype::bfloat16) patch_row<bfloat16>(job);
-    else if (job.dtype == Dtype::float16) patch_row<float16>(job);
-    else patch_row<float>(job);
+    GRANVIT_BY_DTYPE(job.dtype, patch_row<T>(job))
 }
 
 }  // namespace GRANVIT_ISA

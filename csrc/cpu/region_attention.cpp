@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "common/layout.h"
 #include "common/parallel.h"
 #include "cpu/region_attention.h"
 
@@ -39,7 +40,8 @@ class Regions {
         if (image != none.image) return none;
         const int32_t height = problem.grids[2 * image], width = problem.grids[2 * image + 1];
         const float x1 = box[0], y1 = box[1], x2 = box[2], y2 = box[3];
-        // Written so that a NaN meets nothing.
+        // An infinite box reads nothing, as one with a NaN does: it is no box.
+        if (!(std::isfinite(x1) && std::isfinite(y1) && std::isfinite(x2) && std::isfinite(y2))) return none;
         if (!(x1 < x2 && y1 < y2 && x1 < float(width) && y1 < float(height) && x2 > 0.0f && y2 > 0.0f)) return none;
         // Clip before rounding: a box may be larger than any integer.
         return {image,
@@ -114,6 +116,7 @@ void for_each_piece(const RegionAttention& problem, int64_t heads, int threads, 
 
 void region_attention_forward(RegionAttention problem, const float* boxes, const int64_t* image_index, bool coverage,
                               int threads) {
+    check_tokens("key", problem.tokens, problem.cu_seqlens, problem.images);
     if (problem.regions == 0) return;
     const Regions regions(problem, boxes, image_index, coverage);
     const auto floats = [&](int64_t heads) { return GRANVIT_BY_ISA(region_attention_forward_scratch, problem, heads); };
@@ -127,6 +130,7 @@ void region_attention_forward(RegionAttention problem, const float* boxes, const
 
 void region_attention_backward(RegionAttention problem, const float* boxes, const int64_t* image_index, bool coverage,
                                int threads) {
+    check_tokens("key", problem.tokens, problem.cu_seqlens, problem.images);
     const int64_t row = problem.queries * problem.heads * problem.size;
     const bool shared = problem.query_region_stride == 0;
     float* const grad_query = problem.grad_query;

@@ -17,7 +17,7 @@ struct RegionCells {
 
 struct RegionAttention {
     Dtype dtype;
-    int64_t images, regions, queries, heads, size;  // B, R, K, H, D
+    int64_t images, regions, queries, heads, size, tokens;  // B, R, K, H, D, T
     float scale;
     int64_t query_region_stride;  // 0: [K, H, D] shared by all regions; queries are contiguous otherwise
     int64_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;  // the last dimension has stride 1

@@ -122,22 +122,11 @@ inline void write_row(const float* from, T* to, int64_t size, float factor) {
     for (; d < size; ++d) from_float(from[d] * factor, to[d]);
 }
 
-// write_row past the caches, for rows that nobody reads soon: saves reading the line first. Else as write_row.
+// write_row past the caches where it can, for rows that nobody reads soon: saves reading the line first.
 template <typename T>
 inline void stream_row(const float* from, T* to, int64_t size) {
-    write_row(from, to, size, 1.0f);
-}
-#if defined(__AVX512F__)
-inline void stream_row(const float* from, float* to, int64_t size) {
-    if (reinterpret_cast<uintptr_t>(to) % 64 != 0 || size % WIDTH != 0) return write_row(from, to, size, 1.0f);
-    for (int64_t d = 0; d < size; d += WIDTH) _mm512_stream_ps(to + d, (__m512)load(from + d));
-}
-#endif
-// Other threads see what stream_row wrote.
-inline void stream_fence() {
-#if defined(__AVX512F__)
-    _mm_sfence();
-#endif
+    if (!streamable(to) || size % WIDTH != 0) return write_row(from, to, size, 1.0f);
+    for (int64_t d = 0; d < size; d += WIDTH) stream(to + d, load(from + d));
 }
 
 template <typename T>
@@ -417,7 +406,9 @@ void forward_part(const Item& item, const ForwardScratch& s, const Part& part, c
             part_largest = largest(logits, part_largest);
         }
         const Vec before = load(largest_so_far), now = largest(before, largest_of_tokens(part_largest));
-        const Vec decay = exponential(before - now);
+        // Where every logit so far is -inf, so is `now`, and -inf - -inf would be NaN: from 0, they weigh 0. NaN stays NaN.
+        const Vec safe = now == splat(-INFINITY) ? Vec{} : now;
+        const Vec decay = exponential(before - safe);
         store(largest_so_far, now);
         for (int q = 0; q < QUERIES; ++q) {
             if (decay[q] == 1.0f) continue;
@@ -426,7 +417,7 @@ void forward_part(const Item& item, const ForwardScratch& s, const Part& part, c
         }
         Vec sum = load(total) * decay;
         for (int64_t t = 0; t < part.padded; t += TOKENS) {
-            const Vec weights = exponential(load(s.weights + QUERIES * t) - now);
+            const Vec weights = exponential(load(s.weights + QUERIES * t) - safe);
             store(s.weights + QUERIES * t, weights);
             sum = sum + weights;
         }
@@ -501,6 +492,10 @@ void start_backward(const Item& item, const BackwardScratch& s, int64_t slot, in
     float* const gradients = s.gradients + state * shape.block;
     read_queries<T>(item, p.query, p.query_region_stride, slot, head, s.queries + state * shape.block);
     read_queries<T>(item, p.grad_output, p.queries * p.heads * p.size, slot, head, gradients);
+    // Padding repeats the last query, whose logits are no worse than its own; the zeros of read_queries times an infinite
+    // key would be NaN, and reach that key's gradient.
+    float* const queries = s.queries + state * shape.block;
+    for (int64_t i = p.queries * shape.padded; i < shape.block; ++i) queries[i] = queries[i - shape.padded];
     for (int64_t i = 0; i < shape.block; ++i) s.grad_queries[state * shape.block + i] = 0.0f;
     for (int64_t k = 0; k < shape.queries; ++k) {
         float lse = INFINITY, shift = 0.0f;  // of a padding row: every weight is 0
@@ -602,20 +597,12 @@ int64_t region_attention_backward_scratch(const RegionAttention& p, int64_t head
 
 void region_attention_forward(const RegionAttention& p, int64_t image, int64_t head0, int64_t head1, float* scratch) {
     const Item item(p, image, head0, head1);
-    switch (p.dtype) {
-        case Dtype::float32: return forward<float>(item, scratch);
-        case Dtype::bfloat16: return forward<bfloat16>(item, scratch);
-        case Dtype::float16: return forward<float16>(item, scratch);
-    }
+    GRANVIT_BY_DTYPE(p.dtype, forward<T>(item, scratch))
 }
 
 void region_attention_backward(const RegionAttention& p, int64_t image, int64_t head0, int64_t head1, float* scratch) {
     const Item item(p, image, head0, head1);
-    switch (p.dtype) {
-        case Dtype::float32: return backward<float>(item, scratch);
-        case Dtype::bfloat16: return backward<bfloat16>(item, scratch);
-        case Dtype::float16: return backward<float16>(item, scratch);
-    }
+    GRANVIT_BY_DTYPE(p.dtype, backward<T>(item, scratch))
 }
 
 }  // namespace GRANVIT_ISA

@@ -5,7 +5,9 @@
 #include <memory>
 #include <vector>
 
+#include "common/layout.h"
 #include "common/parallel.h"
+#include "common/roi_geometry.h"
 
 namespace granvit {
 namespace {
@@ -14,8 +16,6 @@ namespace {
 constexpr int64_t STREAM_BYTES = int64_t(8) << 20;
 // Channels of one item: so much of an image (backward: in float32) stays in a core's L2 cache while its boxes pass.
 constexpr int64_t FORWARD_BLOCK = 128, BACKWARD_BLOCK = 64;
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 RoiAxis axis_of(const RoiGather& p, int64_t box, bool vertical) {
     const float* b = p.boxes + 4 * box;
@@ -91,6 +91,7 @@ struct Plan {
 }  // namespace
 
 void roi_gather_forward(const RoiGather& p, const void* tokens, void* out) {
+    check_tokens("tokens", p.num_tokens, p.cu_seqlens, p.images);
     if (p.num_boxes == 0 || p.channels == 0) return;
     const int64_t bins = int64_t(p.out_h) * p.out_w, item_bytes = size_of(p.dtype);
     const bool streaming = p.num_boxes * bins * p.channels * item_bytes > STREAM_BYTES;
@@ -119,6 +120,7 @@ void roi_gather_forward(const RoiGather& p, const void* tokens, void* out) {
 }
 
 void roi_gather_backward(const RoiGather& p, const void* grad, void* grad_tokens) {
+    check_tokens("the tokens' gradient", p.num_tokens, p.cu_seqlens, p.images);
     if (p.images == 0 || p.channels == 0) return;
     const int64_t bins = int64_t(p.out_h) * p.out_w, item_bytes = size_of(p.dtype);
     const bool streaming = int64_t(p.cu_seqlens[p.images]) * p.channels * item_bytes > STREAM_BYTES;

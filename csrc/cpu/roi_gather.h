@@ -4,7 +4,6 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
-#include "common/roi_geometry.h"
 
 namespace granvit {
 
@@ -15,6 +14,7 @@ struct RoiGather {
     const float* boxes;         // [num_boxes, 4], finite
     const int64_t* image;       // [num_boxes], each in [0, images)
     int64_t images, num_boxes, channels;
+    int64_t num_tokens;         // rows of tokens or of their gradient
     int out_h, out_w;
     int64_t sampling_ratio;
     int threads;
@@ -26,6 +26,12 @@ void roi_gather_forward(const RoiGather& p, const void* tokens, void* out);
 // grad [num_boxes, out_h, out_w, channels] -> grad_tokens [T, channels], all of it written.
 // A token's gradient adds its boxes in their order, whatever the threads: equal bits for any number of them.
 void roi_gather_backward(const RoiGather& p, const void* grad, void* grad_tokens);
+
+// A cell that a bin reads (or a bin that reads a cell), and its share.
+struct RoiTap {
+    int32_t cell;
+    float weight;
+};
 
 // Range of one axis' lists: of bin i (forward) or cell first + i (backward), taps[begin[i]] to taps[begin[i + 1]].
 struct RoiLists {

@@ -16,9 +16,21 @@ def module(reason: str | None) -> SimpleNamespace:
     return SimpleNamespace(why_not=lambda device, dtype: reason)
 
 
+OPERATORS = ("pack_patches", "plan_packing", "region_attention", "roi_gather")
+
+
 @pytest.fixture(autouse=True)
 def unforced(monkeypatch):
     monkeypatch.delenv(backends.VARIABLE, raising=False)
+    backends._forced.cache_clear()
+    yield
+    backends._forced.cache_clear()
+
+
+@pytest.fixture
+def two_operators(monkeypatch):
+    """The variable may name `thing` and `other`."""
+    monkeypatch.setattr(backends, "operators", lambda: {"thing": {}, "other": {}})
 
 
 def test_the_best_that_can_run():
@@ -47,12 +59,14 @@ def test_none_can_run():
 @pytest.mark.parametrize(
     "value", ["reference", "thing=reference", "other=cuda, thing = reference", "cpu,thing=reference"]
 )
+@pytest.mark.usefixtures("two_operators")
 def test_forced(monkeypatch, value):
     monkeypatch.setenv(backends.VARIABLE, value)
     candidates = {"reference": module(None), "cpu": module(None)}
     assert backends.choose("thing", candidates, **PROBLEM) is candidates["reference"]
 
 
+@pytest.mark.usefixtures("two_operators")
 def test_forcing_another_operator_changes_nothing(monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "other=reference")
     candidates = {"reference": module(None), "cpu": module(None)}
@@ -65,8 +79,11 @@ def test_forcing_another_operator_changes_nothing(monkeypatch):
         ("cuda", "forces cuda for thing, which can't run: no GPU"),
         ("triton", "forces triton, and thing has only cuda, reference"),
         ("gpu", "GRANVIT_KERNELS_BACKEND is 'gpu'; it takes cuda, triton, cpu, reference"),
+        ("thingg=cuda", "is 'thingg=cuda'; it takes .* with the operators thing, other"),
+        ("*=gpu", "is '\\*=gpu'; it takes"),
     ],
 )
+@pytest.mark.usefixtures("two_operators")
 def test_forced_and_unable(monkeypatch, value, message):
     monkeypatch.setenv(backends.VARIABLE, value)
     with pytest.raises(RuntimeError, match=message):
@@ -81,11 +98,14 @@ def test_forcing_reaches_a_real_operator(monkeypatch):
         roi_gather(*arguments)
     monkeypatch.setenv(backends.VARIABLE, "roi_gather=reference")
     assert roi_gather(*arguments).shape == (1, 7, 7, 3)
+    monkeypatch.setenv("GRANVIT_KERNELS_BACKEND", "roi_gater=reference")
+    with pytest.raises(RuntimeError, match=f"roi_gater=reference.*operators {', '.join(OPERATORS)}"):
+        roi_gather(*arguments)
 
 
 def test_every_operator_has_a_reference_that_runs_here():
     rows = backends.survey()
-    assert {operator for operator, *_ in rows} >= {"roi_gather"}
+    assert {operator for operator, *_ in rows} == set(OPERATORS)
     for operator in {operator for operator, *_ in rows}:
         assert (operator, "reference", None) in rows
 
@@ -95,7 +115,7 @@ def test_table_says_what_runs_and_why_not(monkeypatch):
     result = subprocess.run(
         [sys.executable, "-m", "granvit_kernels"], capture_output=True, text=True, check=True
     )
-    for word in ("roi_gather", "cpu", "reference", "yes", "native library:", torch.__version__):
+    for word in (*OPERATORS, "cpu", "reference", "yes", "native library:", torch.__version__):
         assert word in result.stdout
     monkeypatch.setenv("GRANVIT_KERNELS_ISA", "sse9")
     monkeypatch.setenv(backends.VARIABLE, "reference")

@@ -1,5 +1,7 @@
 """PackedLayout and fit_grid."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -35,6 +37,15 @@ def test_grids_as_tensor_and_another_device():
     ("grids", "message"),
     [
         ([(2, 3), (0, 4)], r"grids\[1\] is \(0, 4\); both sides must be at least 1"),
+        ([(2, 3), (1,)], r"grids is \[\(2, 3\), \(1,\)\]; it takes pairs"),
+        ([2, 3], r"grids is \[2, 3\]; it takes pairs"),
+        (None, "grids is None; it takes pairs"),
+        ([(2**70, 1)], r"grids is \[\(11805\d+\.*\d+, 1\)\]; it takes pairs"),
+        (torch.zeros(0, 3, dtype=torch.int64), r"grids has shape \[0, 3\]; it takes \[B, 2\]"),
+        (torch.zeros(3, 0, dtype=torch.int64), r"grids has shape \[3, 0\]; it takes \[B, 2\]"),
+        ([(1, 1), (2**31, 1)], r"grids\[1\] is \(2147483648, 1\); both sides .* below 2\*\*31"),
+        ([(2**32, 2**32)], r"grids\[0\] is \(4294967296, 4294967296\); both sides"),
+        ([(2**31 - 1, 2**31 - 1)] * 5, r"grids hold 23058430\d+ tokens together; a layout takes fewer"),
         ([(2, 3, 4)], r"grids has shape \[1, 3\]; it takes \[B, 2\]"),
         (torch.tensor([2, 3]), r"grids has shape \[2\]; it takes \[B, 2\]"),
         ([(2.0, 3.0)], r"grids has dtype torch.float32; it takes integers"),
@@ -44,6 +55,22 @@ def test_grids_as_tensor_and_another_device():
 def test_bad_grids(grids, message):
     with pytest.raises(ValueError, match=message):
         PackedLayout.from_grids(grids)
+
+
+@pytest.mark.parametrize("name", ["grids", "cu_seqlens"])
+def test_tensors_that_kernels_would_misread_are_refused(name):
+    layout = PackedLayout.from_grids([(2, 3)])
+    with pytest.raises(ValueError, match=rf"{name} is int64 \[.*; it takes int32"):
+        dataclasses.replace(layout, **{name: getattr(layout, name).long()})
+
+
+def test_to_grid_refuses_tensors_elsewhere():
+    layout = PackedLayout.from_grids([(2, 3)])
+    boxes, index = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="boxes is on meta; it takes cpu"):
+        layout.to_grid(boxes.to("meta"), index)
+    with pytest.raises(ValueError, match="image_index is on cpu; it takes meta"):
+        layout.to("meta").to_grid(boxes.to("meta"), index)
 
 
 def test_to_grid_scales_by_the_image_of_each_box():

@@ -23,7 +23,10 @@ STEPS = torch.tensor(STD, dtype=torch.float64) * 255  # values -> 8-bit steps, b
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+needs_native = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=needs_native), "reference"])
 def backend(request, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, f"pack_patches={request.param}")
     return request.param
@@ -163,6 +166,7 @@ def strided(image):
     return larger[2 : 2 + height, 1 : 1 + width]
 
 
+@needs_native
 @settings(max_examples=150, deadline=None)
 @given(problem=problems())
 def test_cpu_kernel_is_the_reference(problem):
@@ -238,6 +242,7 @@ def mixed_problem():
     return dict(images=images, crops=crops, grids=[(7, 9), (1, 2), (4, 3), (1, 1), (4, 3), (20, 30)])
 
 
+@needs_native
 @pytest.mark.parametrize("order", ["hwc", "chw"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_bits_are_equal_over_runs_and_thread_counts(dtype, order):
@@ -264,6 +269,7 @@ def test_a_crop_alone_gives_the_same_bits(dtype):
         assert torch.equal(together[start:end], alone)
 
 
+@needs_native
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_each_instruction_set(isa, tmp_path):
     script = """
@@ -328,6 +334,19 @@ def test_default_dtype_and_order(backend):
     expected = exact([noise(32, 32)], 16, MEAN, STD)
     assert patches.dtype == torch.bfloat16
     assert torch.allclose(patches.double(), expected, rtol=torch.finfo(torch.bfloat16).eps / 2, atol=1e-5)
+
+
+def test_autocast_changes_nothing(backend):
+    """With bfloat16 products a pixel would be half a step off."""
+    options = dict(images=[noise(33, 47)], patch_size=8, mean=MEAN, std=STD, grids=[(3, 5)], dtype=torch.float32)
+    expected, _ = pack_patches(**options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pack_patches(**options)[0], expected)
+
+
+def test_a_patch_size_of_numpys(backend):
+    expected, _ = pack_patches([noise(20, 24)], 8, MEAN, STD)
+    assert torch.equal(pack_patches([noise(20, 24)], np.int64(8), MEAN, STD)[0], expected)
 
 
 def test_no_images(backend):
@@ -422,15 +441,18 @@ BAD = {
     "one image": (dict(images=IMAGES[0]), r"images\[0\] is uint8 \[30, 3\]"),
     "no pixels": (dict(images=[torch.zeros(0, 8, 3, dtype=torch.uint8)]), r"uint8 \[0, 8, 3\]; .* H, W >= 1"),
     "two devices": (dict(images=[IMAGES[0], IMAGES[1].to("meta")]), r"images\[1\] is on meta; it takes cpu"),
-    "patch size": (dict(patch_size=0), "patch_size is 0; it takes an int >= 1"),
-    "patch size's type": (dict(patch_size=16.0), "patch_size is 16.0; it takes an int >= 1"),
+    "no list": (dict(images=None), r"images is None; it takes a list of uint8 tensors \[H, W, 3\]"),
+    "patch size": (dict(patch_size=0), "patch_size is 0; it takes a whole number >= 1"),
+    "patch size's type": (dict(patch_size=16.0), "patch_size is 16.0; it takes a whole number >= 1"),
+    "bool": (dict(patch_size=True), "patch_size is True; it takes a whole number >= 1"),
+    "huge patch": (dict(patch_size=2**40), "patch_size is 1099511627776; .*>= 1 and <= 32768"),
     "mean": (dict(mean=(0.5, 0.5)), r"mean is \(0.5, 0.5\); it takes three finite numbers"),
     "mean's type": (dict(mean=0.5), "mean is 0.5; it takes three finite numbers"),
     "std": (dict(std=(1, 1, float("nan"))), r"std is \(1, 1, nan\); it takes three finite numbers"),
     "std's sign": (dict(std=(1, 0, 1)), r"std is \(1.0, 0.0, 1.0\); it takes three numbers > 0"),
     "dtype": (
         dict(dtype=torch.int8),
-        "dtype is torch.int8; it takes torch.bfloat16, torch.float16, torch.float32",
+        "dtype is torch.int8; it takes torch.float32, torch.bfloat16, torch.float16, torch.float64",
     ),
     "order": (dict(order="whc"), "order is 'whc'; it takes 'hwc' or 'chw'"),
     "crops' shape": (dict(crops=[[0, 0, 1, 1]]), r"crops has shape \[1, 4\]; it takes rows of 5 numbers"),
@@ -463,6 +485,8 @@ BAD = {
         dict(grids=[(1, 1), (0, 3)]),
         r"grids\[1\] is \[0.0, 3.0\]; it takes whole numbers of patches >= 1",
     ),
+    "huge side": (dict(grids=[(1, 1), (2**32, 2**32)]), r"grids\[1\] is \[4294967296.0, .*>= 1 and < 2\*\*31"),
+    "too many tokens": (dict(grids=[(2**31 - 1, 2**31 - 1)] * 2), "grids hold 9223372028264841218 tokens together"),
     "broken grid": (dict(grids=[(1, 1.5), (1, 1)]), r"grids\[0\] is \[1.0, 1.5\]"),
     "NaN grid": (dict(grids=[(1, 1), (1, float("nan"))]), r"grids\[1\] is \[1.0, nan\]"),
     "grids' shape": (dict(grids=[[1, 1, 1]] * 2), r"grids has shape \[2, 3\]; it takes rows of 2 numbers"),
@@ -503,4 +527,6 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     with pytest.raises(RuntimeError, match="it is broken"):
         pack_patches(IMAGES, 8, MEAN, STD)
     monkeypatch.delenv(backends.VARIABLE)
-    pack_patches(IMAGES, 8, MEAN, STD)  # by the reference
+    backends._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="slow reference: it is broken"):
+        pack_patches(IMAGES, 8, MEAN, STD)

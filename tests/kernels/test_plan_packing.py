@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granvit_kernels import native, plan_packing
-from granvit_kernels.ops.patch_packing.planning import best_fit_decreasing
+from granvit_kernels import backends, native, plan_packing
+from granvit_kernels.ops.patch_packing.planning import best_fit_decreasing, cpu, reference
 
 
 @st.composite
@@ -55,13 +55,33 @@ def mixed(kind, count, capacity):
     return [rng.choice([64, 96, 128, 196, 256, 400, 576, 1024, 1500]) for _ in range(count)]
 
 
+def fewest(lengths, capacity):
+    """Number of lists in the best plan: every way to place one sequence after the other."""
+    best = len(lengths)
+
+    def place(i, rooms):
+        nonlocal best
+        if len(rooms) >= best:
+            return
+        if i == len(lengths):
+            best = len(rooms)
+            return
+        for k, room in enumerate(rooms):
+            if lengths[i] <= room:
+                place(i + 1, [*rooms[:k], room - lengths[i], *rooms[k + 1 :]])
+        place(i + 1, [*rooms, capacity - lengths[i]])
+
+    place(0, [])
+    return best
+
+
 @pytest.mark.parametrize("kind", ["images", "uniform", "few sizes"])
 @pytest.mark.parametrize("count", [10, 1000, 100_000])
 def test_mixed_lengths_need_few_lists(kind, count):
     lengths = mixed(kind, count, 2048)
     plan = plan_packing(lengths, 2048)
-    if kind == "uniform" and count == 10:  # ten sequences of half a list and more can't share
-        assert len(plan) <= 10
+    if count == 10:  # so few that the best plan can be found by trying all
+        assert len(plan) == fewest(lengths, 2048)
         return
     assert len(plan) <= math.ceil(sum(lengths) / 2048) * 1.01 + 1
 
@@ -88,7 +108,20 @@ def test_runs_without_the_native_library(monkeypatch):
     expected = plan_packing(lengths, 2048)
     monkeypatch.setattr(native, "why_not", lambda: "it is not built")
     monkeypatch.setattr(native, "library", None)
-    assert plan_packing(lengths, 2048) == expected
+    backends._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="slow reference: it is not built"):
+        assert plan_packing(lengths, 2048) == expected
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_the_variable_forces_a_backend(name, monkeypatch):
+    for module in (cpu, reference):
+        monkeypatch.setattr(module, "forward", lambda lengths, capacity, module=module: module)
+    monkeypatch.setenv(backends.VARIABLE, f"plan_packing={name}")
+    assert plan_packing([1, 2], 3) is {"cpu": cpu, "reference": reference}[name]
+    monkeypatch.setenv(backends.VARIABLE, "plan_packing=cuda")
+    with pytest.raises(RuntimeError, match="forces cuda, and plan_packing has only cpu, reference"):
+        plan_packing([1, 2], 3)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +141,10 @@ def test_lengths_come_in_any_form(kind):
         ([[1, 2]], 8, r"lengths is int64 \[1, 2\]; it takes whole numbers \[N\]"),
         (["a"], 8, r"lengths is <U1 \[1\]; it takes whole numbers"),
         ([2**70], 8, r"lengths is object \[1\]; it takes whole numbers"),
+        ([2**63], 8, r"lengths\[0\] is 9223372036854775808, over the capacity; it takes 0..8"),
+        ([[1, 2], [3]], 8, r"lengths is \[\[1, 2\], \[3\]\]; it takes whole numbers \[N\]"),
+        (torch.ones(2, device="meta"), 8, r"lengths is float32 \[2\]; it takes whole numbers \[N\], on the host"),
+        ([1], 2**63, r"capacity is 9223372036854775808; it takes a whole number >= 1 and <= 9223372036854775807"),
         ([True], 8, r"lengths is bool \[1\]; it takes whole numbers"),
         ([1], 0, r"capacity is 0; it takes a whole number >= 1"),
         ([1], 8.0, r"capacity is 8.0; it takes a whole number >= 1"),

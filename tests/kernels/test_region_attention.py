@@ -173,7 +173,7 @@ def test_coverage_tells_boxes_within_a_cell_apart_from_their_place():
 
 
 # ---- the C++ kernel, against the reference ----
-def within_the_rule(p: Problem, coverage: bool) -> None:
+def within_the_rule(p: Problem, coverage: bool, eps_allowed: int = 1) -> None:
     """Error at most twice that of plain PyTorch in this dtype, plus one eps(dtype) of the largest value."""
     query, key, value, *rest = p.raw(coverage)
     wide = [t.double() for t in (query, key, value)]
@@ -193,7 +193,7 @@ def within_the_rule(p: Problem, coverage: bool) -> None:
         if not exact.numel():
             continue
         eps = torch.finfo(torch.float32 if name == "lse" else p.query.dtype).eps
-        allowed = 2 * (plain - exact).abs().max() + eps * exact.abs().max()
+        allowed = 2 * (plain - exact).abs().max() + eps_allowed * eps * exact.abs().max()
         assert (ours - exact).abs().max() <= allowed, name
 
 
@@ -245,7 +245,8 @@ def problems(draw):
 @given(problems())
 def test_kernel_keeps_the_error_rule_on_anything(drawn):
     p, coverage = drawn
-    within_the_rule(p, coverage)
+    # Of a handful of numbers, plain PyTorch's may all be right by luck: then the rule's first term is 0.
+    within_the_rule(p, coverage, eps_allowed=4)
 
 
 @needs_native
@@ -298,7 +299,44 @@ def test_large_logits_do_not_overflow():
     found = gradients(p)
     assert all(torch.isfinite(t[:5]).all() for t in found)
     exact = gradients(p.to(torch.float64))
-    torch.testing.assert_close(found[0], exact[0].float(), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(found, exact, strict=True):
+        largest = theirs[torch.isfinite(theirs)].abs().max()
+        assert largest > 0
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=float(1e-4 * largest))
+
+
+BACKENDS = [pytest.param(cpu, marks=needs_native, id="cpu"), pytest.param(reference, id="reference")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queries", [1, 4])
+def test_logits_of_minus_infinity_weigh_nothing(queries, backend):
+    """Also where all of the first tile's are: the running maximum is -inf then."""
+    p = problem([(1, 16)], [[0, 0, 16, 1]], [0], queries, 1, 1)
+    p.query.fill_(1.0), p.key.fill_(0.0)
+    p.key[:8] = -torch.inf
+    raw = p.raw(False, scale=1.0)
+    output, lse = backend.forward(*raw)
+    torch.testing.assert_close(output, p.value[8:].mean(0).expand_as(output))
+    torch.testing.assert_close(lse, torch.full_like(lse, 8.0).log())
+    _, grad_key, grad_value = backend.backward(
+        torch.ones_like(output), torch.ones_like(lse), *raw[:3], output, lse, *raw[3:]
+    )
+    assert not grad_key[:8].any() and torch.isfinite(grad_key).all()
+    expected = torch.tensor([0.0, queries / 8]).repeat_interleave(8)
+    torch.testing.assert_close(grad_value.flatten(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_finite_logit_there_is_no_output(backend):
+    """As torch's softmax has it; and a NaN stays one."""
+    p = problem([(1, 16)], [[0, 0, 16, 1]], [0], 1, 1, 1)
+    p.query.fill_(1.0), p.key.fill_(-torch.inf)
+    output, lse = backend.forward(*p.raw(False, scale=1.0))
+    assert output.isnan().all() and (lse == -torch.inf).all()
+    p.key[3] = torch.nan
+    output, lse = backend.forward(*p.raw(False, scale=1.0))
+    assert output.isnan().all() and lse.isnan().all()
 
 
 # ---- the same bits ----
@@ -388,6 +426,17 @@ def test_empty_inputs(shared, regions):
     output, lse, *found = gradients(p)
     assert output.shape == (0, 3, 2, 8) and lse.shape == (0, 3, 2)
     assert [g.shape for g in found] == [t.shape for t in p[:3]] and not any(g.any() for g in found)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "reference"])
+def test_no_region_of_an_expanded_query(backend, monkeypatch):
+    """No region counts as contiguous with stride 0, which says "shared" to the kernel: it wrote past the end."""
+    monkeypatch.setenv("GRANVIT_KERNELS_BACKEND", backend)
+    p = problem([(2, 3)], [], [], shared=True)
+    query = p.query.requires_grad_()
+    output = region_attention(query.expand(0, -1, -1, -1), *p[1:])
+    (gradient,) = torch.autograd.grad(output.sum(), query)
+    assert output.shape == (0, 3, 2, 8) and not gradient.any()
 
 
 def test_non_contiguous_inputs_and_index_types():
@@ -484,6 +533,11 @@ GOOD = dict(grids=[(3, 4), (2, 2)], boxes=[[0, 0, 2, 2], [0, 0, 1, 1]], image_in
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (dict(scale=torch.nan), "scale is nan; it takes a finite number or None"),
+        (dict(scale=-torch.inf), "scale is -inf; it takes a finite number"),
+        (dict(scale="a"), "scale is 'a'; it takes a finite number"),
+        (dict(query=torch.zeros(3, 2, 8).to(torch.float8_e5m2)), "query is float8_e5m2 .*; it takes float32, bfloat16"),
+        (dict(key=torch.zeros(16, 2, 8, dtype=torch.int64)), "key is int64 .*; it takes float32, bfloat16"),
         (dict(query=torch.zeros(3, 8)), r"query is float32 \[3, 8\]; it takes .*\[R, K, H, D\] or"),
         (dict(query=torch.zeros(3, 0, 8)), r"query is float32 \[3, 0, 8\]; .*at least 1"),
         (dict(query=torch.zeros(3, 2, 8, dtype=torch.int64)), r"query is int64 .*it takes float32, bfloat16"),
@@ -505,9 +559,9 @@ GOOD = dict(grids=[(3, 4), (2, 2)], boxes=[[0, 0, 2, 2], [0, 0, 1, 1]], image_in
     ],
 )  # fmt: skip
 def test_faults_name_what_they_got(change, message):
-    p = problem(**GOOD, shared=True)._replace(**change)
+    arguments = {**problem(**GOOD, shared=True)._asdict(), **change}
     with pytest.raises(ValueError, match=message):
-        region_attention(*p)
+        region_attention(**arguments)
 
 
 def test_the_kernel_says_why_it_can_not_run(monkeypatch):
@@ -522,3 +576,42 @@ def test_an_index_without_an_image_reads_nothing_where_the_host_can_not_look():
     for backend in (reference, cpu) if native.why_not() is None else (reference,):
         output, lse = backend.forward(*p.raw(False))
         assert not output.any() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("coverage", [False, True])
+def test_a_box_that_is_not_finite_reads_nothing_where_the_host_can_not_look(coverage, backend):
+    boxes = [[0.0, 0.0, 2.0, 2.0] for _ in range(8)]
+    for i, box in enumerate(boxes):
+        box[i % 4] = [-torch.inf, torch.nan][i // 4] if i % 4 < 2 else [torch.inf, torch.nan][i // 4]
+    p = problem([(3, 4)], [*boxes, [0, 0, 2, 2]], [0] * 9)
+    output, lse = backend.forward(*p.raw(coverage))
+    assert not output[:8].any() and (lse[:8] == -torch.inf).all() and torch.isfinite(lse[8]).all()
+
+
+@needs_native
+def test_the_raw_operator_refuses_tokens_of_another_layout():
+    p = problem([(3, 4)], [[0, 0, 4, 3]], [0])
+    query, key, value, *rest = p.raw(False)
+    with pytest.raises(ValueError, match="key has 11 rows; it takes 12, the layout's tokens"):
+        operator.registered(query, key[1:], value[1:], *rest)
+
+
+# ---- who may see the call ----
+def test_meta_tensors_and_transforms():
+    p = every_kind()
+    meta = [t.to("meta") for t in p]
+    assert region_attention(*meta).shape == p.query.shape
+    expected = gradients(p)[0]
+    mapped = torch.func.vmap(lambda query: region_attention(query, *p[1:]))(torch.stack([p.query, p.query]))
+    assert torch.equal(mapped[1], expected)
+    found = torch.func.grad(lambda key: region_attention(p.query, key, *p[2:]).square().sum())(p.key)
+    key = p.key.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(region_attention(p.query, key, *p[2:]).square().sum(), key)
+    assert torch.equal(found, wanted)
+
+
+def test_forward_mode_is_refused():
+    p = every_kind()
+    with pytest.raises(NotImplementedError, match="region_attention has no forward-mode derivative"):
+        torch.func.jvp(lambda value: region_attention(p.query, p.key, value, *p[3:]), (p.value,), (p.value,))

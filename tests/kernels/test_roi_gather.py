@@ -6,10 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_logs
 from torch.utils import deterministic
 
 from granvit_kernels import PackedLayout, native, roi_gather
@@ -213,6 +218,95 @@ def test_unreadable_boxes_give_zeros_where_the_host_does_not_look():
     assert output[0].min() == 1 and output[1:].abs().max() == 0
 
 
+BACKENDS = [pytest.param(cpu, marks=needs_library, id="cpu"), pytest.param(reference, id="reference")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_readable_box_gives_a_gradient_of_zeros(backend):
+    layout = PackedLayout.from_grids([(3, 4)])
+    place = layout.grids, layout.cu_seqlens
+    if backend is reference:  # the C++ kernel takes boxes and indices that were checked
+        boxes, image_index = torch.tensor([[0.0, 0.0, torch.inf, 1.0], [0.0, 0.0, 1.0, 1.0]]), torch.tensor([0, 1])
+    else:
+        boxes, image_index = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    grad = torch.ones(len(boxes), 2, 2, 5)
+    assert torch.equal(backend.backward(grad, *place, boxes, image_index, 12, 2), torch.zeros(12, 5))
+
+
+@needs_library
+def test_kernel_takes_a_layout_of_any_strides():
+    tokens, layout, boxes, image_index = problem(3)
+    expected = cpu.forward(tokens.float(), layout.grids, layout.cu_seqlens, boxes, image_index, 2, 2, 2)
+    grids, cu_seqlens = layout.grids.t().contiguous().t(), layout.cu_seqlens.repeat_interleave(2)[::2]
+    assert not grids.is_contiguous() and not cu_seqlens.is_contiguous()
+    assert torch.equal(cpu.forward(tokens.float(), grids, cu_seqlens, boxes, image_index, 2, 2, 2), expected)
+
+
+@needs_library
+@pytest.mark.parametrize("sampling_ratio", [100, 1024])
+def test_many_samples_add_up_without_rounding(sampling_ratio):
+    """Shares added in float32 were off by some 10 eps of the sum."""
+    layout = PackedLayout.from_grids([(1, 2)])
+    boxes, image_index = torch.tensor([[0.53, 0.5, 1.47, 0.5], [0.6, 0.0, 1.1, 1.0]]), torch.zeros(2, dtype=torch.int64)
+    place = (layout.grids, layout.cu_seqlens, boxes, image_index, 1, 1, sampling_ratio)
+    tokens = torch.eye(2)
+    exact = reference.forward(tokens.double(), *place)
+    assert (cpu.forward(tokens, *place) - exact).abs().max() <= torch.finfo(torch.float32).eps
+
+
+@needs_library
+def test_the_raw_operator_refuses_tokens_of_another_layout():
+    tokens, layout, boxes, image_index = problem(3)
+    rows = len(tokens)
+    with pytest.raises(ValueError, match=f"tokens has {rows - 1} rows; it takes {rows}, the layout's tokens"):
+        operator.registered(
+            tokens[1:].float(), layout.grids, layout.cu_seqlens, boxes, image_index, 2, 2, 2
+        )  # fmt: skip
+
+
+def test_integers_of_any_kind():
+    tokens, layout, boxes, image_index = problem(3)
+    expected = roi_gather(tokens, layout, boxes, image_index, (3, 3), 2)
+    for size, ratio in ((np.int64(3), np.int32(2)), ([3, np.int64(3)], torch.tensor(2)), (3, 2)):
+        assert torch.equal(roi_gather(tokens, layout, boxes, image_index, size, ratio), expected)
+    adaptive = roi_gather(tokens, layout, boxes, image_index, (3, 3), 0)
+    assert torch.equal(roi_gather(tokens, layout, boxes, image_index, (3, 3), -(2**70)), adaptive)
+
+
+def test_fake_and_meta_tensors_modes_and_transforms():
+    tokens, layout, boxes, image_index = problem(4)
+    tokens = tokens.float()
+
+    def run(x):
+        return roi_gather(x, layout, boxes, image_index)
+
+    expected = run(tokens)
+    assert roi_gather(*(x.to("meta") for x in (tokens, layout, boxes, image_index))).shape == expected.shape
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor(tokens).requires_grad_()
+    output = run(fake)
+    with mode:
+        output.sum().backward()
+    assert output.shape == expected.shape and fake.grad.shape == tokens.shape
+    with LoggingTensorMode(), capture_logs() as seen:
+        run(tokens)
+    assert any("granvit.roi_gather" in line for line in seen)
+    leaf = tokens.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(run(leaf), leaf, expected)
+    assert torch.equal(torch.func.vjp(run, tokens)[1](expected)[0], gradient)
+    assert torch.equal(torch.func.vmap(run)(torch.stack([tokens, tokens]))[1], expected)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(requires_grad):
+    tokens, layout, boxes, image_index = problem(4)
+    tokens.requires_grad_(requires_grad)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="roi_gather has no forward-mode"):
+        roi_gather(forward_ad.make_dual(tokens, torch.ones_like(tokens)), layout, boxes, image_index)
+    with forward_ad.dual_level():  # without a tangent, nothing is lost
+        roi_gather(tokens, layout, boxes, image_index)
+
+
 def test_opcheck():
     tokens, layout, boxes, image_index = problem(6)
     place = (layout.grids, layout.cu_seqlens, boxes, image_index)
@@ -237,7 +331,7 @@ def equals_eager(compiled, channels, boxes, seed):
 
 def test_traced_forward_and_backward_with_dynamic_shapes():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(squared, fullgraph=True, dynamic=True, backend=counter)
     for seed, boxes in ((0, 5), (1, 9), (2, 3)):
         equals_eager(compiled, 8, boxes, seed)
@@ -255,6 +349,19 @@ def test_autocast_keeps_the_tokens_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         assert roi_gather(tokens.float(), layout, boxes, image_index).dtype == torch.float32
         assert roi_gather(tokens.half(), layout, boxes, image_index).dtype == torch.float16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_keeps_the_values(backend):
+    tokens, layout, boxes, image_index = problem(4)
+    place = (layout.grids, layout.cu_seqlens, boxes, image_index)
+    forward = tokens.float(), *place, 3, 3, 2
+    expected = backend.forward(*forward)
+    backward = expected, *place, layout.num_tokens, 2
+    gradient = backend.backward(*backward)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(backend.forward(*forward), expected)
+        assert torch.equal(backend.backward(*backward), gradient)
 
 
 def test_only_once_differentiable():
@@ -284,7 +391,8 @@ GOOD = {
             r"tokens is float32 \[5, 4\]; it takes floating-point \[T, C\] with T = 6",
         ),
         ({"tokens": torch.zeros(6)}, r"tokens is float32 \[6\]; it takes floating-point \[T, C\]"),
-        ({"tokens": torch.zeros(6, 4).int()}, r"tokens is int32 \[6, 4\]; it takes floating-point"),
+        ({"tokens": torch.zeros(6, 4).int()}, r"tokens is int32 \[6, 4\]; it takes float32, bfloat16, float16"),
+        ({"tokens": torch.zeros(6, 4).to(torch.float8_e5m2)}, r"tokens is float8_e5m2 \[6, 4\]; it takes float32"),
         ({"boxes": torch.zeros(2, 5)}, r"boxes is float32 \[2, 5\]; it takes float32 \[R, 4\]"),
         ({"boxes": torch.zeros(4)}, r"boxes is float32 \[4\]; it takes float32 \[R, 4\]"),
         ({"boxes": torch.zeros(2, 4).double()}, r"boxes is float64 \[2, 4\]; it takes float32 \[R, 4\]"),
@@ -310,6 +418,15 @@ GOOD = {
         ({"layout": LAYOUT.to("meta")}, r"layout is on meta; it takes cpu"),
         ({"output_size": (0, 7)}, r"output_size is \(0, 7\); it takes \(height, width\), both at least 1"),
         ({"output_size": 0}, r"output_size is 0; it takes"),
+        ({"output_size": (7,)}, r"output_size is \(7,\); it takes \(height, width\)"),
+        ({"output_size": (7, 7, 7)}, r"output_size is \(7, 7, 7\); it takes"),
+        ({"output_size": 7.0}, r"output_size is 7.0; it takes"),
+        ({"output_size": None}, r"output_size is None; it takes"),
+        ({"output_size": (7.0, 7.0)}, r"output_size is \(7.0, 7.0\); it takes"),
+        ({"sampling_ratio": 2.5}, "sampling_ratio is 2.5; it takes a whole number <= 1024"),
+        ({"sampling_ratio": None}, "sampling_ratio is None; it takes a whole number"),
+        ({"sampling_ratio": 1025}, "sampling_ratio is 1025; it takes a whole number <= 1024"),
+        ({"sampling_ratio": 2**63}, "sampling_ratio is 9223372036854775808; it takes a whole number <= 1024"),
     ],
 )
 def test_bad_arguments(change, message):

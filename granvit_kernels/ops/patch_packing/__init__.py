@@ -10,13 +10,13 @@ from torch import Tensor
 from granvit_kernels import backends
 from granvit_kernels.checks import describe
 from granvit_kernels.layout import PackedLayout
-from granvit_kernels.ops.patch_packing import cpu, reference
+from granvit_kernels.ops.patch_packing import cpu, planning, reference
 from granvit_kernels.ops.patch_packing.arguments import check_format, check_packing
 from granvit_kernels.ops.patch_packing.planning import plan_packing
 
 __all__ = ["pack_patches", "plan_packing", "unpack_patches"]
 
-CANDIDATES = {"pack_patches": {"cpu": cpu, "reference": reference}}
+CANDIDATES = {"pack_patches": {"cpu": cpu, "reference": reference}, **planning.CANDIDATES}
 
 
 def pack_patches(
@@ -32,7 +32,7 @@ def pack_patches(
     """Crops, resizes, normalises, cuts into patches and packs images of any sizes, in one pass.
 
     images: uint8 [H, W, 3] each, RGB, any strides, all on one device; an empty list is valid.
-    patch_size: p, the side of a patch in pixels.
+    patch_size: p, the side of a patch in pixels, at most 2**15.
     mean, std: three numbers each; a channel's value is (x / 255 - mean) / std.
     crops: [N, 5] (image index, x1, y1, x2, y2) in pixels, fractions allowed, inside the image, on the host;
         several may share an image. None: every whole image.
@@ -70,8 +70,7 @@ def unpack_patches(
     Returns float32 [h * p, w * p, 3] each, on the patches' device, in 0-255, neither rounded nor clamped.
     Raises ValueError, naming the argument.
     """
-    mean, std = check_format(patch_size, mean, std, order)
-    p = patch_size
+    p, mean, std = check_format(patch_size, mean, std, order)
     if not patches.is_floating_point() or patches.shape != (layout.num_tokens, 3 * p * p):
         raise ValueError(
             f"patches is {describe(patches)}; it takes floating-point [{layout.num_tokens}, {3 * p * p}], "

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from granvit_kernels.checks import describe
+from granvit_kernels.checks import FLOAT_DTYPES, describe, integer
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ORDERS = ("hwc", "chw")
+MAX_PATCH_SIZE = 2**15
+"""In pixels: so that a patch's and a crop's sizes stay far from the end of int64."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def check_packing(
 ) -> Packing:
     """pack_patches' arguments, or a ValueError that names the wrong one."""
     images = check_images(images)
-    mean, std = check_format(patch_size, mean, std, order)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; it takes {', '.join(map(str, DTYPES))}")
+    patch_size, mean, std = check_format(patch_size, mean, std, order)
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype}; it takes {', '.join(map(str, FLOAT_DTYPES))}")
     sizes = np.array([image.shape[:2] for image in images], dtype=np.float64).reshape(-1, 2)
     crops = whole_images(sizes) if crops is None else check_crops(crops, sizes)
     if grids is None:
@@ -69,7 +70,10 @@ def check_packing(
 
 
 def check_images(images: Sequence[Tensor]) -> list[Tensor]:
-    images = list(images)
+    try:
+        images = list(images)
+    except TypeError:
+        raise ValueError(f"images is {images!r}; it takes a list of uint8 tensors [H, W, 3]") from None
     for i, image in enumerate(images):
         got = describe(image) if isinstance(image, Tensor) else f"a {type(image).__name__}"
         if not got.startswith("uint8") or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
@@ -81,16 +85,15 @@ def check_images(images: Sequence[Tensor]) -> list[Tensor]:
 
 def check_format(
     patch_size: int, mean: Sequence[float], std: Sequence[float], order: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """mean and std as floats; these four pack_patches and unpack_patches share."""
-    if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
-        raise ValueError(f"patch_size is {patch_size!r}; it takes an int >= 1")
+) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """patch_size as an int, mean and std as floats; these four pack_patches and unpack_patches share."""
+    patch_size = integer("patch_size", patch_size, 1, MAX_PATCH_SIZE)
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; it takes 'hwc' or 'chw'")
     mean, std = three_numbers("mean", mean), three_numbers("std", std)
     if min(std) <= 0:
         raise ValueError(f"std is {std}; it takes three numbers > 0")
-    return mean, std
+    return patch_size, mean, std
 
 
 def three_numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -131,7 +134,7 @@ def check_grids(grids: Any, count: int) -> np.ndarray:
     if len(rows) != count:
         raise ValueError(f"grids has {len(rows)} rows; it takes {count}, one (h, w) a crop")
     for i in np.flatnonzero(~((rows >= 1) & (rows < 2**31) & (rows == np.floor(rows))).all(axis=1)):
-        raise ValueError(f"grids[{i}] is {rows[i].tolist()}; it takes whole numbers of patches >= 1")
+        raise ValueError(f"grids[{i}] is {rows[i].tolist()}; it takes whole numbers of patches >= 1 and < 2**31")
     return rows.astype(np.int64)
 
 

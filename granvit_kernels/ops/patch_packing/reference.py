@@ -32,8 +32,9 @@ def pack_crop(job: Packing, crop: list[float], grid: list[int]) -> Tensor:
     window = job.images[int(index)][math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)]
     rows = axis_weights(y1, y2, h * p).to(job.device, compute)
     columns = axis_weights(x1, x2, w * p).to(job.device, compute)
-    pixels = torch.einsum("yj,jkc->ykc", rows, window.to(compute))
-    pixels = torch.einsum("xk,ykc->yxc", columns, pixels)  # [h * p, w * p, 3], 0-255
+    with torch.autocast(job.device.type, enabled=False):
+        pixels = torch.einsum("yj,jkc->ykc", rows, window.to(compute))
+        pixels = torch.einsum("xk,ykc->yxc", columns, pixels)  # [h * p, w * p, 3], 0-255
     mean, std = (torch.tensor(values, dtype=compute, device=job.device) for values in (job.mean, job.std))
     patches = ((pixels / 255 - mean) / std).reshape(h, p, w, p, 3)
     patches = patches.permute((0, 2, 1, 3, 4) if job.order == "hwc" else (0, 2, 4, 1, 3))

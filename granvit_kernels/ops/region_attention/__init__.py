@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,6 @@ from granvit_kernels.layout import PackedLayout
 from granvit_kernels.ops.region_attention.op import CANDIDATES, operator
 
 __all__ = ["CANDIDATES", "region_attention"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def region_attention(
@@ -41,7 +41,7 @@ def region_attention(
         gradient. A box that meets no cell (inverted, empty or outside) gives zeros, lse -inf, and takes part
         in no gradient.
     image_index int32 or int64 [R]: the image of each box.
-    scale: of the logits; None is D**-0.5.
+    scale: of the logits, a finite number; None is D**-0.5.
     coverage: add log(share of the token's cell that the box covers) to its logit, so that boxes smaller than
         a cell still differ.
     return_lse: return (output, lse), lse [R, K, H] float32 (float64 for float64): the natural log of the sum
@@ -50,7 +50,7 @@ def region_attention(
     index outside the layout; on a device such a box reads nothing and gives zeros.
     """
     device = query.device
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
     _check(query, key, value, layout)
@@ -62,20 +62,29 @@ def region_attention(
     checks.same_device(
         device, key=key, value=value, layout=layout.grids, boxes=boxes, image_index=image_index
     )
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else _finite(scale)
     output, lse = operator(
         query, key, value, layout.grids, layout.cu_seqlens, boxes, image_index, float(scale), bool(coverage)
     )  # fmt: skip
     return (output, lse) if return_lse else output
 
 
+def _finite(scale: float) -> float:
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"scale is {checks.shown(scale)}; it takes a finite number or None")
+    return number
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> None:
     """Shapes and dtypes of the three."""
-    if query.dim() not in (3, 4) or query.dtype not in _DTYPES or 0 in query.shape[-3:]:
+    checks.float_dtype("query", query)
+    if query.dim() not in (3, 4) or 0 in query.shape[-3:]:
         raise ValueError(
-            f"query is {checks.describe(query)}; it takes float32, bfloat16, float16 or float64 "
-            "[R, K, H, D] or [K, H, D], with K, H and D at least 1"
+            f"query is {checks.describe(query)}; it takes [R, K, H, D] or [K, H, D], with K, H and D at least 1"
         )
     for name, tensor in (("key", key), ("value", value)):
         checks.packed(name, tensor, layout, 3, "[T, H, D]")

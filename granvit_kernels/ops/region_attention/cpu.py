@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,8 +56,10 @@ def _prepare(
     query, output, lse, boxes = (t.contiguous() for t in (query, output, lse, boxes))
     image_index = image_index.long().contiguous()
     tensors = [query, key, value, grids.contiguous(), cu_seqlens.contiguous(), output, lse]
-    sizes = [grids.shape[0], *output.shape]
-    strides = [query.stride(0) if query.dim() == 4 else 0, *key.stride()[:2], *value.stride()[:2]]
+    sizes = [grids.shape[0], *output.shape, key.shape[0]]
+    # Not query.stride(0): no or one region counts as contiguous with any stride, and 0 says "shared" to the kernel.
+    region_stride = math.prod(query.shape[1:]) if query.dim() == 4 else 0
+    strides = [region_stride, *key.stride()[:2], *value.stride()[:2]]
     addresses = (tensor.data_ptr() for tensor in tensors)
     problem = native.library().RegionAttention(native.DTYPES[query.dtype], sizes, strides, scale, *addresses)
     return problem, (boxes.data_ptr(), image_index.data_ptr()), [*tensors, boxes, image_index]

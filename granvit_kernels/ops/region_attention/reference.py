@@ -7,6 +7,8 @@ One region at a time: its cells are gathered, so nothing of size [R, T] ever exi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def covered_cells(box: list[float], height: int, width: int) -> tuple[int, int, int, int]:
     """Cells (row0, row1, column0, column1), ends excluded, that a box x1 y1 x2 y2 meets with positive area.
 
-    Cell (y, x) is the square [x, x+1] x [y, y+1]. A box without area, or with a NaN, meets nothing.
+    Cell (y, x) is the square [x, x+1] x [y, y+1]. A box without area, or that is not finite, meets nothing.
     """
     x1, y1, x2, y2 = box
-    if not (x1 < x2 and y1 < y2 and x1 < width and y1 < height and x2 > 0 and y2 > 0):
+    if not (all(map(math.isfinite, box)) and x1 < x2 and y1 < y2 and x1 < width and y1 < height and x2 > 0 and y2 > 0):
         return 0, 0, 0, 0
     # Clip before rounding: a box may be far larger than any integer type.
     return int(max(y1, 0.0)), -int(-min(y2, height) // 1), int(max(x1, 0.0)), -int(-min(x2, width) // 1)

@@ -31,16 +31,27 @@ def roi_gather(
     boxes float32 [R, 4]: xyxy in patch units, image i spanning [0, w] x [0, h] (PackedLayout.to_grid).
         Inverted and empty boxes do what they do in torchvision.
     image_index int32 or int64 [R]: the image of each box.
-    sampling_ratio: samples a bin and axis; 0 or less is adaptive, ceil(bin size), as in torchvision.
+    sampling_ratio: samples a bin and axis, at most 1024; 0 or less is adaptive, ceil(bin size) without limit, as
+        in torchvision.
     Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an
     index outside the layout; on a device such a box reads nothing and gives zeros.
     """
     checks.packed("tokens", tokens, layout, 2, "[T, C]")
     checks.boxes(boxes, image_index)
     checks.same_device(tokens.device, layout=layout.grids, boxes=boxes, image_index=image_index)
-    out_h, out_w = (output_size, output_size) if isinstance(output_size, int) else output_size
-    if out_h < 1 or out_w < 1:
-        raise ValueError(f"output_size is {output_size}; it takes (height, width), both at least 1")
-    return operator(
-        tokens, layout.grids, layout.cu_seqlens, boxes, image_index, out_h, out_w, sampling_ratio
-    )  # fmt: skip
+    out_h, out_w = _bins(output_size)
+    # Every sample is visited, and 1024 a bin are already about as close as float32 can place them in a large image.
+    samples = max(checks.integer("sampling_ratio", sampling_ratio, high=1024), 0)
+    return operator(tokens, layout.grids, layout.cu_seqlens, boxes, image_index, out_h, out_w, samples)
+
+
+def _bins(output_size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    try:
+        out_h, out_w = sides
+        return checks.integer("height", out_h, 1, 2**31 - 1), checks.integer("width", out_w, 1, 2**31 - 1)
+    except ValueError:
+        raise ValueError(
+            f"output_size is {checks.shown(output_size)}; it takes (height, width), both at least 1, or one number "
+            "for both"
+        ) from None

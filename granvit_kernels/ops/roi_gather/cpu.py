@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,7 @@ def forward(
     """As reference.forward; boxes finite, indices of the layout's images; a dtype of native.DTYPES."""
     tokens = tokens.contiguous()
     output = tokens.new_empty(boxes.shape[0], out_h, out_w, tokens.shape[1])
-    boxes, image_index = boxes.contiguous(), image_index.contiguous().long()
-    problem = _problem(output, grids, cu_seqlens, boxes, image_index, sampling_ratio)
+    problem, _keep = _problem(output, tokens.shape[0], grids, cu_seqlens, boxes, image_index, sampling_ratio)
     native.library().roi_gather_forward(problem, tokens.data_ptr(), output.data_ptr())
     return output
 
@@ -31,19 +32,20 @@ def backward(
     """As reference.backward. Equal bits for any number of threads."""
     grad = grad.contiguous()
     grad_tokens = grad.new_empty(num_tokens, grad.shape[3])
-    boxes, image_index = boxes.contiguous(), image_index.contiguous().long()
-    problem = _problem(grad, grids, cu_seqlens, boxes, image_index, sampling_ratio)
+    problem, _keep = _problem(grad, num_tokens, grids, cu_seqlens, boxes, image_index, sampling_ratio)
     native.library().roi_gather_backward(problem, grad.data_ptr(), grad_tokens.data_ptr())
     return grad_tokens
 
 
 def _problem(
-    output: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor, sampling_ratio: int
-):
-    """What both directions need; the tensors must outlive the call."""
+    output: Tensor, num_tokens: int, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor,
+    sampling_ratio: int,
+) -> tuple[Any, list[Tensor]]:  # fmt: skip
+    """(csrc/bindings.cpp's RoiGather, which both directions need; tensors to keep alive)."""
+    tensors = [t.contiguous() for t in (grids, cu_seqlens, boxes, image_index.long())]
     num_boxes, out_h, out_w, channels = output.shape
-    return native.library().RoiGather(
-        native.DTYPES[output.dtype], grids.data_ptr(), cu_seqlens.data_ptr(), boxes.data_ptr(),
-        image_index.data_ptr(), grids.shape[0], num_boxes, channels, out_h, out_w, sampling_ratio,
-        torch.get_num_threads(),
+    problem = native.library().RoiGather(
+        native.DTYPES[output.dtype], *(t.data_ptr() for t in tensors), grids.shape[0], num_boxes, channels,
+        num_tokens, out_h, out_w, sampling_ratio, torch.get_num_threads(),
     )  # fmt: skip
+    return problem, tensors

@@ -42,9 +42,10 @@ def forward(
         feature = tokens[starts[image] : starts[image + 1]].to(compute).unflatten(0, (h, w))
         rows = axis_weights(box[1], box[3], h, out_h, sampling_ratio).to(feature)
         columns = axis_weights(box[0], box[2], w, out_w, sampling_ratio).to(feature)
-        outputs.append(torch.einsum("qw,pwc->pqc", columns, torch.einsum("ph,hwc->pwc", rows, feature)))
+        with torch.autocast(tokens.device.type, enabled=False):
+            outputs.append(torch.einsum("qw,pwc->pqc", columns, torch.einsum("ph,hwc->pwc", rows, feature)))
     if not outputs:
-        return tokens.new_zeros(0, out_h, out_w, tokens.shape[1]) + 0 * tokens.sum()
+        return tokens.new_zeros(0, out_h, out_w, tokens.shape[1])
     return torch.stack(outputs).to(tokens.dtype)
 
 
@@ -105,7 +106,9 @@ def backward(
 ) -> Tensor:  # fmt: skip
     """grad [R, out_h, out_w, C] -> the tokens' gradient [num_tokens, C], by autograd: it is linear."""
     _, out_h, out_w, channels = grad.shape
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
         tokens = grad.new_zeros(num_tokens, channels, requires_grad=True)
         output = forward(tokens, grids, cu_seqlens, boxes, image_index, out_h, out_w, sampling_ratio)
+        if not output.requires_grad:  # no box reads anything
+            return tokens.detach()
         return torch.autograd.grad(output, tokens, grad)[0]
