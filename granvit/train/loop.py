@@ -113,16 +113,16 @@ def train_phase(
     device: torch.device,
     checkpoint_every: int,
     log_every: int,
-    progress: bool = True,
+    title: str,
 ) -> None:
     """Run `phase` to its last step over (step, batch) pairs, and leave its final checkpoint."""
     stage = phase.stage
     phase.model.train()
     with Progress(
         TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not progress,
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     ) as bar:  # fmt: skip
-        task = bar.add_task(stage.name, total=stage.steps, completed=phase.step, note="")
+        task = bar.add_task(title, total=stage.steps, completed=phase.step, note="")
         began = time.perf_counter()
         for step, batch in batches:
             phase.step = step

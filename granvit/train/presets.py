@@ -29,7 +29,7 @@ class Data:
     on a CPU few are faster, attention being quadratic."""
     questions_per_image: int = 6
     """Most questions that one step asks of an image; a page of many lines is asked of others the next time."""
-    eval_images: int = 160
+    eval_images: int = 120
     """Test images that every evaluation uses."""
     workers: int = 2
     """Threads that read and pack batches ahead of the training step."""
@@ -154,7 +154,7 @@ PRESETS: dict[str, TrainConfig] = {
     "smoke": TrainConfig(
         preset="smoke",
         output="runs/smoke",
-        warmup=replace(_WARMUP, steps=700, batch_images=24, learning_rate=2e-3, global_captions=0.25),
+        warmup=replace(_WARMUP, steps=550, batch_images=24, learning_rate=2e-3, global_captions=0.25),
         pretrain=replace(_PRETRAIN, steps=1000, learning_rate=1e-3, global_captions=0.25),
         # Unlike a large LLM, a tiny one forgets within 100 steps a task that it is no longer asked: so stage 2 goes on
         # with captions of boxes, which the paper's does not.
@@ -165,7 +165,7 @@ PRESETS: dict[str, TrainConfig] = {
             learning_rate=1e-3,
             global_captions=0.25,
         ),
-        threads=1,  # the control uses the other core
+        threads=2,  # tensors are small: more threads get into each other's way
     ),
     "compact": TrainConfig(
         preset="compact",

@@ -6,10 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import multiprocessing.connection
-import os
 import resource
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,7 +164,6 @@ class Run:
         pretrain, adapt = config.pretrain, config.adapt
         if config.warmup.steps:
             self.phase(config.warmup)
-        control = self._start_control() if config.control else None
         stages: dict[str, dict] = {pretrain.name: {"before": self.evaluation(pretrain.name, 0, "before")}}
         features = {pretrain.name: self._features("before")}
         self.phase(pretrain)
@@ -180,17 +176,15 @@ class Run:
         for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
             stages[adapt.name][when] = self.evaluation(adapt.name, adapt.steps, when, blind)
         self._export()
-        if control is not None:
-            control.join()
-            if control.exitcode != 0:
-                raise RuntimeError(f"the control run ended with exit code {control.exitcode}; its log is above")
-            stages[adapt.name]["control"] = json.loads((self.folder / "control" / "result.json").read_text())
+        if config.control:
+            stages[adapt.name]["control"] = run_control(config, self.folder)
+        logs = [self.metrics] + ([MetricsLog(self.folder / "control" / "metrics.jsonl")] if config.control else [])
         peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         result = {
             "seed": config.seed,
             "stages": stages,
             "features": features,
-            "seconds": sum(line["seconds"] for line in self.metrics.lines()),
+            "seconds": sum(line["seconds"] for log_file in logs for line in log_file.lines()),
             "peak_memory_mb": peak / 1024,
             "commit": commit(),
             "device": device_name(self.device.type),
@@ -200,8 +194,8 @@ class Run:
         path.write_text(json.dumps(result, indent=1))
         return result
 
-    def phase(self, stage: Stage, progress: bool = True) -> None:
-        """Train `stage` to its end, from its newest checkpoint if there is one, with a progress bar or without."""
+    def phase(self, stage: Stage, title: str | None = None) -> None:
+        """Train `stage` to its end, from its newest checkpoint if there is one. title: of its progress bar."""
         phase = Phase(self.model, stage, self.checkpoints, self.metrics, self.config.distill.alpha)
         if phase.resume(self.device):
             return
@@ -220,7 +214,7 @@ class Run:
         train_phase(
             phase, stream, loss_of, autocast=self._autocast(), device=self.device,
             checkpoint_every=self.config.checkpoint_every, log_every=self.config.log_every,
-            progress=progress,
+            title=title or stage.name,
         )  # fmt: skip
 
     def evaluation(self, stage: str, step: int, when: str, blind: str | None = None) -> dict[str, float]:
@@ -265,12 +259,6 @@ class Run:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def _start_control(self) -> multiprocessing.Process:
-        """The control runs beside stage 1, in a process of its own: a smoke run leaves a core free."""
-        process = multiprocessing.get_context("spawn").Process(target=run_control, args=(self.config,))
-        process.start()
-        return process
-
     def _export(self) -> None:
         folder = self.folder / "export"
         self.model.save_pretrained(folder)
@@ -278,29 +266,12 @@ class Run:
         self.model.encoder.save_siglip2(folder / "encoder")
 
 
-def run_control(config: TrainConfig) -> None:
-    """Stage 2 alone, from the warmed-up LLM and an encoder with random weights: what stage 1 has to beat."""
-    logging.basicConfig(level=logging.WARNING)
-    _end_with_parent()
-    folder = Path(config.output)
-    path = folder / "control" / "result.json"
-    if path.exists():
-        return
+def run_control(config: TrainConfig, folder: Path) -> dict[str, float]:
+    """Metrics of stage 2 alone, from the warm LLM of the run in `folder` and an encoder with random weights: what
+    stage 1 has to beat. It lies in folder/control, and goes on where it was as the run does."""
     run = Run(config, folder / "control")
     warm = Checkpoints(folder / "checkpoints", config.keep_checkpoints).final("warmup")
     if warm is not None:
         run.model.load_state_dict(load(warm, run.device)["model"])
-    run.phase(config.adapt, progress=False)  # its bar would be drawn over stage 1's
-    path.write_text(json.dumps(run.evaluation(config.adapt.name, config.adapt.steps, "after"), indent=1))
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed can't end its child; a second control, started when the run goes on, must be alone."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            multiprocessing.connection.wait([parent.sentinel])
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+    run.phase(config.adapt, title="control")
+    return run.evaluation(config.adapt.name, config.adapt.steps, "after")
