@@ -26,6 +26,6 @@ gpu:  ## on a machine with a GPU: build with what is installed, test and measure
 	  || { echo "make gpu: no GPU to be used here, so nothing was built, tested or measured"; exit 1; }
 	$(PYTHON) -m pip install -e . --no-build-isolation --no-deps --no-index
 	$(PYTHON) -m granvit_kernels
-	$(PYTHON) -m pytest tests/kernels -m gpu \
+	$(PYTHON) -m pytest tests/kernels tests/model/test_vision.py -m gpu \
 	  || { [ $$? -eq 5 ] && echo "make gpu: no test is marked gpu"; }
 	$(PYTHON) -m pytest bench

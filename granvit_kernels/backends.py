@@ -36,6 +36,8 @@ def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> 
     """
     forced = _forced(os.environ.get(VARIABLE, ""))
     name = forced.get(operator, forced.get("*"))
+    if not problem and operator not in forced and name not in candidates:
+        name = None  # a device's backend forced for all: an operator on host numbers has none, nor needs one
     if name is not None:
         if name not in candidates:
             raise RuntimeError(f"{VARIABLE} forces {name}, and {operator} has only {', '.join(candidates)}")

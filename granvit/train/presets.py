@@ -20,7 +20,7 @@ class Data:
 
     path: str | None = None
     """Folder of a Gran dataset with the splits train and test; None: the sample set, built once and kept in a cache."""
-    images: int = 12_000
+    images: int = 10_000
     """Size of the sample set, where `path` is None."""
     fault_budget: float = 0.01
     """Share of faulty rows (broken image, box outside it) that are skipped and counted before the run stops."""
@@ -154,14 +154,14 @@ PRESETS: dict[str, TrainConfig] = {
     "smoke": TrainConfig(
         preset="smoke",
         output="runs/smoke",
-        warmup=replace(_WARMUP, steps=550, batch_images=24, learning_rate=2e-3, global_captions=0.25),
-        pretrain=replace(_PRETRAIN, steps=1000, learning_rate=1e-3, global_captions=0.25),
+        warmup=replace(_WARMUP, steps=600, batch_images=24, learning_rate=2e-3, global_captions=0.25),
+        pretrain=replace(_PRETRAIN, steps=900, learning_rate=1e-3, global_captions=0.25),
         # Unlike a large LLM, a tiny one forgets within 100 steps a task that it is no longer asked: so stage 2 goes on
         # with captions of boxes, which the paper's does not.
         adapt=replace(
             _ADAPT,
             tasks=(GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX),
-            steps=600,
+            steps=500,
             learning_rate=1e-3,
             global_captions=0.25,
         ),

@@ -122,6 +122,8 @@ def test_the_variable_forces_a_backend(name, monkeypatch):
     monkeypatch.setenv(backends.VARIABLE, "plan_packing=cuda")
     with pytest.raises(RuntimeError, match="forces cuda, and plan_packing has only cpu, reference"):
         plan_packing([1, 2], 3)
+    monkeypatch.setenv(backends.VARIABLE, "cuda")  # for all operators: those on a device are meant
+    assert plan_packing([1, 2], 3) is cpu
 
 
 @pytest.mark.parametrize(
