@@ -38,7 +38,7 @@ def compare(benchmark) -> Callable[..., dict[str, float]]:
     """compare(operator, mode, workload, providers, rounds=15) -> {provider: its median over the first one's}.
 
     providers: {name: function without arguments}, ours first. Each round calls every one once; the rows go to
-    bench/results/DEVICE-OPERATOR.json, in place of older rows of the same provider, mode, workload and torch.
+    bench/results/DEVICE-OPERATOR.json, in place of older rows of the same provider, mode, workload, device and torch.
     """
 
     def compare(
@@ -94,7 +94,7 @@ def save(rows: list[dict]) -> None:
     path.parent.mkdir(exist_ok=True)
 
     def key(row: dict) -> tuple:
-        return row["mode"], row["workload"], row["provider"], row["versions"]["torch"]
+        return row["mode"], row["workload"], row["provider"], row["device"], row["versions"]["torch"]
 
     old = json.loads(path.read_text()) if path.exists() else []
     new = {key(row) for row in rows}

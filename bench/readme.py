@@ -45,9 +45,10 @@ def kernels() -> list[str]:
             times = {row["provider"]: row["median"] for row in group}
             ours = times.pop("granvit")
             peers = ", ".join(f"{peer} **{time / ours:.1f}**" for peer, time in times.items())
-            rows.append([operator, mode, what, f"{1000 * ours:.1f}", peers, torch])
+            isa = device.split(", ")[1]
+            rows.append([operator, mode, what, f"{1000 * ours:.1f}", peers, isa, torch])
             machines.add(f"{device} (commit {commit})")
-    head = ["operator", "mode", "workload", "ours, ms", "a peer takes times as long", "torch"]
+    head = ["operator", "mode", "workload", "ours, ms", "a peer takes times as long", "ISA", "torch"]
     return [
         f"Medians of alternating runs in one process, on {'; '.join(sorted(machines))}.",
         "",
