@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from granvit.data.packing import PackedBatch, pack_questions
-from granvit.data.prompts import GLOBAL_CAPTION, Question
+from granvit.data.prompts import BBOX2CAPTION, GLOBAL_CAPTION, Question
 from granvit.data.schema import Sample
 from granvit.train.presets import Data
 from granvit.train.stages import Stage
@@ -69,9 +69,10 @@ def choose_questions(
     sample: Sample, stage: Stage, processor, capacity: int, most: int, generator: torch.Generator
 ) -> list[Question]:
     """At most `most` of the stage's questions about a sample, in random order, that fit a sequence with its image."""
-    tasks = stage.tasks
-    if torch.rand((), generator=generator) >= stage.global_captions:
-        tasks = tuple(task for task in tasks if task != GLOBAL_CAPTION)
+    shares = {GLOBAL_CAPTION: stage.global_captions, BBOX2CAPTION: stage.box_captions}
+    tasks = [
+        task for task in stage.tasks if shares.get(task, 1) >= 1 or torch.rand((), generator=generator) < shares[task]
+    ]
     found = processor.questions(sample, tasks)
     found = [found[i] for i in torch.randperm(len(found), generator=generator)[:most].tolist()]
     lengths = [

@@ -157,13 +157,14 @@ PRESETS: dict[str, TrainConfig] = {
         warmup=replace(_WARMUP, steps=600, batch_images=24, learning_rate=2e-3, global_captions=0.25),
         pretrain=replace(_PRETRAIN, steps=900, learning_rate=1e-3, global_captions=0.25),
         # Unlike a large LLM, a tiny one forgets within 100 steps a task that it is no longer asked: so stage 2 goes on
-        # with captions of boxes, which the paper's does not.
+        # with captions of a few boxes, which the paper's does not.
         adapt=replace(
             _ADAPT,
             tasks=(GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX),
-            steps=500,
+            steps=600,
             learning_rate=1e-3,
-            global_captions=0.25,
+            global_captions=0.1,
+            box_captions=0.25,
         ),
         threads=2,  # tensors are small: more threads get into each other's way
     ),

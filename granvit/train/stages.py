@@ -32,6 +32,8 @@ class Stage:
     """Questions that are asked of each image."""
     global_captions: float = 1.0
     """Share of the images whose global caption is asked for: a long answer, and a small model's time is short."""
+    box_captions: float = 1.0
+    """Share of the images whose boxes' captions are asked for, where that is one of the tasks."""
     distill: float = 0.0
     """Weight of the self-distillation loss (lambda; 1 in the paper, 0 switches the teacher off)."""
     steps: int = 1000
@@ -54,7 +56,8 @@ class Stage:
             raise ValueError(
                 f"{self.name}: steps is {self.steps} (at least 0), batch_images {self.batch_images} (at least 1)"
             )
-        highest = {"global_captions": 1, "learning_rate": math.inf, "warmup_steps": math.inf, "weight_decay": math.inf}
+        highest = {"global_captions": 1, "box_captions": 1}
+        highest |= {"learning_rate": math.inf, "warmup_steps": math.inf, "weight_decay": math.inf}
         for field, high in highest.items():
             if not 0 <= getattr(self, field) <= high:
                 raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is from 0 to {high}")
