@@ -32,14 +32,15 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 # ---- the kernels: bench/results/cpu-OPERATOR.json ----
 
 
+def workload(row: dict[str, Any]) -> tuple:
+    """What the rows of one comparison have in common."""
+    return row["operator"], row["mode"], row["workload"], row["device"], row["versions"]["torch"], row["commit"]
+
+
 def kernels() -> list[str]:
     """A row a workload: our median, and how many times as long each peer's is."""
     rows, machines = [], set()
     for path in sorted(RESULTS.glob("cpu-*.json")):
-
-        def workload(row: dict[str, Any]) -> tuple:
-            return row["operator"], row["mode"], row["workload"], row["device"], row["versions"]["torch"], row["commit"]
-
         for key, group in groupby(sorted(json.loads(path.read_text()), key=workload), workload):
             operator, mode, what, device, torch, commit = key
             times = {row["provider"]: row["median"] for row in group}

@@ -144,10 +144,8 @@ class Run:
 
     def _need_room(self) -> None:
         """Raises ValueError where a packed sequence can't hold the largest image and a short question."""
-        config = self.model.config
-        sides = range(1, config.max_image_tokens + 1)
-        largest = max(config.image_tokens(h * config.vision_config.patch_size, config.max_image_tokens // h
-                                          * config.vision_config.patch_size) for h in sides)  # fmt: skip
+        most, merged = self.model.config.max_image_tokens, self.model.config.pixel_shuffle
+        largest = max(-(-h // merged) * -(-(most // h) // merged) for h in range(1, most + 1))
         least = len(self.processor.image_part(largest)) + QUESTION_ROOM
         if self.config.data.capacity < least:
             raise ValueError(
@@ -171,7 +169,9 @@ class Run:
         for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
             stages[pretrain.name][when] = self.evaluation(pretrain.name, pretrain.steps, when, blind)
         stages[adapt.name] = {"before": stages[pretrain.name]["after"]}
-        self.measured(adapt.name, 0, "before", stages[adapt.name]["before"])
+        if self._written(adapt.name, 0, "before") is None:
+            before = stages[adapt.name]["before"]
+            self.metrics.write(stage=adapt.name, step=0, evaluation="before", **before, seconds=0.0)
         self.phase(adapt)
         for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
             stages[adapt.name][when] = self.evaluation(adapt.name, adapt.steps, when, blind)
@@ -219,28 +219,25 @@ class Run:
 
     def evaluation(self, stage: str, step: int, when: str, blind: str | None = None) -> dict[str, float]:
         """Metrics of the model as it is, over the test split, written to metrics.jsonl (or read from it)."""
-        known = self.measured(stage, step, when)
+        known = self._written(stage, step, when)
         if known is not None:
             return known
         began, limit = time.perf_counter(), self.config.data.eval_images
         with self._autocast():
             found = evaluate(self.model, self.processor, self.test, TASKS, blind=blind, limit=limit)
-        self.measured(stage, step, when, found.metrics, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.metrics.write(stage=stage, step=step, evaluation=when, **found.metrics, seconds=seconds)
         if when == "after":
             self._keep_predictions(stage, found.predictions)
         return found.metrics
 
-    def measured(
-        self, stage: str, step: int, when: str, metrics: dict[str, float] | None = None, seconds: float = 0.0
-    ) -> dict[str, float] | None:
-        """The evaluation that metrics.jsonl holds under these names; if it holds none, `metrics` are written there."""
+    def _written(self, stage: str, step: int, when: str) -> dict[str, float] | None:
+        """The metrics of the evaluation that metrics.jsonl holds under these names, or None."""
         names = {"stage": stage, "step": step, "evaluation": when}
         for line in self.metrics.lines():
             if all(line.get(name) == value for name, value in names.items()):
                 return {name: value for name, value in line.items() if name not in names and name != "seconds"}
-        if metrics is not None:
-            self.metrics.write(**names, **metrics, seconds=seconds)
-        return metrics
+        return None
 
     def _keep_predictions(self, stage: str, predictions: list[dict]) -> None:
         path = self.folder / "report" / "predictions.json"
