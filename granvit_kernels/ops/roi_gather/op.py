@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from granvit_kernels import backends, checks
-from granvit_kernels.ops.roi_gather import cpu, reference
+from granvit_kernels.ops.roi_gather import cpu, reference, triton
 from granvit_kernels.registration import Operator
 
-CANDIDATES = {"roi_gather": {"cpu": cpu, "reference": reference}}
+CANDIDATES = {"roi_gather": {"triton": triton, "cpu": cpu, "reference": reference}}
 
 
 def _backend(tensor: Tensor) -> Any:

@@ -1,0 +1,203 @@
+"""python bench/aot.py: compiles every shipped Triton kernel for GPUs that are not here, and records what came out.
+
+The launchers themselves run, on CPU tensors and with a driver that only names a GPU: what is compiled here is what is
+compiled there, specialised in the same way. Registers, spills, shared memory and tensor-core instructions go to
+bench/results/aot.json; tests/kernels/test_aot.py holds a choice of them to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).resolve().parent / "results" / "aot.json"
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory a block may have (CUDA C++ Programming Guide, table of technical specifications)."""
+
+
+class Case(NamedTuple):
+    """One call of an operator's launcher, both ways."""
+
+    operator: str
+    dtype: str
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.operator, self.dtype, *(f"{name}={value}" for name, value in self.options)])
+
+
+def cases() -> list[Case]:
+    """Everything that ships: the launchers' choices over the shapes that they tell apart."""
+    found = [Case("roi_gather", "bfloat16", (("smallest", True),))]
+    for dtype in ("float32", "bfloat16", "float16"):
+        for channels in (64, 768, 1152):
+            for ratio in (1, 2, 0):
+                found.append(Case("roi_gather", dtype, (("channels", channels), ("sampling_ratio", ratio))))
+    return found
+
+
+# ---- one case, in a process of its own ----
+
+
+class _Driver:
+    """Names a GPU of one architecture, and nothing else: enough for Triton to compile."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.architecture, self.target = architecture, GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+@contextmanager
+def compile_only(architecture: int) -> Iterator[list[tuple[str, Any]]]:
+    """Every launch inside is compiled and not run: a list of (kernel's name, what triton.compile gave)."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+
+    driver.set_active(_Driver(architecture))  # for good: this process has no other use for one
+    JITFunction.run = record
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def launch(case: Case) -> None:
+    """Both directions of a case's launcher on CPU tensors; their values mean nothing."""
+    import torch
+
+    from granvit_kernels import PackedLayout
+
+    dtype, options = getattr(torch, case.dtype), dict(case.options)
+    small = options.get("smallest", False)  # Triton makes constants of ones
+    images, side, regions = (1, 1, 1) if small else (16, 32, 96)
+    layout = PackedLayout.from_grids([(side, side)] * images)
+    boxes, image_index = torch.zeros(regions, 4), torch.arange(regions) % images
+    place = (layout.grids, layout.cu_seqlens, boxes, image_index)
+    if case.operator == "roi_gather":
+        from granvit_kernels.ops.roi_gather import triton
+
+        bins, ratio = 1 if small else 7, options.get("sampling_ratio", 2)
+        tokens = torch.zeros(layout.num_tokens, options.get("channels", 1), dtype=dtype)
+        output = triton.forward(tokens, *place, bins, bins, ratio)
+        triton.backward(output, *place, layout.num_tokens, ratio)
+
+
+def compile_case(case: Case, architecture: int) -> list[dict[str, Any]]:
+    """A row a kernel: registers, spills (bytes stored + loaded), shared memory (bytes), tensor-core instructions."""
+    import torch
+
+    torch.set_num_threads(1)
+    with compile_only(architecture) as compiled:
+        launch(case)
+    rows = []
+    for name, kernel in compiled:
+        rows.append(
+            {
+                "case": case.name,
+                "kernel": name,
+                "arch": architecture,
+                **resources(kernel.asm["ptx"], architecture),
+                "shared": kernel.metadata.shared,
+                "warps": kernel.metadata.num_warps,
+                **instructions(kernel.asm["cubin"]),
+            }
+        )
+    return rows
+
+
+def resources(ptx: str, architecture: int) -> dict[str, int]:
+    """Registers a thread and bytes spilled, as ptxas reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={sm_arch_from_capability(architecture)}"]
+        command += [file.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", report))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
+    return {"registers": registers, "spills": spills}
+
+
+def instructions(cubin: bytes) -> dict[str, int]:
+    """Tensor-core instructions in the machine code: HGMMA (Hopper's), HMMA (any), and Blackwell's UTC...MMA."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    patterns = {"hgmma": "HGMMA", "hmma": "HMMA", "tcgen05": r"UTC\w*MMA"}
+    return {name: len(re.findall(rf"\b{pattern}", listing)) for name, pattern in patterns.items()}
+
+
+def compile_all(jobs: list[tuple[Case, int]], report: Callable[[list[dict]], None]) -> None:
+    """Compiles in processes without the interpreter, one a core."""
+    context = get_context("spawn")
+    environment = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+            for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
+                report(rows)
+    finally:
+        if environment is not None:
+            os.environ["TRITON_INTERPRET"] = environment
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return row["case"], row["kernel"], row["arch"]
+
+
+def main() -> None:
+    import triton
+    from rich.progress import Progress
+
+    rows: list[dict] = []
+    jobs = [(case, architecture) for case in cases() for architecture in ARCHITECTURES]
+    with Progress() as progress:
+        task = progress.add_task("compiling", total=len(jobs))
+
+        def report(new: list[dict]) -> None:
+            rows.extend(row for row in new if key(row) not in {key(old) for old in rows})
+            progress.advance(task)
+
+        compile_all(jobs, report)
+    lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=key))
+    RESULTS.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
+    for row in rows:
+        if row["spills"] or row["shared"] > SHARED_LIMIT[row["arch"]]:
+            print("spills or shared memory over the limit:", json.dumps(row))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
