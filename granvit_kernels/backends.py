@@ -18,10 +18,8 @@ from typing import Any
 
 import torch
 
-from granvit_kernels import native
-
-ORDER = ("cuda", "triton", "cpu", "reference")
-"""Best first."""
+ORDER = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "reference": "cpu"}
+"""{backend: the device it is for}, best first. The reference runs on any."""
 
 VARIABLE = "GRANVIT_KERNELS_BACKEND"
 
@@ -32,7 +30,7 @@ def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> 
     problem: device (torch.device), dtype, and what else the operator's backends decide by; nothing for an operator
     on host numbers.
     Raises RuntimeError with the reason(s) where the forced one, or every one, can't run. Warns once where the
-    reference stands in for want of the native library.
+    reference stands in for kernels that this device should have, except in float64, which it alone computes.
     """
     forced = _forced(os.environ.get(VARIABLE, ""))
     name = forced.get(operator, forced.get("*"))
@@ -45,16 +43,19 @@ def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> 
         if reason is not None:
             raise RuntimeError(f"{VARIABLE} forces {name} for {operator}, which can't run: {reason}")
         return candidates[name]
-    reasons = []
-    for name in ORDER:
-        if name in candidates:
-            reason = candidates[name].why_not(**problem)
-            if reason is None:
-                if name == "reference" and native.why_not() is not None:
-                    _warn(native.why_not())
-                return candidates[name]
-            reasons.append(f"{name}: {reason}")
-    raise RuntimeError(f"no backend can run {operator}: {'; '.join(reasons)}")
+    reasons = {}
+    for name in filter(candidates.__contains__, ORDER):
+        reason = candidates[name].why_not(**problem)
+        if reason is None:
+            if name == "reference" and problem.get("dtype") != torch.float64:
+                device = problem["device"].type if problem else "cpu"
+                missed = [f"{n}: {r}" for n, r in reasons.items() if ORDER[n] == device]
+                if missed:
+                    _warn("; ".join(missed))
+            return candidates[name]
+        reasons[name] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(f"no backend can run {operator}: {listed}")
 
 
 @functools.cache
@@ -95,6 +96,6 @@ def survey() -> list[tuple[str, str, str | None]]:
         for name in ORDER:
             if name not in candidates:
                 continue
-            device = torch.device("cuda" if name in ("cuda", "triton") else "cpu")
+            device = torch.device(ORDER[name])
             rows.append((operator, name, candidates[name].why_not(device=device, dtype=torch.float32)))
     return rows

@@ -39,15 +39,23 @@ def test_the_best_that_can_run():
     assert backends.choose("thing", candidates, **PROBLEM) is able
 
 
-def test_a_missing_library_is_said_once_where_the_reference_stands_in(monkeypatch):
-    monkeypatch.setattr(backends.native, "why_not", lambda: "not built")
+@pytest.mark.parametrize(("device", "reason"), [("cpu", "cpu: not built"), ("cuda", "triton: not installed")])
+def test_missing_kernels_are_said_once_where_the_reference_stands_in(device, reason):
     backends._warn.cache_clear()
-    candidates = {"reference": module(None), "cpu": module("not built")}
-    with pytest.warns(RuntimeWarning, match="runs its slow reference: not built") as seen:
+    candidates = {"reference": module(None), "cpu": module("not built"), "triton": module("not installed")}
+    problem = {"device": torch.device(device), "dtype": torch.float32}
+    with pytest.warns(RuntimeWarning, match=f"runs its slow reference: {reason}$") as seen:
         for _ in range(2):
-            assert backends.choose("thing", candidates, **PROBLEM) is candidates["reference"]
+            assert backends.choose("thing", candidates, **problem) is candidates["reference"]
     assert len(seen) == 1
     backends._warn.cache_clear()
+
+
+@pytest.mark.filterwarnings("error")
+def test_float64_is_the_references_own():
+    candidates = {"reference": module(None), "cpu": module("it takes float32")}
+    problem = {"device": torch.device("cpu"), "dtype": torch.float64}
+    assert backends.choose("thing", candidates, **problem) is candidates["reference"]
 
 
 def test_none_can_run():
