@@ -2,7 +2,7 @@
 PYTHON ?= python
 CONSTRAINTS ?= -c constraints-cpu.txt
 
-.PHONY: install test lint bench train gpu
+.PHONY: install test lint bench train aot gpu
 
 install:  ## build the kernels and install everything that development needs
 	$(PYTHON) -m pip install $(CONSTRAINTS) -e '.[dev]'
@@ -15,6 +15,9 @@ lint:
 
 bench:  ## every kernel beside its peers; rows go to bench/results/
 	$(PYTHON) -m pytest bench
+
+aot:  ## compile every shipped Triton kernel for sm_80, sm_90 and sm_100, no GPU needed; bench/results/aot.json
+	$(PYTHON) bench/aot.py
 
 train:  ## the smoke preset: both stages and a report in runs/smoke, minutes on two cores
 	$(PYTHON) -m granvit.train

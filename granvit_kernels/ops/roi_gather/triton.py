@@ -28,13 +28,14 @@ class Config:
 def choose(kernel: str, channels: int, dtype: torch.dtype, sampling_ratio: int, device: torch.device) -> Config:
     """16 bytes a thread of one warp, or the power of two that wastes less than an eighth of the channels.
 
-    Four tokens together read a bin's gradient once for all that it touches; the general code takes one.
+    A tile's tokens read a bin's gradient once for all that it touches; two a sample keep within the registers of every
+    architecture. The general code takes one token.
     """
     elements = 16 // dtype.itemsize
     block = 32 * elements
     while block > 32 and -channels % block * 8 > channels:
         block //= 2
-    tile = 4 if sampling_ratio in FIXED else 1
+    tile = 2 * sampling_ratio if sampling_ratio in FIXED else 1
     key = (channels, str(dtype).removeprefix("torch."), sampling_ratio)
     return launch.tuned(f"roi_gather_{kernel}", key, Config(block, tile, 1), device)
 
