@@ -13,6 +13,7 @@
 #include "cpu/plan_packing.h"
 #include "cpu/region_attention.h"
 #include "cpu/roi_gather.h"
+#include "cuda/pack_patches.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -37,6 +38,28 @@ void bind_pack_patches(py::module_& m) {
                                    channels_first, granvit::Dtype(dtype), at<void>(patches)}, threads);
         },
         Release());
+}
+
+// As pack_patches, and where the layout goes: its grids and cu_seqlens.
+void bind_pack_patches_cuda(py::module_& m) {
+    using granvit::PackPatchesCuda;
+    const auto job = [](Address images, Address crops, Address grids, int64_t num_crops, int64_t patch_size,
+                        std::array<float, 3> scale, std::array<float, 3> bias, bool channels_first, int dtype,
+                        Address patches, Address layout_grids, Address cu_seqlens) {
+        return PackPatchesCuda{at<const int64_t>(images), at<const double>(crops), at<const int64_t>(grids), num_crops,
+                               patch_size, {scale[0], scale[1], scale[2]}, {bias[0], bias[1], bias[2]}, channels_first,
+                               granvit::Dtype(dtype), at<void>(patches), at<int32_t>(layout_grids),
+                               at<int32_t>(cu_seqlens)};
+    };
+    py::class_<PackPatchesCuda>(m, "PackPatchesCuda").def(py::init(job));
+    m.def("pack_patches_emulated", [](const PackPatchesCuda& all, bool backwards) {
+        granvit::pack_patches_emulated(all, backwards);
+    }, Release());
+#ifdef GRANVIT_CUDA
+    m.def("pack_patches_cuda", [](const PackPatchesCuda& all, int device, Address stream) {
+        granvit::pack_patches_cuda(all, device, at<void>(stream));
+    }, Release());
+#endif
 }
 
 void bind_plan_packing(py::module_& m) {
@@ -111,6 +134,7 @@ PYBIND11_MODULE(_native, m) {
     m.attr("cuda") = false;
 #endif
     bind_pack_patches(m);
+    bind_pack_patches_cuda(m);
     bind_plan_packing(m);
     bind_region_attention(m);
     bind_roi_gather(m);

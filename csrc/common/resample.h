@@ -2,17 +2,13 @@
 //
 // [a, b) in source pixels becomes n outputs. Output i is centred at c = a + (i + 1/2) s, s = (b - a) / n; source pixel
 // j, floor(a) <= j < ceil(b), weighs max(0, 1 - |j + 1/2 - c| / max(s, 1)), divided by the sum over j. In double: the
-// rounding of a float centre at pixel 4000 would move a weight by 2e-4.
+// rounding of a float centre at pixel 4000 would move a weight by 2e-4. From the first tap's offset on, a float will do.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define GRANVIT_HOST_DEVICE __host__ __device__
-#else
-#define GRANVIT_HOST_DEVICE
-#endif
+#include "common/convert.h"
 
 namespace granvit {
 
@@ -36,22 +32,42 @@ GRANVIT_HOST_DEVICE inline Axis make_axis(double a, double b, int64_t outputs) {
     return {a, step, step > 1.0 ? step : 1.0, int64_t(floor(a)), int64_t(ceil(b)), outputs};
 }
 
-// Writes output i's weights [taps], which sum to 1, and returns the source pixel of the first.
-GRANVIT_HOST_DEVICE inline int64_t axis_weights(const Axis& axis, int64_t i, float* weights) {
-    const double centre = axis.a + (double(i) + 0.5) * axis.step, slope = 1.0 / axis.support;
-    const int64_t taps = axis.taps(), latest = axis.end - taps;
+// The source pixels of output i: taps() of them from `first` on, and how far the first's centre lies from the output's.
+struct Place {
+    int64_t first;
+    double offset;
+};
+
+GRANVIT_HOST_DEVICE inline Place place(const Axis& axis, int64_t i) {
+    const double centre = axis.a + (double(i) + 0.5) * axis.step;
+    const int64_t latest = axis.end - axis.taps();
     int64_t first = int64_t(floor(centre - axis.support - 0.5)) + 1;  // |first + 1/2 - centre| < support
     first = first > axis.begin ? first : axis.begin;
     first = first < latest ? first : latest;
+    return {first, double(first) + 0.5 - centre};
+}
+
+// A pixel's weight before the division by their sum; slope is 1 / support.
+template <typename Real>
+GRANVIT_HOST_DEVICE inline Real triangle(Real offset, Real slope) {
+    const Real weight = 1 - (offset < 0 ? -offset : offset) * slope;
+    return weight > 0 ? weight : 0;
+}
+
+// Writes output i's weights [taps], which sum to 1, and returns the source pixel of the first.
+inline int64_t axis_weights(const Axis& axis, int64_t i, float* weights) {
+    const Place at = place(axis, i);
+    const double slope = 1.0 / axis.support;
+    const int64_t taps = axis.taps();
     double sum = 0.0;
     for (int64_t t = 0; t < taps; ++t) {
-        const double weight = fmax(0.0, 1.0 - fabs(double(first + t) + 0.5 - centre) * slope);
+        const double weight = triangle(at.offset + double(t), slope);
         weights[t] = float(weight);
         sum += weight;
     }
     const double share = 1.0 / sum;
     for (int64_t t = 0; t < taps; ++t) weights[t] = float(weights[t] * share);
-    return first;
+    return at.first;
 }
 
 }  // namespace granvit

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/convert.h"
+
 namespace granvit {
 namespace GRANVIT_ISA {
 
@@ -29,60 +31,21 @@ struct float16 { uint16_t bits; };
 
 // ---- one value ----
 inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
+inline float to_float(bfloat16 x) { return bfloat16_to_float(x.bits); }
 inline float to_float(float16 x) {
 #if defined(__F16C__)
     return _cvtsh_ss(x.bits);
 #else
-    // Shift exponent and mantissa into float32's place; a multiplication fixes the bias and normalises subnormals.
-    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-    float out;
-    std::memcpy(&out, &magnitude, 4);
-    out *= 0x1p112f;
-    uint32_t bits;
-    std::memcpy(&bits, &out, 4);
-    if ((x.bits & 0x7c00) == 0x7c00) bits = magnitude | 0x7f800000u;  // infinity and NaN
-    bits |= uint32_t(x.bits & 0x8000) << 16;
-    std::memcpy(&out, &bits, 4);
-    return out;
+    return float16_to_float(x.bits);
 #endif
 }
-// All round to the nearest, ties to even, as torch does.
 inline void from_float(float x, float& out) { out = x; }
-inline void from_float(float x, bfloat16& out) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) out.bits = 0x7fc0;  // NaN: rounding could carry it into infinity
-    else out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
+inline void from_float(float x, bfloat16& out) { out.bits = float_to_bfloat16(x); }
 inline void from_float(float x, float16& out) {
 #if defined(__F16C__)
     out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
-    bits &= 0x7fffffffu;
-    uint16_t half;
-    if (bits > 0x7f800000u) {
-        half = 0x7e00;
-    } else if (bits >= 0x477ff000u) {  // rounds to more than the largest float16
-        half = 0x7c00;
-    } else if (bits < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
-        float value;
-        std::memcpy(&value, &bits, 4);
-        value += 0.5f;
-        std::memcpy(&bits, &value, 4);
-        half = uint16_t(bits - 0x3f000000u);
-    } else {
-        half = uint16_t((bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13);
-    }
-    out.bits = half | sign;
+    out.bits = float_to_float16(x);
 #endif
 }
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from granvit_kernels import PackedLayout, backends, fit_grid, native, pack_patches, unpack_patches
+from granvit_kernels.ops.patch_packing import CANDIDATES, cuda
+from granvit_kernels.ops.patch_packing.arguments import check_packing
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = ROOT / "granvit" / "data" / "sample" / "photographs"
@@ -26,8 +28,28 @@ HALVES = (torch.bfloat16, torch.float16)
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=needs_native), "reference"])
+class Emulated:
+    """The CUDA kernel's blocks, run on the host one after another, over poisoned memory."""
+
+    backwards = False  # the order of what a phase's threads do
+
+    def why_not(self, device, dtype):
+        return None if dtype in native.DTYPES else f"not {dtype}"
+
+    def forward(self, job):
+        patches, layout = cuda.empty(job)
+        patches.fill_(torch.nan)
+        layout.grids.fill_(-1), layout.cu_seqlens.fill_(0 if len(layout) == 0 else -1)
+        rows = job.rows
+        task, _keep = cuda.problem(job, rows, patches, layout)
+        native.library().pack_patches_emulated(task, self.backwards)
+        return patches, layout
+
+
+@pytest.fixture(params=[*(pytest.param(name, marks=needs_native) for name in ("cpu", "cuda")), "reference"])
 def backend(request, monkeypatch):
+    """Each backend; the CUDA kernel emulated."""
+    monkeypatch.setitem(CANDIDATES["pack_patches"], "cuda", Emulated())
     monkeypatch.setenv(backends.VARIABLE, f"pack_patches={request.param}")
     return request.param
 
@@ -301,6 +323,107 @@ torch.save([native.library().isa(), out], sys.argv[2])
             assert (output.double() - expected).abs().max() <= bound
 
 
+@needs_native
+@pytest.mark.parametrize("order", ["hwc", "chw"])
+@pytest.mark.parametrize("patch_size", [1, 7, 14, 16, 32, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_the_cuda_kernels_tiles(dtype, patch_size, order, monkeypatch):
+    """Copied and resampled crops of more than a tile and of more than a chunk of source pixels, over several launches;
+    in both orders of a phase's threads, so that none waits for another."""
+    p = patch_size
+    images = [noise(2 * p, 3 * p + 9), noise(max(p, 40), 900), noise(5 * p, 5 * p), noise(61, 45)]
+    crops = [(0, 3, 0, 3 + 3 * p, 2 * p), (1, 0.5, 1, 899, 39), (2, 0, 0, 5 * p, 5 * p), (0, 0, 0, p, p)]
+    crops += [(3, 5, 0.25, 40, 60)]
+    problem = dict(images=images, patch_size=p, mean=MEAN, std=STD, dtype=dtype, order=order, crops=crops)
+    problem["grids"] = [(2, 3), (2, 2), (5, 5), (1, 1), (3, 4)]
+    emulated = Emulated()
+    monkeypatch.setitem(CANDIDATES["pack_patches"], "cuda", emulated)
+    found = forced("cuda", **problem)
+    monkeypatch.setattr(emulated, "backwards", True)
+    assert torch.equal(forced("cuda", **problem), found)
+    expected = exact(**problem)
+    if dtype == torch.float32:
+        assert steps_apart(found, expected, order) < 0.01
+    else:  # values up to 4: half a unit in the last place
+        assert (found.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps / 2 + 1e-5
+
+
+@needs_native
+def test_the_cuda_kernel_writes_the_layout(monkeypatch):
+    monkeypatch.setitem(CANDIDATES["pack_patches"], "cuda", Emulated())
+    monkeypatch.setenv(backends.VARIABLE, "pack_patches=cuda")
+    grids = [(1 + i % 3, 2 + i % 2) for i in range(11)]
+    layout = pack_patches([noise(30, 40)], 8, MEAN, STD, [(0, 0, 0, 40, 30)] * 11, grids)[1]
+    expected = PackedLayout.from_grids(grids)
+    assert torch.equal(layout.grids, expected.grids) and torch.equal(layout.cu_seqlens, expected.cu_seqlens)
+    assert (layout.num_tokens, layout.max_seqlen) == (expected.num_tokens, expected.max_seqlen)
+
+
+@needs_native
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_cuda_kernel_gives_cudas_reason():
+    if not native.library().cuda:
+        pytest.skip("built without nvcc")
+    assert "no CUDA device" in cuda.why_not(torch.device("cuda"), torch.float32)
+    job = check_packing([noise(8, 8)], 8, MEAN, STD, None, None, torch.float32, "hwc")
+    patches, layout = cuda.empty(job)
+    task, _keep = cuda.problem(job, job.rows, patches, layout)
+    with pytest.raises(RuntimeError, match=r"pack_patches: asking for the device failed: .* \(error \d+\)"):
+        native.library().pack_patches_cuda(task, 0, 0)
+
+
+def gpu_problem(device, **options):
+    problem = dict(patch_size=16, mean=MEAN, std=STD, **mixed_problem()) | options
+    return problem | {"images": [image.to(device) for image in problem["images"]]}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["hwc", "chw"])
+@pytest.mark.parametrize("patch_size", [7, 14, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_on_a_gpu(dtype, patch_size, order):
+    options = dict(patch_size=patch_size, dtype=dtype, order=order)
+    found, layout = pack_patches(**gpu_problem("cuda", **options))
+    expected = exact(**gpu_problem("cpu", **options))
+    assert torch.equal(pack_patches(**gpu_problem("cuda", **options))[0], found)
+    assert layout.grids.tolist() == [list(grid) for grid in mixed_problem()["grids"]]
+    if dtype == torch.float32:
+        assert steps_apart(found.cpu(), expected, order) < 0.01
+    else:
+        assert (found.cpu().double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps / 2 + 1e-5
+
+
+@pytest.mark.gpu
+def test_more_crops_than_a_launch_takes_on_a_gpu():
+    crops = [(0, i % 7, 0, 20 + i % 9, 30) for i in range(1300)]
+    options = dict(images=[noise(30, 40)], crops=crops, grids=[(1 + i % 3, 2) for i in range(1300)])
+    found, layout = pack_patches(**gpu_problem("cuda", patch_size=4, dtype=torch.float32, **options))
+    assert steps_apart(found.cpu(), exact(**gpu_problem("cpu", patch_size=4, **options))) < 0.01
+    assert torch.equal(layout.cu_seqlens.cpu(), PackedLayout.from_grids(options["grids"]).cu_seqlens)
+
+
+@pytest.mark.gpu
+def test_never_waits_and_replays_in_a_cuda_graph():
+    problem = gpu_problem("cuda", dtype=torch.float32)
+    before = pack_patches(**problem)[0].clone()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            aside = pack_patches(**problem)[0]
+        torch.cuda.current_stream().wait_stream(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(aside, before)
+    with torch.cuda.graph(graph):
+        patches, layout = pack_patches(**problem)
+    for image in problem["images"]:
+        image.copy_(255 - image)
+    graph.replay()
+    assert torch.equal(patches, pack_patches(**problem)[0]) and not torch.equal(patches, before)
+    assert layout.grids.tolist() == [list(grid) for grid in mixed_problem()["grids"]]
+
+
 def test_pixels_that_a_crop_does_not_touch_do_not_count(backend):
     image, other = noise(40, 60), noise(40, 60, seed=1)
     other[7:31, 11:43] = image[7:31, 11:43]
@@ -351,7 +474,7 @@ def test_a_patch_size_of_numpys(backend):
 
 def test_no_images(backend):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        if backend == "cpu" and dtype == torch.float64:
+        if backend != "reference" and dtype == torch.float64:
             continue
         for empty in (None, [], torch.zeros(0, 5)):
             patches, layout = pack_patches([], 14, MEAN, STD, crops=empty, dtype=dtype)
@@ -528,5 +651,5 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
         pack_patches(IMAGES, 8, MEAN, STD)
     monkeypatch.delenv(backends.VARIABLE)
     backends._warn.cache_clear()
-    with pytest.warns(RuntimeWarning, match="slow reference: it is broken"):
+    with pytest.warns(RuntimeWarning, match="slow reference: cpu: it is broken"):
         pack_patches(IMAGES, 8, MEAN, STD)

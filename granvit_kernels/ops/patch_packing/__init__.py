@@ -10,13 +10,13 @@ from torch import Tensor
 from granvit_kernels import backends
 from granvit_kernels.checks import describe
 from granvit_kernels.layout import PackedLayout
-from granvit_kernels.ops.patch_packing import cpu, planning, reference
+from granvit_kernels.ops.patch_packing import cpu, cuda, planning, reference
 from granvit_kernels.ops.patch_packing.arguments import check_format, check_packing
 from granvit_kernels.ops.patch_packing.planning import plan_packing
 
 __all__ = ["pack_patches", "plan_packing", "unpack_patches"]
 
-CANDIDATES = {"pack_patches": {"cpu": cpu, "reference": reference}, **planning.CANDIDATES}
+CANDIDATES = {"pack_patches": {"cuda": cuda, "cpu": cpu, "reference": reference}, **planning.CANDIDATES}
 
 
 def pack_patches(
@@ -51,9 +51,8 @@ def pack_patches(
     Raises ValueError, naming the argument, for anything else; RuntimeError where no backend can run.
     """
     job = check_packing(images, patch_size, mean, std, crops, grids, dtype, order)
-    layout = PackedLayout.from_grids(torch.from_numpy(job.grids), device=job.device)
     backend = backends.choose("pack_patches", CANDIDATES["pack_patches"], device=job.device, dtype=dtype)
-    return backend.forward(job), layout
+    return backend.forward(job)
 
 
 def unpack_patches(

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from granvit_kernels import native
 from granvit_kernels.checks import FLOAT_DTYPES, describe, integer
+from granvit_kernels.layout import PackedLayout
 
 ORDERS = ("hwc", "chw")
 MAX_PATCH_SIZE = 2**15
@@ -36,6 +38,31 @@ class Packing:
     dtype: torch.dtype
     order: str
     device: torch.device
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The images as the C++ kernels read them, rows of RGBRGB...: a permuted [3, H, W] is copied, a slice of rows
+        and columns is not."""
+        return [
+            image if image.stride()[1:] == (3, 1) and image.stride(0) < 2**31 else image.contiguous()
+            for image in self.images
+        ]
+
+    def native(self, rows: list[Tensor], patches: Tensor) -> tuple[tuple, np.ndarray]:
+        """(what a C++ kernel is called with, an array to keep alive until it has returned)."""
+        addresses = np.array([(image.data_ptr(), image.stride(0)) for image in rows], dtype=np.int64)
+        arguments = (
+            addresses.ctypes.data, self.crops.ctypes.data, self.grids.ctypes.data, len(self.crops), self.patch_size,
+            [1 / (255 * std) for std in self.std],
+            [-mean / std for mean, std in zip(self.mean, self.std, strict=True)],
+            self.order == "chw", native.DTYPES[self.dtype], patches.data_ptr(),
+        )  # fmt: skip
+        return arguments, addresses
+
+    @property
+    def layout(self) -> PackedLayout:
+        """The patches' layout."""
+        return PackedLayout.from_grids(torch.from_numpy(self.grids), device=self.device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,6 +92,9 @@ def check_packing(
         grids = np.maximum(np.floor(sides / patch_size), 1).astype(np.int64)
     else:
         grids = check_grids(grids, len(crops))
+    if grids.prod(axis=1, dtype=np.float64).sum() >= 2**31:
+        tokens = sum(h * w for h, w in grids.tolist())
+        raise ValueError(f"grids hold {tokens} tokens together; a layout takes fewer than 2**31")
     device = images[0].device if images else torch.device("cpu")
     return Packing(images, crops, grids, patch_size, mean, std, dtype, order, device)
 

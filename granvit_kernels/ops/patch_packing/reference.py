@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from granvit_kernels.layout import PackedLayout
 from granvit_kernels.ops.patch_packing.arguments import Packing
 
 
@@ -18,11 +19,11 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def forward(job: Packing) -> Tensor:
-    """The patches [T, patch_size**2 * 3] in job.dtype on job.device."""
+def forward(job: Packing) -> tuple[Tensor, PackedLayout]:
+    """The patches [T, patch_size**2 * 3] in job.dtype, and their layout, on job.device."""
     crops = zip(job.crops.tolist(), job.grids.tolist(), strict=True)
     empty = torch.empty(0, job.shape[1], dtype=job.dtype, device=job.device)
-    return torch.cat([empty, *(pack_crop(job, crop, grid) for crop, grid in crops)])
+    return torch.cat([empty, *(pack_crop(job, crop, grid) for crop, grid in crops)]), job.layout
 
 
 def pack_crop(job: Packing, crop: list[float], grid: list[int]) -> Tensor:

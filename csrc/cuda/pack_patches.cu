@@ -1,0 +1,62 @@
+#include <stdexcept>
+#include <string>
+
+#include "cuda/pack_patches.h"
+
+namespace granvit {
+namespace {
+
+// Crops of a launch: it takes 32764 bytes of parameters since CUDA 12.1, 4096 before.
+#if CUDART_VERSION >= 12010
+constexpr int MOST = 540;
+#else
+constexpr int MOST = 60;
+#endif
+using Job = PackJob<MOST>;
+
+struct DeviceEach {
+    template <typename Body>
+    __device__ void operator()(int count, const Body& body) const {
+        for (int i = threadIdx.x; i < count; i += THREADS) body(i);
+        __syncthreads();
+    }
+};
+
+template <typename T, int VEC>
+__global__ void __launch_bounds__(THREADS) resample_kernel(const __grid_constant__ Job job) {
+    __shared__ PackShared shared;
+    pack_block<T, VEC, false>(job, blockIdx.x, &shared, DeviceEach{});
+}
+
+// A kernel of its own: registers and shared memory of the other would leave too few threads to keep the memory busy.
+template <typename T, int VEC>
+__global__ void __launch_bounds__(THREADS, 1024 / THREADS) copy_kernel(const __grid_constant__ Job job) {
+    pack_block<T, VEC, true>(job, blockIdx.x, nullptr, DeviceEach{});
+}
+
+void check(cudaError_t error, const char* doing) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // it is told here; the next call starts anew
+    throw std::runtime_error(std::string("pack_patches: ") + doing + " failed: " + cudaGetErrorString(error) + " (error " +
+                             std::to_string(int(error)) + "); `python -m granvit_kernels` shows what can run here");
+}
+
+}  // namespace
+
+void pack_patches_cuda(const PackPatchesCuda& all, int device, void* stream) {
+    int before = device;
+    check(cudaGetDevice(&before), "asking for the device");
+    if (before != device) check(cudaSetDevice(device), "choosing the device");
+    by_type(all, [&](auto type, auto vector) {
+        using T = decltype(type);
+        constexpr int VEC = decltype(vector)::value;
+        for_each_launch<MOST>(all, [&](const Job& job, int64_t blocks, bool copy) {
+            const auto kernel = copy ? copy_kernel<T, VEC> : resample_kernel<T, VEC>;
+            kernel<<<unsigned(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(job);
+            check(cudaGetLastError(), "the launch");
+        });
+    });
+    if (before != device) check(cudaSetDevice(before), "going back to the device before");
+}
+
+}  // namespace granvit

@@ -1,0 +1,61 @@
+"""pack_patches by the CUDA kernel (csrc/cuda/pack_patches.cu): one launch for some 500 crops, nothing copied before.
+
+Crops, grids and addresses travel in the launch's parameters, and the kernel writes the layout too: so no call waits
+for the device, and a CUDA graph can capture it (with its images, crops and grids; replays read the pixels anew).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from granvit_kernels import native
+from granvit_kernels.layout import PackedLayout
+from granvit_kernels.ops.patch_packing.arguments import Packing
+
+__all__ = ["forward", "why_not"]
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where the kernel can run, else the reason."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, and the images are on {device.type}"
+    if dtype not in native.DTYPES:
+        return f"it makes {', '.join(map(str, native.DTYPES))}, not {dtype}"
+    if native.why_not() is not None:
+        return native.why_not()
+    if not native.library().cuda:
+        return f"the native library was built without nvcc: with a CUDA toolkit on PATH, {native.REBUILD}"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device here"
+
+
+def forward(job: Packing) -> tuple[Tensor, PackedLayout]:
+    """As reference.forward, on torch's current stream of the images' device."""
+    patches, layout = empty(job)
+    if len(job.crops):
+        rows = job.rows
+        task, _keep = problem(job, rows, patches, layout)
+        stream = torch.cuda.current_stream(job.device)
+        native.library().pack_patches_cuda(task, stream.device.index, stream.cuda_stream)
+    return patches, layout
+
+
+def empty(job: Packing) -> tuple[Tensor, PackedLayout]:
+    """What the kernel is to fill: patches and their layout."""
+    if not len(job.crops):
+        return torch.empty(job.shape, dtype=job.dtype, device=job.device), job.layout
+    lengths = job.grids.prod(axis=1)
+    layout = PackedLayout(
+        torch.empty(len(job.crops), 2, dtype=torch.int32, device=job.device),
+        torch.empty(len(job.crops) + 1, dtype=torch.int32, device=job.device),
+        int(lengths.sum()),
+        int(lengths.max()),
+    )
+    return torch.empty(job.shape, dtype=job.dtype, device=job.device), layout
+
+
+def problem(job: Packing, rows: list[Tensor], patches: Tensor, layout: PackedLayout) -> tuple:
+    """(csrc/bindings.cpp's PackPatchesCuda, an array to keep alive until the kernel was launched)."""
+    arguments, keep = job.native(rows, patches)
+    library = native.library()
+    return library.PackPatchesCuda(*arguments, layout.grids.data_ptr(), layout.cu_seqlens.data_ptr()), keep
