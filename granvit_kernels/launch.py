@@ -12,12 +12,10 @@ import functools
 import importlib.util
 import json
 import re
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,11 +49,6 @@ def _device_why_not(index: int | None) -> str | None:
     if found < CAPABILITY:
         return f"it takes compute capability {'.'.join(map(str, CAPABILITY))} or newer, not {'.'.join(map(str, found))}"
     return None
-
-
-def on(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on torch's current device: makes that the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def tuned(kernel: str, key: tuple, default: Config, device: torch.device) -> Config:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from granvit_kernels import backends, checks
-from granvit_kernels.ops.region_attention import cpu, reference
+from granvit_kernels.ops.region_attention import cpu, reference, triton
 from granvit_kernels.registration import Operator
 
-CANDIDATES = {"region_attention": {"cpu": cpu, "reference": reference}}
+CANDIDATES = {"region_attention": {"triton": triton, "cpu": cpu, "reference": reference}}
 
 
 def _backend(query: Tensor) -> Any:

@@ -64,7 +64,7 @@ def forward(
     config = choose("forward", channels, tokens.dtype, sampling_ratio, tokens.device)
     arguments = (tokens, *_contiguous(grids, cu_seqlens, boxes, image_index), output)
     grid = (regions * out_h, -(-channels // config.block_c))
-    with launch.on(tokens):
+    with torch.cuda.device_of(tokens):
         triton_kernels.forward[grid](
             *arguments, images, channels, out_h, out_w, sampling_ratio, SAMPLES=_samples(sampling_ratio),
             BLOCK_C=config.block_c, num_warps=config.warps, enable_fp_fusion=False,
@@ -87,7 +87,7 @@ def backward(
         return grad_tokens
     config = choose("backward", channels, grad.dtype, sampling_ratio, grad.device)
     grids, cu_seqlens, boxes, image_index = _contiguous(grids, cu_seqlens, boxes, image_index)
-    with launch.on(grad):
+    with torch.cuda.device_of(grad):
         plan = tiles.tile_tokens(cu_seqlens, image_index, num_tokens, config.tile)
         grid = (plan.image.shape[0], -(-channels // config.block_c))
         triton_kernels.backward[grid](

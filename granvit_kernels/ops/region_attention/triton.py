@@ -1,0 +1,222 @@
+"""region_attention by Triton kernels (triton_kernels.py): which program has which work, and the launches.
+
+Forward, and backward for the queries: a program a region, head and block of queries, which walks the cells of the
+region's box; several of them share a large box where there are too few to fill the chip. Backward for keys and
+values: a program a tile of an image's tokens and head, which visits the image's regions. No atomics.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from granvit_kernels.launch import power_of_two, tuned, why_not
+
+__all__ = ["backward", "forward", "why_not"]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How programs walk boxes: cells at a time, warps of a program, depth of the pipeline of loads."""
+
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How programs take tiles of tokens: tokens of a tile, columns (queries of regions) at a time, warps, stages."""
+
+    block_t: int
+    block_m: int
+    warps: int
+    stages: int
+
+
+def _walk(queries: int, size: int, dtype: torch.dtype) -> Walk:
+    """The default for a block of `queries` queries and heads of `size`, both padded. Sizes are what the compiler fits
+    into registers (bench/results/aot.json), not yet what a clock prefers.
+
+    A warp has 16 rows of a 16-bit product: one warp a program for few queries repeats nothing, and many programs a
+    multiprocessor hide each other's waiting. float32 has no such product, and shares its work out among threads.
+    """
+    if dtype == torch.float32:
+        if size <= 64:
+            return Walk(block_n=16, warps=4, stages=2)
+        return Walk(block_n=32 if size <= 128 else 16, warps=8, stages=1)
+    if size <= 128:
+        return Walk(block_n=32 if size <= 64 or queries > 32 else 16, warps=max(queries // 16, 1), stages=2)
+    return Walk(block_n=32 if queries > 16 else 16, warps=queries // 8, stages=2)
+
+
+def _tokens(queries: int, size: int, dtype: torch.dtype) -> Tokens:
+    if dtype == torch.float32:
+        return Tokens(block_t=32 if size <= 128 else 16, block_m=16, warps=4 if size <= 64 else 8, stages=1)
+    return Tokens(block_t=64 if size <= 64 else 32, block_m=16, warps=4, stages=1)
+
+
+PROGRAMS = 8
+"""Programs a multiprocessor that a walk's launch aims for: each keeps a few KiB of keys and values on their way."""
+
+MOST_SPLITS = 64
+
+def _registers(kernel: str, coverage: bool) -> int | None:
+    """A thread's at most, where ptxas, left alone, spills a few to fit one more program: None leaves it alone."""
+    if kernel == "backward_tokens":
+        return 255
+    return 192 if kernel == "backward_walk" and coverage else None
+
+
+def _splits(programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
+    """Programs that share one box: 1 where `programs` alone fill the chip. From what the host knows."""
+    fitting = max(num_tokens // (4 * block_n), 1)  # a piece of fewer blocks is not worth a program
+    return max(min(PROGRAMS * _multiprocessors(device) // max(programs, 1), fitting, MOST_SPLITS), 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # the interpreter, or a compilation ahead of time
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor,
+    image_index: Tensor, scale: float, coverage: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As reference.forward."""
+    shape = (boxes.shape[0], *query.shape[-3:])
+    output, lse = query.new_empty(shape), query.new_empty(shape[:3], dtype=torch.float32)
+    if not output.numel() or not key.numel():
+        return output.zero_(), lse.fill_(-math.inf)
+    call = _Call(query, key, value, grids, cu_seqlens, boxes, image_index, scale)
+    walk = call.tuned("forward", _walk)
+    splits = call.splits(walk)
+    kernels, grid = _kernels(), call.grid(splits)
+    if splits > 1:
+        part = query.new_empty((splits, *shape), dtype=torch.float32)
+        part_max, part_sum = query.new_empty((2, splits, *shape[:3]), dtype=torch.float32)
+    else:
+        part, part_max, part_sum = output, lse, lse
+    with torch.cuda.device_of(query):
+        kernels.forward_walk[grid](
+            call.query, call.key, call.value, *call.where, part, part_sum, part_max,
+            scale, *call.counts, *call.strides, splits,
+            **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n, SHORT=call.short,
+            COVERAGE=coverage, SPLIT=splits > 1, num_warps=walk.warps, num_stages=walk.stages,
+        )  # fmt: skip
+        if splits > 1:
+            kernels.merge[call.grid(1)](
+                part, part_sum, part_max, *call.where, output, lse, *call.counts, splits,
+                SIZE=call.size, BLOCK_D=call.block_d, BLOCK_K=call.block_k, num_warps=4,
+            )  # fmt: skip
+    return output, lse
+
+
+def backward(
+    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+    lse: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor, scale: float,
+    coverage: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As reference.backward."""
+    grad_key, grad_value = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (key, value))
+    if not output.numel() or not key.numel():
+        return query.new_zeros(query.shape), grad_key.zero_(), grad_value.zero_()
+    from granvit_kernels.tiles import tile_tokens
+
+    call = _Call(query, key, value, grids, cu_seqlens, boxes, image_index, scale)
+    grad_output, grad_lse, output, lse = (t.contiguous() for t in (grad_output, grad_lse, output, lse))
+    walk, tokens = call.tuned("backward_walk", _walk), call.tuned("backward_tokens", _tokens)
+    splits = call.splits(walk)
+    shared = query.dim() == 3
+    # What is added up over regions or splits is so in float32, in an order that never changes.
+    summed = shared or splits > 1
+    grad_query = query.new_empty((splits, *output.shape), dtype=torch.float32 if summed else query.dtype)
+    delta, covered = torch.empty_like(lse), boxes.new_empty(boxes.shape, dtype=torch.int32)
+    kernels = _kernels()
+    with torch.cuda.device_of(query):
+        kernels.backward_walk[call.grid(splits)](
+            grad_output, grad_lse, call.query, call.key, call.value, output, lse, *call.where, grad_query, delta,
+            covered, scale, *call.counts, *call.strides, splits,
+            **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n, SHORT=call.short,
+            COVERAGE=coverage, num_warps=walk.warps, num_stages=walk.stages,
+            maxnreg=_registers("backward_walk", coverage),
+        )  # fmt: skip
+        tiles = tile_tokens(call.cu_seqlens, call.image_index, key.shape[0], tokens.block_t)
+        kernels.backward_tokens[(tiles.image.shape[0] * call.heads,)](
+            grad_output, call.query, call.key, call.value, lse, delta, covered, call.grids, call.cu_seqlens,
+            call.boxes, *tiles, grad_key, grad_value, scale, *call.counts[2:], *call.strides,
+            **call.constants, BLOCK_T=tokens.block_t, BLOCK_M=tokens.block_m, COVERAGE=coverage,
+            num_warps=tokens.warps, num_stages=tokens.stages, maxnreg=_registers("backward_tokens", coverage),
+        )  # fmt: skip
+    if shared:
+        grad_query = grad_query.flatten(0, 1).sum(0).to(query.dtype)
+    else:
+        grad_query = grad_query.sum(0).to(query.dtype) if splits > 1 else grad_query[0]
+    return grad_query, grad_key, grad_value
+
+
+class _Call:
+    """What the launches of one call have in common: tensors as the kernels take them, sizes, constants."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor,
+        image_index: Tensor, scale: float,
+    ):  # fmt: skip
+        # Of key and value, only the last dimension has to be dense.
+        self.key, self.value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+        self.query, self.grids, self.cu_seqlens = query.contiguous(), grids.contiguous(), cu_seqlens.contiguous()
+        self.boxes, self.image_index = boxes.contiguous(), image_index.contiguous()
+        self.where = (self.grids, self.cu_seqlens, self.boxes, self.image_index)
+        self.regions = boxes.shape[0]
+        self.queries, self.heads, self.size = query.shape[-3:]
+        self.counts = (grids.shape[0], self.regions, self.queries, self.heads)
+        # Not query.stride(0): one region counts as contiguous with any stride.
+        region_stride = math.prod(query.shape[1:]) if query.dim() == 4 else 0
+        strides = [*self.key.stride()[:2], *self.value.stride()[:2]]
+        # Triton sees that 16 divides an argument, and no smaller number; a vector of a head of 72 needs 8.
+        unit = math.gcd(16, *strides)
+        self.strides = (region_stride, *(stride // unit for stride in strides))
+        most = 16 if query.dtype == torch.float32 else 64  # a block's queries; more make more programs
+        self.block_k = min(max(power_of_two(self.queries), 16), most)
+        self.block_d = max(power_of_two(self.size), 16)
+        self.constants = dict(SIZE=self.size, BLOCK_D=self.block_d, UNIT=unit, **_arithmetic(query.dtype))
+        # Within a walk, where 64 bits would be a tenth of the instructions.
+        self.short = key.shape[0] * max(strides[0], strides[2]) + self.block_d < 2**31
+
+    def grid(self, splits: int) -> tuple[int, int, int]:
+        return self.regions * self.heads, splits, -(-self.queries // self.block_k)
+
+    def splits(self, walk: Walk) -> int:
+        return _splits(math.prod(self.grid(1)), self.key.shape[0], walk.block_n, self.key.device)
+
+    def tuned(self, kernel: str, default: Any) -> Any:
+        dtype = self.query.dtype
+        key = (self.block_k, self.size, str(dtype).removeprefix("torch."))
+        return tuned(f"region_attention_{kernel}", key, default(self.block_k, self.block_d, dtype), self.key.device)
+
+
+def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """Of the kernels' products."""
+    import triton
+    import triton.language as tl
+
+    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    # The interpreter multiplies bfloat16's raw bits, without a word.
+    dot = tl.float32 if triton.knobs.runtime.interpret else types[dtype]
+    return dict(DOT=dot)
+
+
+@functools.cache
+def _kernels() -> SimpleNamespace:
+    """triton_kernels, imported here: the package works without triton."""
+    from granvit_kernels.ops.region_attention import triton_kernels
+
+    return triton_kernels

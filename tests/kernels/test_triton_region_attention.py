@@ -1,0 +1,192 @@
+"""region_attention's Triton kernels in Triton's interpreter, against the reference. What the compiler makes of them:
+test_aot.py; on a GPU: test_gpu.py."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils import deterministic
+
+from granvit_kernels import PackedLayout
+from granvit_kernels.ops.region_attention import reference, triton
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not set"),
+    # numpy tells of what the interpreter computes where nothing is kept
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+]
+
+BOXES = [
+    [0.5, 0.5, 2.2, 2.0],  # parts of cells
+    [-5.0, -1e30, 1e30, 9.0],  # far larger than its image
+    [1.0, 1.0, 2.0, 2.0],  # exactly one cell
+    [1.25, 0.5, 1.5, 0.75],  # inside one cell
+    [2.0, 2.0, 1.0, 1.0],  # inverted
+    [1.0, 0.0, 1.0, 3.0],  # no width
+    [-3.0, -3.0, 0.0, 0.0],  # touches the image's corner from outside
+    [50.0, 50.0, 60.0, 60.0],  # outside
+]
+UNREADABLE = [[0.0, 0.0, float("nan"), 2.0], [0.0, float("-inf"), 2.0, 2.0]]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory holds NaN, so that what a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    deterministic.fill_uninitialized_memory = before[1]
+
+
+def both_ways(backend, tensors, upstream, place, coverage):
+    """output, lse and the gradients of query, key and value."""
+    scale = 0.85 * tensors[0].shape[-1] ** -0.5
+    output, lse = backend.forward(*tensors, *place, scale, coverage)
+    # Each backend from its own output and lse, as training has it.
+    grads = backend.backward(*upstream, *tensors, output, lse, *place, scale, coverage)
+    return output, lse, *grads
+
+
+def check(
+    grids, boxes, image_index, queries=3, heads=2, size=8, shared=False, coverage=False, dtype=torch.float32,
+    view=lambda x: x,
+):  # fmt: skip
+    """Error at most twice plain PyTorch's, and one eps of the largest value (design.md).
+
+    In float32 the gradients may have twice as much here: numpy's product of two matrices adds up in another order than
+    that of their transposes, so that the interpreter's backward sees logits that differ by rounding from its forward's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    layout = PackedLayout.from_grids(grids)
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    shape = (queries, heads, size) if shared else (len(boxes), queries, heads, size)
+    tokens = (layout.num_tokens, heads, size)
+    query, key, value = (torch.randn(s, generator=generator).to(dtype) for s in (shape, tokens, tokens))
+    tensors = query, view(key), view(value)
+    upstream = [
+        torch.randn(len(boxes), queries, heads, size, generator=generator).to(dtype),
+        torch.randn(len(boxes), queries, heads, generator=generator),
+    ]
+    place = layout.grids, layout.cu_seqlens, boxes, torch.tensor(image_index, dtype=torch.int64)
+    found = both_ways(triton, tensors, upstream, place, coverage)
+    plain = both_ways(reference, tensors, upstream, place, coverage)
+    exact = both_ways(reference, [t.double() for t in tensors], [t.double() for t in upstream], place, coverage)
+    assert found[1].dtype == torch.float32 and all(t.dtype == dtype for t in (found[0], *found[2:]))
+    for n, (ours, theirs, right) in enumerate(zip(found, plain, exact, strict=True)):
+        assert ours.shape == right.shape
+        nothing = right == -torch.inf
+        assert torch.equal(ours == -torch.inf, nothing) and torch.equal(ours.isfinite(), right.isfinite())
+        ours, theirs, right = (t.double().masked_fill(nothing, 0) for t in (ours, theirs, right))
+        if right.numel():
+            error, allowed = (ours - right).abs().max(), (theirs - right).abs().max()
+            times = 4 if dtype == torch.float32 and n >= 2 else 2
+            assert error <= times * (allowed + torch.finfo(dtype).eps / 2 * right.abs().max())
+    return found
+
+
+@pytest.mark.parametrize("coverage", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_kind_of_box(dtype, shared, coverage):
+    grids = [(3, 4), (7, 5), (1, 1)]
+    output, lse, *_ = check(
+        grids, BOXES * 3, [0] * 8 + [1] * 8 + [2] * 8, shared=shared, coverage=coverage, dtype=dtype
+    )
+    assert (lse[4:8] == -torch.inf).all() and not output[4:8].any() and output[:4].any(-1).all()
+
+
+@pytest.mark.parametrize(("queries", "size"), [(1, 64), (4, 72), (17, 8), (3, 1), (70, 20)])
+def test_queries_and_head_sizes(queries, size):
+    check([(4, 5), (6, 3)], BOXES[:2] + BOXES[:2], [0, 0, 1, 1], queries, 2, size, coverage=True)
+
+
+@pytest.mark.parametrize("coverage", [False, True])
+def test_a_box_shared_by_several_programs(coverage, monkeypatch):
+    monkeypatch.setattr(triton, "_splits", lambda *_: 3)
+    for shared in (False, True):
+        check([(9, 12), (2, 3)], [BOXES[1], BOXES[0], BOXES[5], [1.5, 0.2, 11.0, 8.7]], [0, 1, 0, 0], shared=shared,
+              coverage=coverage)  # fmt: skip
+
+
+def test_few_regions_of_large_images_are_split_by_rule():
+    assert triton._splits(36864, 524288, 32, torch.device("cpu")) == 1
+    assert triton._splits(12, 4096, 32, torch.device("cpu")) > 1
+    assert triton._splits(1, 16, 32, torch.device("cpu")) == 1
+
+
+def test_unreadable_boxes_and_indices_give_zeros():
+    boxes = [BOXES[0], *UNREADABLE, BOXES[0], BOXES[0], BOXES[1]]
+    output, lse, *_ = check([(3, 4), (2, 2)], boxes, [0, 0, 0, 2, -1, 1])
+    assert output[0].any() and output[5].any() and not output[1:5].any() and (lse[1:5] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("grids", [[], [(3, 4)], [(2, 2), (1, 5)]])
+def test_no_regions(grids):
+    for shared in (False, True):
+        check(grids, [], [], shared=shared)
+
+
+def test_regions_without_tokens_give_nothing():
+    """The raw operator's own: the public function refuses indices that name no image."""
+    output, lse, *_ = check([], BOXES[:2], [0, 0])
+    assert not output.any() and (lse == -torch.inf).all()
+
+
+def test_images_without_regions_and_regions_out_of_order():
+    check([(2, 2), (5, 3), (1, 9), (3, 3)], BOXES[:4] + BOXES[:1], [3, 1, 3, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.repeat_interleave(2, 2)[..., ::2],
+        lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[2]],
+    ],
+    ids=["of more heads", "heads first", "every second value", "odd rows"],
+)
+def test_keys_and_values_of_any_strides(view):
+    check([(3, 4), (2, 5)], BOXES[:3], [0, 1, 1], view=view)
+
+
+def test_more_regions_than_a_block_of_columns():
+    grids = [(6, 6), (3, 3)]
+    check(grids, [BOXES[i % 5] for i in range(40)], [i % 2 for i in range(40)], queries=5, heads=1, coverage=True)
+
+
+def test_logits_of_any_size():
+    """Large ones differ by more than float32's exponent holds; weights must still sum to 1."""
+    layout = PackedLayout.from_grids([(4, 4)])
+    key = torch.linspace(-200, 200, 16)[:, None, None].expand(16, 1, 8).contiguous()
+    query, value = torch.full((1, 1, 1, 8), 9.0), torch.ones(16, 1, 8)
+    place = layout.grids, layout.cu_seqlens, torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([0])
+    output, lse = triton.forward(query, key, value, *place, 1.0, False)
+    assert torch.equal(output, torch.ones_like(output)) and lse.item() == pytest.approx(200 * 72, rel=1e-6)
+
+
+coordinate = st.one_of(
+    st.floats(-3, 9, width=32), st.floats(-(2.0**100), 2.0**100, width=32), st.integers(-2, 8).map(float)
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    grids=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3),
+    boxes=st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), max_size=4),
+    queries=st.integers(1, 5),
+    size=st.integers(1, 20),
+    shared=st.booleans(),
+    coverage=st.booleans(),
+    data=st.data(),
+)
+def test_any_problem(grids, boxes, queries, size, shared, coverage, data):
+    index = st.integers(0, len(grids) - 1)
+    image_index = data.draw(st.lists(index, min_size=len(boxes), max_size=len(boxes)))
+    check(grids, boxes, image_index, queries, 2, size, shared, coverage)
