@@ -2,7 +2,7 @@
 PYTHON ?= python
 CONSTRAINTS ?= -c constraints-cpu.txt
 
-.PHONY: install test lint bench train aot gpu
+.PHONY: install test lint bench train aot gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 install:  ## build the kernels and install everything that development needs
 	$(PYTHON) -m pip install $(CONSTRAINTS) -e '.[dev]'
@@ -22,13 +22,23 @@ aot:  ## compile every shipped Triton kernel for sm_80, sm_90 and sm_100, no GPU
 train:  ## the smoke preset: both stages and a report in runs/smoke, minutes on two cores
 	$(PYTHON) -m granvit.train
 
-gpu:  ## on a machine with a GPU: build with what is installed, test and measure; downloads nothing
+# With a GPU: each target runs alone, ends within minutes, goes on where it stopped and downloads nothing.
+gpu: gpu-build gpu-test gpu-sanitize gpu-bench  ## build with what is installed, test, sanitize and measure on a GPU
+
+gpu-build:
 	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "sees", \
 	  torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"); \
 	  raise SystemExit(not torch.cuda.is_available())' \
 	  || { echo "make gpu: no GPU to be used here, so nothing was built, tested or measured"; exit 1; }
 	$(PYTHON) -m pip install -e . --no-build-isolation --no-deps --no-index
 	$(PYTHON) -m granvit_kernels
-	$(PYTHON) -m pytest tests/kernels tests/model/test_vision.py -m gpu \
-	  || { [ $$? -eq 5 ] && echo "make gpu: no test is marked gpu"; }
-	$(PYTHON) -m pytest bench
+
+gpu-test:  # --ff: what failed last time comes first
+	$(PYTHON) -m pytest tests/kernels tests/model/test_vision.py -m gpu --ff
+
+gpu-sanitize:
+	$(PYTHON) bench/sanitize.py
+
+gpu-bench:
+	$(PYTHON) -m pytest bench/test_gpu.py --benchmark-only
+	$(PYTHON) bench/readme.py

@@ -44,17 +44,29 @@ def cases() -> list[Case]:
         for channels in (64, 768, 1152):
             for ratio in (1, 2, 0):
                 found.append(Case("roi_gather", dtype, (("channels", channels), ("sampling_ratio", ratio))))
+    found.append(Case("region_attention", "bfloat16", (("smallest", True),)))
+    for dtype in ("float32", "bfloat16", "float16"):
+        for size in (32, 64, 72, 96, 128, 256):
+            for queries in (4, 32, 64):
+                found.append(Case("region_attention", dtype, (("queries", queries), ("size", size))))
+    for option in ("coverage", "split"):
+        found.append(Case("region_attention", "bfloat16", (("queries", 4), ("size", 64), (option, True))))
     return found
 
 
 def choice() -> list[tuple[Case, int]]:
     """(case, architecture) for the ordinary test suite: each operator's main shape on all, the rest here and there."""
     by_name = {case.name: case for case in cases()}
-    everywhere = ["roi_gather bfloat16 channels=768 sampling_ratio=2"]
+    everywhere = ["roi_gather bfloat16 channels=768 sampling_ratio=2", "region_attention bfloat16 queries=4 size=64"]
     once = [
         ("roi_gather bfloat16 smallest=True", 90),
         ("roi_gather bfloat16 channels=768 sampling_ratio=0", 90),
         ("roi_gather float32 channels=1152 sampling_ratio=2", 80),
+        ("region_attention bfloat16 smallest=True", 90),
+        ("region_attention bfloat16 queries=4 size=72", 90),
+        ("region_attention float16 queries=64 size=128", 80),
+        ("region_attention float32 queries=4 size=64", 90),
+        ("region_attention bfloat16 queries=4 size=64 split=True", 90),
     ]
     return [(by_name[name], arch) for name in everywhere for arch in ARCHITECTURES] + [
         (by_name[name], arch) for name, arch in once
@@ -62,8 +74,8 @@ def choice() -> list[tuple[Case, int]]:
 
 
 def may_spill(row: dict[str, Any]) -> bool:
-    """The kernels that are allowed to."""
-    return False
+    """The kernel that is allowed to: float32 products of heads of 256 hold more than a thread's registers."""
+    return row["kernel"] == "backward_walk" and "float32" in row["case"] and "size=256" in row["case"]
 
 
 def fault(row: dict[str, Any]) -> str | None:
@@ -137,6 +149,17 @@ def launch(case: Case) -> None:
         tokens = torch.zeros(layout.num_tokens, options.get("channels", 1), dtype=dtype)
         output = triton.forward(tokens, *place, bins, bins, ratio)
         triton.backward(output, *place, layout.num_tokens, ratio)
+    if case.operator == "region_attention":
+        from granvit_kernels.ops.region_attention import triton
+
+        if options.get("split"):  # fewer regions than fill a chip
+            place = (layout.grids, layout.cu_seqlens, boxes[:1], image_index[:1])
+        heads, size = (1, 1) if small else (12, options["size"])
+        query = torch.zeros(options.get("queries", 1), heads, size, dtype=dtype)
+        key = torch.zeros(layout.num_tokens, heads, size, dtype=dtype)
+        rest = (0.125, options.get("coverage", False))
+        output, lse = triton.forward(query, key, key, *place, *rest)
+        triton.backward(output, lse, query, key, key, output, lse, *place, *rest)
 
 
 def compile_case(case: Case, architecture: int) -> list[dict[str, Any]]:

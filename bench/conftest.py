@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from granvit_kernels import native
 
 BENCH = Path(__file__).resolve().parent
 THREADS = 2
+
+sys.path.insert(0, str(BENCH))  # bench/*.py import one another
 
 
 def pytest_configure(config: pytest.Config) -> None:

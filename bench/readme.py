@@ -1,4 +1,4 @@
-"""python bench/readme.py: writes README.md's tables anew from the files in bench/results/."""
+"""python bench/readme.py: writes README.md's tables and docs/performance.md anew from the files in bench/results/."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def write() -> None:
         end = text.index(END, begin)
         text = text[:begin] + "\n" + "\n".join(lines) + "\n\n" + text[end:]
     readme.write_text(text)
+
+
+    (ROOT / "docs" / "performance.md").write_text("\n".join(performance()) + "\n")
+    plot(ROOT / "docs" / "performance.png")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -140,6 +144,113 @@ def training() -> list[str]:
         f"({default['device']}, {versions}, commit {default['commit']}); every figure is in "
         "[bench/results/training.json](bench/results/training.json).",
     ]
+
+
+# ---- docs/performance.md: GPUs from bench/results/DEVICE.json (bench/test_gpu.py), and what the compiler makes ----
+NOT_YET = "not yet measured"
+
+
+def gpu_results() -> dict[str, list[dict[str, Any]]]:
+    """{device: its rows}."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        rows = json.loads(path.read_text())
+        if isinstance(rows, list) and rows and "copy_bytes_per_second" in rows[0]:
+            found[rows[0]["device"]] = rows
+    return found
+
+
+def performance() -> list[str]:
+    from workloads import AIMS, DESCRIPTIONS
+
+    lines = ["<!-- Written by python bench/readme.py from bench/results/: edit that, not this. -->", ""]
+    lines += ["# Performance", ""]
+    lines += ["The kernels on CPUs stand in the README, and in the picture at the end.", "", "## On GPUs", ""]
+    lines += [f"Workload {letter}: {what}." + ("" if letter == "D" else "  ") for letter, what in DESCRIPTIONS.items()]
+    lines += [
+        "",
+        "`make gpu-bench` measures them on the GPU at hand: medians from a cold L2, providers alternating. A share is "
+        "of the bandwidth of a large copy, bytes being each distinct input byte read once and outputs written once, "
+        "under CUDA-graph replay; a ratio is a peer's time over ours.",
+        "",
+    ]
+    devices = gpu_results() or {"NVIDIA H100": []}
+    for device, rows in devices.items():
+        lines += [f"### {device}", ""]
+        table = []
+        for operator, mode, letter, provider, figure, least in AIMS:
+            wanted = "granvit, CUDA graph" if figure == "share" else provider
+            cells = [
+                f"{row['workload']}: {row[figure]:.2f}"
+                for row in rows
+                if (row["operator"], row["mode"], row["provider"]) == (operator, mode, wanted)
+                and row["workload"].startswith(f"{letter},")
+                and figure in row
+            ]
+            what = "share of bandwidth" if figure == "share" else f"times as long: {provider}"
+            table.append([operator, mode, letter, what, f"{least}", "; ".join(cells) or NOT_YET])
+        head = ["operator", "mode", "workload", "figure", "aim on an H100, bfloat16", "measured"]
+        lines += [*markdown(head, table), ""]
+        if rows:
+            table = [
+                [row["operator"], row["mode"], row["workload"], row["provider"]]
+                + (
+                    [f"{1e6 * row['median']:.0f}", f"{row['ratio']:.2f}", f"{100 * row['share']:.0f} %"]
+                    if "median" in row
+                    else [row["failed"], "", ""]
+                )
+                for row in rows
+            ]
+            head = ["operator", "mode", "workload", "provider", "microseconds", "ratio", "share of bandwidth"]
+            versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+            commits = ", ".join(sorted({row["commit"] for row in rows}))
+            lines += [*markdown(head, table), "", f"{versions}; commits {commits}.", ""]
+    record = json.loads((RESULTS / "aot.json").read_text())
+    chosen = ["roi_gather bfloat16 channels=768 sampling_ratio=2", "region_attention bfloat16 queries=4 size=64"]
+    rows = [row for row in record["kernels"] if row["case"] in (*chosen, "tiles")]
+    lines += [
+        "## What the compiler makes of the Triton kernels",
+        "",
+        f"Compiled without a GPU (`make aot`, triton {record['triton']}); the kernels of the main shapes here, all "
+        f"{len(record['kernels'])} in [bench/results/aot.json](../bench/results/aot.json), to which the tests hold "
+        "them.",
+        "",
+    ]
+    head = ["case", "kernel", "sm", "registers", "bytes spilled", "shared memory, bytes", "warps", "HGMMA", "HMMA", "tcgen05"]
+    fields = ("case", "kernel", "arch", "registers", "spills", "shared", "warps", "hgmma", "hmma", "tcgen05")
+    lines += markdown(head, [[str(row[field]).lstrip("_") for field in fields] for row in rows])
+    return [*lines, "", "![The kernels beside their peers](performance.png)"]
+
+
+def plot(path: Path) -> None:
+    """How many times as long each peer takes, on every machine that was measured."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    bars = []
+    for found in sorted(RESULTS.glob("cpu-*.json")):
+        for row in json.loads(found.read_text()):
+            bars.append((row["operator"], row["mode"], row["device"].split(", ")[1], row["provider"], row["ratio"]))
+    for device, rows in gpu_results().items():
+        bars += [(r["operator"], r["mode"], device, r["provider"], r["ratio"]) for r in rows if "ratio" in r]
+    bars = [bar for bar in bars if not bar[3].startswith("granvit")]
+    best: dict[tuple, list[float]] = {}
+    for operator, mode, device, provider, ratio in bars:
+        best.setdefault((operator, mode, device, provider), []).append(ratio)
+    names, ratios = zip(*sorted(best.items(), reverse=True), strict=True)
+    figure, axes = pyplot.subplots(figsize=(10, 0.24 * len(names) + 1), layout="constrained")
+    colours = dict(zip(sorted({name[0] for name in names}), pyplot.get_cmap("tab10").colors, strict=False))
+    for at, (name, found) in enumerate(zip(names, ratios, strict=True)):
+        axes.plot([min(found), max(found)], [at, at], color=colours[name[0]], linewidth=6, marker="o")
+    axes.set_yticks(range(len(names)), [f"{n[0]}, {n[1]}, {n[2]}: {n[3]}" for n in names], fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("a peer's median time over ours: least to most over the workloads")
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

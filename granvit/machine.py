@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 
 
 def commit() -> str:
-    """The checked-out commit, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    """The checked-out commit, with "-dirty" where files differ from it; outside a checkout what GRANVIT_COMMIT says, or
+    "unknown"."""
     command = ["git", "describe", "--always", "--dirty", "--match", ""]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() or os.environ.get("GRANVIT_COMMIT", "unknown")
 
 
 def device_name(device: str = "cpu") -> str:

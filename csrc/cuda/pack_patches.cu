@@ -23,7 +23,7 @@ struct DeviceEach {
 };
 
 template <typename T, int VEC>
-__global__ void __launch_bounds__(THREADS) resample_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(THREADS, 768 / THREADS) resample_kernel(const __grid_constant__ Job job) {
     __shared__ PackShared shared;
     pack_block<T, VEC, false>(job, blockIdx.x, &shared, DeviceEach{});
 }

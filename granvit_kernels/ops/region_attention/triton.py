@@ -68,10 +68,8 @@ PROGRAMS = 8
 MOST_SPLITS = 64
 
 def _registers(kernel: str, coverage: bool) -> int | None:
-    """A thread's at most, where ptxas, left alone, spills a few to fit one more program: None leaves it alone."""
-    if kernel == "backward_tokens":
-        return 255
-    return 192 if kernel == "backward_walk" and coverage else None
+    """A thread's at most: all that it can have where ptxas, left alone, spills a few to fit one more program."""
+    return 255 if kernel == "backward_tokens" or coverage else None
 
 
 def _splits(programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
