@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granvit_kernels.launch import power_of_two, tuned, why_not
+from granvit_kernels import launch
+from granvit_kernels.launch import power_of_two, why_not
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -198,7 +199,8 @@ class _Call:
     def tuned(self, kernel: str, default: Any) -> Any:
         dtype = self.query.dtype
         key = (self.block_k, self.size, str(dtype).removeprefix("torch."))
-        return tuned(f"region_attention_{kernel}", key, default(self.block_k, self.block_d, dtype), self.key.device)
+        usual = default(self.block_k, self.block_d, dtype)
+        return launch.tuned(f"region_attention_{kernel}", key, usual, self.key.device)
 
 
 def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
