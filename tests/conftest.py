@@ -4,10 +4,16 @@ Imports of granvit are inside the fixtures, so that the kernels'
 tests do without it.
 """
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+# Both are read early: by Triton when it is imported, which transformers does, and by cuBLAS.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the interpreter runs the GPU's kernels
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms want of it
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -109,7 +109,7 @@ def test_runs_without_the_native_library(monkeypatch):
     monkeypatch.setattr(native, "why_not", lambda: "it is not built")
     monkeypatch.setattr(native, "library", None)
     backends._warn.cache_clear()
-    with pytest.warns(RuntimeWarning, match="slow reference: it is not built"):
+    with pytest.warns(RuntimeWarning, match="slow reference: cpu: it is not built"):
         assert plan_packing(lengths, 2048) == expected
 
 
