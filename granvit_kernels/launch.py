@@ -34,13 +34,14 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on CUDA devices, and the tensors are on {device.type}"
     if dtype not in DTYPES:
         return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
-    return _device_why_not(device.index)
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton`"
+    return device_why_not(device.index)
 
 
 @functools.cache
-def _device_why_not(index: int | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: `pip install triton`"
+def device_why_not(index: int | None) -> str | None:
+    """None where this CUDA device can run what is compiled for CAPABILITY and newer, else the reason."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device here"
     if torch.version.hip is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from granvit_kernels import native
+from granvit_kernels import launch, native
 from granvit_kernels.layout import PackedLayout
 from granvit_kernels.ops.patch_packing.arguments import Packing
 
@@ -26,7 +26,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return native.why_not()
     if not native.library().cuda:
         return f"the native library was built without nvcc: with a CUDA toolkit on PATH, {native.REBUILD}"
-    return None if torch.cuda.is_available() else "torch finds no CUDA device here"
+    return launch.device_why_not(device.index)
 
 
 def forward(job: Packing) -> tuple[Tensor, PackedLayout]:
