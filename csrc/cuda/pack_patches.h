@@ -1,34 +1,23 @@
 // pack_patches on the GPU: what one block of threads does, in phases that the host can run too (pack_patches_emulated).
 //
-// A block makes a tile of TILE_ROWS x TILE_COLUMNS output pixels of one crop. Without resampling it copies: each thread
-// reads VEC bytes and stores VEC values. Otherwise it blends source rows (the pass that reads every source pixel, along
-// contiguous bytes) into shared memory, CHUNK source pixels at a time, then columns, then stores. All that it has to know
-// comes by value in the launch's parameters: nothing is copied to the device before, and a CUDA graph can capture it.
+// Where no crop of a launch is resampled, pack_copy.h has the blocks. Otherwise a block makes a tile of TILE_ROWS x
+// TILE_COLUMNS output pixels of one crop: it blends source rows (the pass that reads every source pixel, along contiguous
+// bytes) into shared memory, CHUNK source pixels at a time, then columns, then stores; a crop that needs no resampling is
+// read VEC bytes at once. All that a block has to know comes by value in the launch's parameters: nothing is copied to the
+// device before, and a CUDA graph can capture it.
 #pragma once
 #include <cstdint>
 #include <type_traits>
 
-#include "common/convert.h"
 #include "common/dtype.h"
 #include "common/resample.h"
+#include "cuda/pack_copy.h"
+#include "cuda/pack_job.h"
+#include "cuda/values.h"
 
 namespace granvit {
 
 constexpr int TILE_ROWS = 16, TILE_COLUMNS = 64, CHUNK = 128, THREADS = 256;
-
-// The crops of one launch, at most N.
-template <int N>
-struct PackJob {
-    const uint8_t* image[N];
-    double box[N][4];                                              // x1, y1, x2, y2 in pixels, inside the image
-    int32_t stride[N], height[N], width[N];                        // bytes from row to row; size in patches
-    int32_t first_block[N], first_patch[N];
-    int32_t crops, patch_size;
-    float scale[3], bias[3];  // value = pixel * scale + bias
-    bool channels_first;
-    void* patches;                 // [T, patch_size**2 * 3]
-    int32_t *grids, *cu_seqlens;   // the layout's, from this launch's first crop on: [crops, 2], [crops + 1]
-};
 
 struct PackShared {
     float blended[TILE_ROWS * 3 * CHUNK];            // source columns of each output row
@@ -38,36 +27,7 @@ struct PackShared {
     float share[TILE_ROWS + TILE_COLUMNS];
 };
 
-struct Bfloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-
-GRANVIT_HOST_DEVICE inline void convert(float x, float& out) { out = x; }
-GRANVIT_HOST_DEVICE inline void convert(float x, Bfloat16& out) {
-#if defined(__CUDA_ARCH__)
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-#else
-    out.bits = float_to_bfloat16(x);
-#endif
-}
-GRANVIT_HOST_DEVICE inline void convert(float x, Float16& out) {
-#if defined(__CUDA_ARCH__)
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-#else
-    out.bits = float_to_float16(x);
-#endif
-}
-
-// Elements that move as one; the address must be a multiple of their size.
-template <typename T, int COUNT>
-struct alignas(sizeof(T) * COUNT) Vector {
-    T at[COUNT];
-};
-
-// Blocks of a crop.
+// Blocks of a crop that is resampled.
 GRANVIT_HOST_DEVICE inline int64_t tiles_across(int64_t width, int64_t patch_size) {
     return (width * patch_size + TILE_COLUMNS - 1) / TILE_COLUMNS;
 }
@@ -141,16 +101,10 @@ GRANVIT_HOST_DEVICE inline void store_tile(const Job& job, const PackTile& tile,
     });
 }
 
-// each(count, f) calls f(0) to f(count - 1), in any order and by any thread, and returns when all are done. COPY: no crop of
-// this launch is resampled, and shared is not used.
-template <typename T, int VEC, bool COPY, int N, typename Each>
-GRANVIT_HOST_DEVICE inline void pack_block(const PackJob<N>& job, int block, PackShared* memory, const Each& each) {
-    int n = 0;
-    for (int beyond = job.crops; beyond - n > 1;) {
-        const int middle = (n + beyond) / 2;
-        if (job.first_block[middle] <= block) n = middle;
-        else beyond = middle;
-    }
+// each(count, f) calls f(0) to f(count - 1), in any order and by any thread, and returns when all are done.
+template <typename T, int VEC, int N, typename Each>
+GRANVIT_HOST_DEVICE inline void resample_block(const PackJob<N>& job, int block, PackShared& shared, const Each& each) {
+    const int n = find_crop(job, block);
     const int64_t p = job.patch_size, height = job.height[n] * p, width = job.width[n] * p, number = block - job.first_block[n];
     const int64_t across = tiles_across(job.width[n], p);
     const int64_t top = number / across * TILE_ROWS, left = number % across * TILE_COLUMNS;
@@ -158,18 +112,11 @@ GRANVIT_HOST_DEVICE inline void pack_block(const PackJob<N>& job, int block, Pac
                   uint32_t(top % p), uint32_t(left % p), uint32_t(p), job.width[n], job.channels_first};
     if (height - tile.top < TILE_ROWS) tile.rows = int(height - tile.top);
     if (width - tile.left < TILE_COLUMNS) tile.columns = int(width - tile.left);
-    if (number == 0) {
-        each(1, [&](int) {
-            job.grids[2 * n] = job.height[n];
-            job.grids[2 * n + 1] = job.width[n];
-            if (n == 0) job.cu_seqlens[0] = job.first_patch[0];
-            job.cu_seqlens[n + 1] = job.first_patch[n] + job.height[n] * job.width[n];
-        });
-    }
+    if (number == 0) each(1, [&](int) { write_layout(job, n); });
 
     const Axis ys = make_axis(job.box[n][1], job.box[n][3], height), xs = make_axis(job.box[n][0], job.box[n][2], width);
     const int64_t stride = job.stride[n];
-    if (COPY || (ys.copies() && xs.copies())) {
+    if (ys.copies() && xs.copies()) {
         const uint8_t* corner = job.image[n] + (ys.begin + tile.top) * stride + (xs.begin + tile.left) * 3;
         store_tile<T, VEC>(job, tile, each, [&](int r, int v, float* out) {
             const Vector<uint8_t, VEC> bytes = read_bytes<VEC>(corner + r * stride + v);
@@ -178,7 +125,6 @@ GRANVIT_HOST_DEVICE inline void pack_block(const PackJob<N>& job, int block, Pac
         return;
     }
 
-    PackShared& shared = *memory;
     // Double precision only here, once a row and column of the tile.
     const int row_taps = int(ys.taps()), column_taps = int(xs.taps());
     const float row_slope = float(1.0 / ys.support), column_slope = float(1.0 / xs.support);
@@ -254,6 +200,13 @@ struct PackPatchesCuda {
     Dtype dtype;
     void* patches;
     int32_t *layout_grids, *cu_seqlens;  // written: [num_crops, 2], [num_crops + 1]
+
+    // Crop i needs no resampling.
+    bool copies(int64_t i) const {
+        const double* crop = crops + 5 * i;
+        return make_axis(crop[2], crop[4], grids[2 * i] * patch_size).copies() &&
+               make_axis(crop[1], crop[3], grids[2 * i + 1] * patch_size).copies();
+    }
 };
 
 // launch(job, blocks, copy) for as few launches as parameters of N crops allow.
@@ -265,19 +218,18 @@ void for_each_launch(const PackPatchesCuda& all, const Launch& launch) {
         int64_t blocks = 0;
         int count = 0;
         bool copy = true;
+        for (int64_t i = from; i < all.num_crops && i < from + N; ++i) copy = copy && all.copies(i);
         job.grids = all.layout_grids + 2 * from;
         job.cu_seqlens = all.cu_seqlens + from;
         for (; count < N && from + count < all.num_crops; ++count) {
             const double* crop = all.crops + 5 * (from + count);
             const int64_t height = all.grids[2 * (from + count)], width = all.grids[2 * (from + count) + 1];
-            const int64_t more = tiles(height, width, all.patch_size);
+            const int64_t more = copy ? copy_tiles(height, width, int(all.patch_size)) : tiles(height, width, all.patch_size);
             if (count > 0 && blocks + more >= int64_t(1) << 31) break;
             const int64_t* image = all.images + 2 * int64_t(crop[0]);
             job.image[count] = reinterpret_cast<const uint8_t*>(image[0]);
             job.stride[count] = int32_t(image[1]);
             for (int k = 0; k < 4; ++k) job.box[count][k] = crop[1 + k];
-            copy = copy && make_axis(crop[2], crop[4], height * all.patch_size).copies() &&
-                   make_axis(crop[1], crop[3], width * all.patch_size).copies();
             job.height[count] = int32_t(height);
             job.width[count] = int32_t(width);
             job.first_block[count] = int32_t(blocks);
