@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granvit_kernels import native, pack_patches
+from granvit_kernels import launch, native, pack_patches
 from granvit_kernels.ops.patch_packing import cuda, reference
 from granvit_kernels.ops.patch_packing.arguments import check_packing
 
@@ -133,9 +133,9 @@ def test_says_which_gpus_are_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for found, reason in (((7, 5), "it takes compute capability 8.0 or newer, not 7.5"), ((8, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=found: found)
-        cuda._device_why_not.cache_clear()
+        launch.device_why_not.cache_clear()
         assert cuda.why_not(torch.device("cuda", 0), torch.float32) == reason
-    cuda._device_why_not.cache_clear()
+    launch.device_why_not.cache_clear()
 
 
 @pytest.mark.slow
