@@ -1,71 +1,82 @@
 """python -m granvit.data: makes and converts Gran datasets."""
 
-from __future__ import annotations
-
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Union
 
+import tyro
 from rich.console import Console
+from tyro.conf import OmitArgPrefixes, arg, subcommand
+
+from granvit.data.shards import build_dataset
+from granvit.data.sources.jsonl import Jsonl
+from granvit.data.sources.voc import Voc
+
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def sample(images: int, output: Path, seed: int = 0, workers: int | None = None) -> None:
+    """Write the sample set: photographs, scenes, pages of text.
+
+    Args:
+        images: Pictures in both splits together, >= 16.
+        output: A new or an empty folder.
+        seed: Another seed makes other pictures.
+        workers: Processes; None: one a core.
+    """
+    from granvit.data.sample import build_sample
+
+    build_sample(output, images, seed, workers)
+    console.print(f"wrote {images} pictures to {output}", markup=False)
+
+
+FORMATS = {"jsonl": Jsonl, "voc": Voc}
+
+
+def convert(
+    source: Annotated[Union[tuple(Annotated[kind, subcommand(name)] for name, kind in FORMATS.items())], arg(name="")],  # noqa: UP007
+    output: Path,
+    split: str = "train",
+    exclude: Path | None = None,
+    fault_budget: float = 0.01,
+    workers: int | None = None,
+) -> None:
+    """Convert another format to a Gran dataset. The same command again goes on where it was stopped.
+
+    Args:
+        source: The format and its files.
+        output: A new or an empty folder, or one in which this very command was stopped.
+        split: Name of the split that is written.
+        exclude: File with one id a line; rows of these ids are left out.
+        fault_budget: Share of images that may have faults before nothing is published.
+        workers: Processes; None: one a core.
+    """
+    ids = [line.strip() for line in exclude.read_text(encoding="utf-8").splitlines()] if exclude else []
+    summary = build_dataset(source, output, split, workers, fault_budget=fault_budget, exclude=ids)
+    console.print(f"wrote {output}", markup=False)
+    console.print(summary.table())
+
+
+COMMANDS = {"sample": sample, "convert": convert}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, or 1 after one line on stderr that says what is wrong."""
-    args = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        args.run(args, console)
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="python -m granvit.data",
+            description="Make, convert and examine Gran datasets.",
+            args=arguments,
+            config=(OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+        )
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", markup=False, style="red")
         return 1
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m granvit.data", description="Make and convert Gran datasets."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    sample = commands.add_parser("sample", help="write the sample set: photographs, scenes, pages of text")
-    sample.add_argument("--images", type=int, required=True, help="pictures in both splits together, >= 16")
-    sample.add_argument("--output", type=Path, required=True, help="a new or an empty folder")
-    sample.add_argument("--seed", type=int, default=0, help="another seed makes other pictures (default: 0)")
-    sample.add_argument("--workers", type=int, help="processes (default: one a core)")
-    sample.set_defaults(run=_sample)
-
-    convert = commands.add_parser("convert", help="convert another format to a Gran dataset")
-    formats = convert.add_subparsers(required=True, metavar="FORMAT")
-    jsonl = formats.add_parser("jsonl", help="one JSON object a line, one line an image")
-    jsonl.add_argument("file", type=Path, metavar="FILE", help="images lie in its folder or below")
-    jsonl.add_argument("--output", type=Path, required=True, help="a new or an empty folder")
-    jsonl.add_argument("--split", default="train", help="name of the split that is written (default: train)")
-    jsonl.add_argument(
-        "--fault-budget",
-        type=float,
-        default=0.01,
-        help="share of lines that may have faults before nothing is written at all (default: 0.01)",
-    )
-    jsonl.set_defaults(run=_jsonl)
-    return parser
-
-
-# Imports stand in the commands: what they need takes seconds, and --help must not.
-def _sample(args: argparse.Namespace, console: Console) -> None:
-    from granvit.data.sample import build_sample
-
-    build_sample(args.output, args.images, args.seed, args.workers)
-    console.print(f"wrote {args.images} pictures to {args.output}", markup=False)
-
-
-def _jsonl(args: argparse.Namespace, console: Console) -> None:
-    from granvit.data.sources.jsonl import convert_jsonl
-
-    faults = convert_jsonl(args.file, args.output, split=args.split, fault_budget=args.fault_budget)
-    console.print(f"wrote {args.output}: {faults.summary()}", markup=False)
 
 
 if __name__ == "__main__":

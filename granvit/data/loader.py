@@ -2,60 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections import Counter
 from pathlib import Path
 
 import datasets
 
+from granvit.data.faults import FaultLog
 from granvit.data.schema import FEATURES, DataFault, Sample, parse_row
+from granvit.data.shards import WORK
 
 ACCEPTED = "a folder written by save_to_disk, or Parquet files (one, or a folder of SPLIT*.parquet)"
-
-log = logging.getLogger(__name__)
-
-
-class FaultBudgetExceeded(ValueError):
-    """More rows are faulty than the caller allowed."""
-
-
-class FaultLog:
-    """Counts faults by kind and the rows that have some, and says when there are too many.
-
-    `budget` is the share of `rows` that may have faults; any budget above 0 allows at least one row. A row
-    counts once, however often it is read. `unit` is what the messages call a row.
-    """
-
-    def __init__(self, rows: int, budget: float, unit: str = "row") -> None:
-        if not 0 <= budget <= 1:
-            raise ValueError(f"fault_budget must be a share in [0, 1], got {budget!r}")
-        self.rows, self.unit = rows, unit
-        self.allowed = max(1, math.floor(budget * rows)) if budget > 0 else 0
-        self.counts: Counter[str] = Counter()
-        self.faulty: set[int] = set()
-        self._seen: set[tuple[int, str]] = set()
-
-    def add(self, row: int, name: str, fault: DataFault) -> None:
-        """Note one fault of row number `row`, shown as `name`."""
-        if (row, str(fault)) in self._seen:
-            return
-        self._seen.add((row, str(fault)))
-        self.counts[fault.kind] += 1
-        self.faulty.add(row)
-        log.warning("%s: %s", name, fault)
-
-    def check(self) -> None:
-        """Raises FaultBudgetExceeded if there are more rows with faults than the budget allows."""
-        if len(self.faulty) > self.allowed:
-            raise FaultBudgetExceeded(f"{self.summary()}; the fault budget allows {self.allowed}")
-
-    def summary(self) -> str:
-        """One line: how many rows have faults, and how many faults of which kind there are."""
-        kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.most_common())
-        return f"{len(self.faulty)} of {self.rows} {self.unit}s have faults" + (
-            f" ({kinds})" if kinds else ""
-        )
 
 
 class GranDataset:
@@ -90,9 +45,7 @@ class GranDataset:
         rows = splits[split]
         missing = sorted(set(FEATURES) - set(rows.column_names))
         if missing:
-            raise ValueError(
-                f"{self.path} is no Gran dataset: it lacks the columns {missing}, has {rows.column_names}"
-            )
+            raise ValueError(f"{self.path} is no Gran dataset: it lacks the columns {missing}, has {rows.column_names}")
         # decode=False: a broken image must come as bytes to us, not as an exception out of `datasets`.
         self.rows = rows.cast_column("image", datasets.Image(decode=False))
         self._texts = self.rows.remove_columns("image")
@@ -127,6 +80,8 @@ def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:
     if not path.exists():
         raise ValueError(f"no dataset at {path}: there is nothing there; accepted: {ACCEPTED}")
     try:
+        if (path / WORK).exists():
+            raise ValueError("it is not finished; the command that makes it goes on when given again")
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
@@ -136,9 +91,7 @@ def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:
     except (OSError, ValueError, KeyError, IndexError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"the dataset at {path} can't be opened: {error}") from error
     names = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else [f"the file {path.name}"]
-    raise ValueError(
-        f"no dataset at {path}: found {', '.join(names) or 'an empty folder'}; accepted: {ACCEPTED}"
-    )
+    raise ValueError(f"no dataset at {path}: found {', '.join(names) or 'an empty folder'}; accepted: {ACCEPTED}")
 
 
 def _from_parquet(path: Path, files: list[Path]) -> datasets.DatasetDict:
@@ -149,6 +102,4 @@ def _from_parquet(path: Path, files: list[Path]) -> datasets.DatasetDict:
         inside = file.relative_to(path).parts[0] if file != path else file.name
         split = next((name for name in ("train", "validation", "test") if inside.startswith(name)), "train")
         splits.setdefault(split, []).append(str(file))
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_parquet(found) for split, found in splits.items()}
-    )
+    return datasets.DatasetDict({split: datasets.Dataset.from_parquet(found) for split, found in splits.items()})

@@ -78,6 +78,10 @@ class Region:
     kind: str
     score: float | None = None
 
+    def fields(self) -> dict[str, Any]:
+        """The region as an entry of a row's `regions`."""
+        return {"box": list(self.box), "caption": self.caption, "kind": self.kind, "score": self.score}
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -24,11 +24,7 @@ def write_dataset(output_dir: str | Path, splits: Mapping[str, Iterable[Mapping[
     but not open it); an error while rows are made leaves nothing behind.
     """
     for split in splits:
-        if not re.fullmatch(r"\w[\w.-]*", split):
-            raise ValueError(
-                f"split must be a name of letters, digits, '_', '.' and '-' that starts with none of the last two, "
-                f"got {split!r}"
-            )
+        check_split(split)
     with whole_folder(output_dir) as folder:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-arrow-") as scratch:
             written = {}
@@ -48,6 +44,15 @@ def write_dataset(output_dir: str | Path, splits: Mapping[str, Iterable[Mapping[
             finally:
                 if not bars:
                     datasets.enable_progress_bars()
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless `split` is a name that can't lead out of a folder."""
+    if not re.fullmatch(r"\w[\w.-]*", split):
+        raise ValueError(
+            f"split must be a name of letters, digits, '_', '.' and '-' that starts with none of the last two, "
+            f"got {split!r}"
+        )
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from granvit.data.loader import FaultBudgetExceeded, GranDataset
+from granvit.data.faults import FaultBudgetExceeded
+from granvit.data.loader import GranDataset
 from granvit.data.schema import FEATURES, parse_row
 from granvit.data.writer import write_dataset
 

@@ -1,0 +1,51 @@
+"""Counting what is wrong with data, and saying when it is too much."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+
+from granvit.data.schema import DataFault
+
+log = logging.getLogger(__name__)
+
+
+class FaultBudgetExceeded(ValueError):
+    """More rows are faulty than the caller allowed."""
+
+
+class FaultLog:
+    """Counts faults by kind and the rows that have some, and says when there are too many.
+
+    `budget` is the share of `rows` that may have faults; any budget above 0 allows at least one row. A row
+    counts once, however often it is read. `unit` is what the messages call a row.
+    """
+
+    def __init__(self, rows: int, budget: float, unit: str = "row") -> None:
+        if not 0 <= budget <= 1:
+            raise ValueError(f"fault_budget must be a share in [0, 1], got {budget!r}")
+        self.rows, self.unit = rows, unit
+        self.allowed = max(1, math.floor(budget * rows)) if budget > 0 else 0
+        self.counts: Counter[str] = Counter()
+        self.faulty: set[int | str] = set()
+        self._seen: set[tuple[int | str, str]] = set()
+
+    def add(self, row: int | str, name: str, fault: DataFault) -> None:
+        """Note one fault of row `row` (its number or id), shown as `name`."""
+        if (row, str(fault)) in self._seen:
+            return
+        self._seen.add((row, str(fault)))
+        self.counts[fault.kind] += 1
+        self.faulty.add(row)
+        log.warning("%s: %s", name, fault)
+
+    def check(self) -> None:
+        """Raises FaultBudgetExceeded if there are more rows with faults than the budget allows."""
+        if len(self.faulty) > self.allowed:
+            raise FaultBudgetExceeded(f"{self.summary()}; the fault budget allows {self.allowed}")
+
+    def summary(self) -> str:
+        """One line: how many rows have faults, and how many faults of which kind there are."""
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.most_common())
+        return f"{len(self.faulty)} of {self.rows} {self.unit}s have faults" + (f" ({kinds})" if kinds else "")

@@ -1,0 +1,438 @@
+"""Building a Gran dataset from a source: indexed, cut into shards, made by several processes, resumed after a kill.
+
+    OUTPUT/.unfinished/   plan.json       what is being built from what; the same command goes on, another is refused
+                          index.sqlite    one record an image, in order; on disk, since there may be millions
+                          00007.parquet   a shard and, once it is whole, 00007.json: what was kept, dropped and faulty
+    OUTPUT/               train-00000-of-00042.parquet, and README.md, a dataset card; then .unfinished is gone
+
+Every file appears by a rename, so a shard is there whole or not at all: kill -9 at any moment loses the shards in work.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import sqlite3
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from granvit.data.faults import FaultLog
+from granvit.data.files import state
+from granvit.data.schema import FEATURES, DataFault
+from granvit.data.writer import check_split
+
+WORK = ".unfinished"
+ROW_GROUP_ROWS, ROW_GROUP_BYTES = 64, 16_000_000
+"""A Parquet row group ends at either: it is what a reader of one row has to fetch."""
+NAMED_FAULTS = 1000
+"""As many faulty rows are named before a build that is over its budget ends early."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image of a source, before it is opened.
+
+    id: of the row that it becomes, unique in the source. name: what a fault calls it: file and line, or the like.
+    data: whatever `Source.row` needs, as JSON can hold it.
+    """
+
+    id: str
+    name: str
+    data: Any
+
+
+class Notes:
+    """What happened to records on the way: parts left out by a rule, and faults."""
+
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+        self.faults: list[tuple[str, str, str, str]] = []  # what has it, its name, kind, message
+        self.unread = 0
+
+    def drop(self, rule: str, number: int = 1) -> None:
+        """Count what is left out on purpose; `rule` says why, and of what: "crowd region"."""
+        if number:
+            self.dropped[rule] += number
+
+    def fault(self, record: Record, fault: DataFault) -> None:
+        """Note a fault of a record, or of one of its regions. It counts against the fault budget."""
+        self.faults.append((record.id, record.name, fault.kind, str(fault)))
+
+    def unreadable(self, name: str, fault: DataFault) -> None:
+        """Note a fault of what should have become a record and could not."""
+        self.unread += 1
+        self.faults.append((name, name, fault.kind, str(fault)))
+
+
+class Source(ABC):
+    """Where images and what is known of them come from: one class a format, a dataclass of paths and settings.
+
+    Its fields are the command line's flags. Instances go to other processes by pickle; what can't (an open file, a
+    model) is made on first use.
+    """
+
+    unit = "image"
+    """What faults and progress count."""
+
+    @abstractmethod
+    def inputs(self) -> list[str]:
+        """Files and folders that everything is read from. Raises ValueError where one is missing. A file that changes
+        between two calls ends the build."""
+
+    @abstractmethod
+    def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
+        """Every image once, in an order that is the same at every call, in bounded memory; `scratch` is an empty
+        folder for what does not fit. What is no record is noted as a fault."""
+
+    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
+        """A record as a row of the schema, checked. Raises DataFault; faults of single regions are noted instead."""
+        raise NotImplementedError
+
+    def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
+        """Rows of the records that are good, in order; faults are noted. For sources that work by batches."""
+        for record in records:
+            try:
+                yield self.row(record, notes)
+            except DataFault as fault:
+                notes.fault(record, fault)
+
+
+@dataclass
+class Summary:
+    """What a build read, kept and left out. faults: by kind, of `faulty` records."""
+
+    unit: str
+    read: int = 0
+    kept: int = 0
+    regions: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    faulty: int = 0
+
+    def table(self) -> Table:
+        table = Table(show_header=False, box=None)
+        for name, number in self.lines():
+            table.add_row(name, f"{number:,}")
+        return table
+
+    def lines(self) -> list[tuple[str, int]]:
+        dropped = [(f"left out: {rule}", number) for rule, number in self.dropped.most_common()]
+        faults = [(f"fault: {kind}", number) for kind, number in self.faults.most_common()]
+        return [
+            (f"{self.unit}s read", self.read), ("rows written", self.kept), ("regions written", self.regions),
+            *dropped, (f"{self.unit}s with faults", self.faulty), *faults,
+        ]  # fmt: skip
+
+
+def build_dataset(
+    source: Source,
+    output_dir: str | Path,
+    split: str = "train",
+    workers: int | None = None,
+    shard_rows: int = 1000,
+    fault_budget: float = 0.01,
+    exclude: Collection[str] = (),
+    title: str = "Converting",
+) -> Summary:
+    """Write a source as a Gran dataset of Parquet files with one split, or go on with it where it was stopped.
+
+    workers: processes (None: one a core; 0: this one). shard_rows: images a shard, the unit of work. fault_budget:
+    the share of images that may have faults. exclude: ids of rows to leave out.
+
+    Every fault is logged with its record's name. Raises ValueError where an input is missing, `output_dir` holds
+    anything but this very build, or there is nothing to write, and FaultBudgetExceeded when too many images have
+    faults; then what was made stays, and the same command goes on with a larger budget or a mended source.
+    """
+    check_split(split)
+    output_dir = Path(output_dir)
+    kind = type(source)
+    described = {
+        "source": f"{kind.__module__}.{kind.__qualname__}",
+        "settings": json.loads(json.dumps(_settings(source), default=str)),
+        "inputs": {location: state(location) for location in source.inputs()},
+        "split": split,
+        "shard_rows": shard_rows,
+        "exclude": sorted(exclude),
+    }
+    FaultLog(0, fault_budget)  # a budget that is none must be said now
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows must be >= 1, got {shard_rows}")
+    with _work_folder(output_dir) as work:
+        _claim(work, described, output_dir)
+        if not (work / "index.sqlite").exists():
+            _index(source, work, frozenset(exclude))
+        indexed = json.loads((work / "index.json").read_text())
+        faults = FaultLog(indexed["read"], fault_budget, source.unit)
+        summary = Summary(source.unit, indexed["read"], dropped=Counter(indexed["dropped"]))
+        _add_faults(faults, indexed["faults"])
+        failing = []
+        for shard in _make_shards(source, work, indexed["records"], shard_rows, workers, title):
+            found = json.loads((work / f"{shard:05d}.json").read_text())
+            _add_faults(faults, found["faults"])
+            summary.kept += found["kept"]
+            summary.regions += found["regions"]
+            summary.dropped.update(found["dropped"])
+            failing += [shard] if found["faults"] else []
+            if len(faults.faulty) > max(faults.allowed, NAMED_FAULTS):
+                break
+        summary.faults, summary.faulty = faults.counts, len(faults.faulty)
+        try:
+            faults.check()
+            if not summary.kept:
+                raise ValueError(f"there is no usable {source.unit}: {faults.summary()}")
+        except ValueError:
+            for shard in failing:  # to be made anew: what was missing may be there the next time
+                (work / f"{shard:05d}.json").unlink()
+            if not indexed["records"]:
+                (work / "index.sqlite").unlink()
+            raise
+        _publish(output_dir, work, split, summary, described)
+    return summary
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    return asdict(source)  # type: ignore[call-overload]  # sources are dataclasses
+
+
+@contextmanager
+def _work_folder(output_dir: Path) -> Iterator[Path]:
+    """OUTPUT/.unfinished, held by this process alone. A folder in which nothing was made yet vanishes with an error."""
+    work = output_dir / WORK
+    if output_dir.exists() and not work.is_dir() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
+    there = output_dir.exists()
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is building {output_dir}") from None
+        try:
+            yield work
+        except BaseException:  # work that never began leaves nothing behind
+            if work.is_dir() and not (work / "index.sqlite").exists():
+                shutil.rmtree(work)
+                if not there:
+                    output_dir.rmdir()
+            raise
+
+
+def _claim(work: Path, described: dict[str, Any], output_dir: Path) -> None:
+    """Note what is being built. Raises ValueError naming what differs from what was begun here."""
+    path = work / "plan.json"
+    if not path.exists():
+        _write(path, json.dumps(described))
+        return
+    begun = json.loads(path.read_text())
+    differing = [key for key in described if begun.get(key) != described[key]]
+    if differing:
+        shown = "; ".join(f"{key}: {begun.get(key)!r:.300} there, {described[key]!r:.300} now" for key in differing)
+        raise ValueError(
+            f"{output_dir} holds unfinished work on something else ({shown}); choose another output or delete it"
+        )
+
+
+def _index(source: Source, work: Path, exclude: frozenset[str]) -> None:
+    """Write every record into index.sqlite, and what was noted on the way into index.json."""
+    path, scratch = work / "index.partial", work / "scratch"
+    for leftover in (path, work / "index.partial-journal"):
+        leftover.unlink(missing_ok=True)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    notes = Notes()
+    with closing(sqlite3.connect(path)) as database, Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"Indexing {source.unit}s", total=None)
+        database.execute("PRAGMA synchronous = OFF")  # the rename makes it whole; a power cut begins anew
+        database.execute("CREATE TABLE records (n INTEGER PRIMARY KEY, id TEXT UNIQUE, name TEXT, data TEXT)")
+        count = read = 0
+        for record in source.records(notes, scratch):
+            read += 1
+            if record.id in exclude:
+                notes.drop("excluded")
+                continue
+            values = (count, record.id, record.name, json.dumps(record.data))
+            added = database.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?)", values).rowcount
+            if added:
+                count += 1
+            else:
+                [first] = database.execute("SELECT name FROM records WHERE id = ?", (record.id,)).fetchone()
+                read -= 1
+                notes.unreadable(record.name, DataFault("id", f"id {record.id!r} is already that of {first}"))
+            if read % 1000 == 0:
+                bar.update(task, completed=read)
+        database.commit()
+    shutil.rmtree(scratch)
+    found = {"records": count, "read": read + notes.unread, "dropped": notes.dropped, "faults": notes.faults}
+    _write(work / "index.json", json.dumps(found))
+    path.rename(work / "index.sqlite")
+
+
+def _make_shards(
+    source: Source, work: Path, records: int, shard_rows: int, workers: int | None, title: str
+) -> Iterator[int]:
+    """Numbers of the shards, each as soon as it is there."""
+    shards = range(-(-records // shard_rows))
+    todo = [shard for shard in shards if not _done(work, shard)]
+    processes = min(os.cpu_count() or 1 if workers is None else workers, len(todo))
+    sizes = [min(shard_rows, records - shard * shard_rows) for shard in shards]
+    with Progress(console=Console(stderr=True), disable=not Console(stderr=True).is_terminal) as bar:
+        task = bar.add_task(title, total=records)
+
+        def made(shard: int) -> int:
+            bar.advance(task, sizes[shard])
+            return shard
+
+        yield from map(made, sorted(set(shards) - set(todo)))
+        if processes <= 1:
+            for shard in todo:
+                _make_shard(source, work, shard, shard_rows)
+                yield made(shard)
+            return
+        # Spawn: a source may hold what doesn't survive a fork (CUDA, connections, threads).
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, _start_worker, (source, work, shard_rows)) as pool:
+            ahead = iter(todo)
+            running = {pool.submit(_work_on, shard): shard for shard in islice(ahead, 2 * processes)}
+            try:
+                while running:
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        shard = running.pop(future)
+                        future.result()
+                        running.update({pool.submit(_work_on, one): one for one in islice(ahead, 1)})
+                        yield made(shard)
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    "a worker process died, for want of memory perhaps; the same command goes on, with fewer --workers"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(source: Source, work: Path, shard_rows: int) -> None:
+    global _worker
+    _worker = (source, work, shard_rows)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:  # one that is killed can't tell its workers, and they would wait for ever
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _work_on(shard: int) -> None:
+    source, work, shard_rows = _worker
+    _make_shard(source, work, shard, shard_rows)
+
+
+def _make_shard(source: Source, work: Path, shard: int, shard_rows: int) -> None:
+    with closing(sqlite3.connect(f"file:{work / 'index.sqlite'}?mode=ro&immutable=1", uri=True)) as database:
+        query = "SELECT id, name, data FROM records WHERE n >= ? AND n < ? ORDER BY n"
+        found = database.execute(query, (shard * shard_rows, (shard + 1) * shard_rows)).fetchall()
+    records = [Record(row_id, name, json.loads(data)) for row_id, name, data in found]
+    notes, kept, regions = Notes(), 0, 0
+    path = work / f"{shard:05d}.parquet"
+    partial = path.with_suffix(f".{os.getpid()}")
+    with RowWriter(partial) as writer:
+        for row in source.rows(records, notes):
+            writer.write(row)
+            kept, regions = kept + 1, regions + len(row["regions"])
+    partial.rename(path)
+    noted = {"kept": kept, "regions": regions, "dropped": notes.dropped, "faults": notes.faults}
+    _write(path.with_suffix(".json"), json.dumps(noted))
+
+
+class RowWriter:
+    """Writes rows of the schema to a Parquet file, a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pq.ParquetWriter(path, FEATURES.arrow_schema, compression="zstd")
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        self._bytes += len(row["image"]["bytes"])
+        if len(self._rows) >= ROW_GROUP_ROWS or self._bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=FEATURES.arrow_schema))
+        self._rows, self._bytes = [], 0
+
+
+def _done(work: Path, shard: int) -> bool:
+    return (work / f"{shard:05d}.json").exists()
+
+
+def _publish(output_dir: Path, work: Path, split: str, summary: Summary, described: dict[str, Any]) -> None:
+    """Move the shards to where readers look. A kill on the way leaves what the same command goes on with."""
+    full = [path.stem for path in sorted(work.glob("[0-9]*.json")) if json.loads(path.read_text())["kept"]]
+    for index, stem in enumerate(full):
+        shard = work / f"{stem}.parquet"
+        if shard.exists():
+            shard.rename(output_dir / f"{split}-{index:05d}-of-{len(full):05d}.parquet")
+    card = _CARD.format(
+        split=split,
+        source=described["source"].removeprefix("granvit.data."),
+        counts="\n".join(f"| {name} | {number} |" for name, number in summary.lines()),
+    )
+    _write(output_dir / "README.md", card)
+    gone = output_dir / ".finished"
+    work.rename(gone)
+    shutil.rmtree(gone)
+
+
+_CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: {split}
+    path: "{split}-*.parquet"
+---
+# A Gran dataset
+
+Made by `python -m granvit.data` from {source}. Boxes are relative xyxy after EXIF orientation.
+
+| | |
+|---|---|
+{counts}
+"""
+
+
+def _add_faults(log: FaultLog, faults: Iterable[tuple[str, str, str, str]]) -> None:
+    for key, name, kind, message in faults:
+        log.add(key, name, DataFault(kind, message))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

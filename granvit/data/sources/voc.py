@@ -1,0 +1,72 @@
+"""Pascal VOC: an XML file an image, boxes in whole pixels counted from 1, both ends inclusive (its development kit)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+from tyro.conf import Positional
+
+from granvit.data.files import inside, list_files, open_file, read_image
+from granvit.data.schema import DataFault, is_unicode
+from granvit.data.shards import Notes, Record, Source
+from granvit.data.sources.rows import PixelBox, picture_row
+
+MAX_XML = 10_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Voc(Source):
+    """Pascal VOC's XML, one file an image; the class name becomes the sentence."""
+
+    annotations: Positional[str]
+    """Folder or URL of the XML files (VOC's Annotations)."""
+    images: str
+    """Folder or URL of the pictures that they name (VOC's JPEGImages)."""
+    origin: Literal[0, 1] = 1
+    """What the first pixel is called. VOC counts from 1 and means xmax inclusive; many tools that write the format
+    count from 0 and mean it exclusive."""
+    licence: str = ""
+    """Noted in every row."""
+
+    def inputs(self) -> list[str]:
+        return [self.annotations]
+
+    def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
+        for name in list_files(self.annotations, (".xml",)):
+            shown = f"{self.annotations}/{name}"
+            if is_unicode(name):
+                yield Record(name[: -len(".xml")], shown, name)
+            else:
+                notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
+
+    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
+        with open_file(inside(self.annotations, record.data)) as file:
+            content = file.read(MAX_XML + 1)
+        try:
+            if len(content) > MAX_XML:
+                raise ValueError(f"more than {MAX_XML} bytes")
+            root = ElementTree.fromstring(content)
+            image = root.findtext("filename", "").strip()
+            size = tuple(int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
+            raise DataFault("xml", f"no readable VOC annotation: {error}") from None
+        boxes = []
+        for index, item in enumerate(root.iter("object")):
+            try:
+                boxes.append(self._box(item))
+            except DataFault as fault:
+                notes.fault(record, DataFault(fault.kind, f"object {index}: {fault}"))
+        picture = read_image(self.images, image)
+        return picture_row(record, picture, image, boxes, notes, size, source="voc", licence=self.licence)
+
+    def _box(self, item: ElementTree.Element) -> PixelBox:
+        found = [item.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
+        try:
+            x1, y1, x2, y2 = map(float, found)
+        except ValueError:
+            raise DataFault("box", f"bndbox must hold numbers xmin, ymin, xmax and ymax, got {found}") from None
+        return PixelBox((x1 - self.origin, y1 - self.origin, x2, y2), item.findtext("name", ""))
