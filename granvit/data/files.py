@@ -87,6 +87,13 @@ def list_files(folder: str, suffixes: tuple[str, ...]) -> list[str]:
     )
 
 
+def join(folder: str, name: str) -> str:
+    """Where the file `name` of `folder` is, for names that are known to be in it."""
+    first, chained, rest = folder.partition("::") if is_remote(folder) else (folder, "", "")
+    separator = "" if first.endswith("/") else "/"
+    return f"{first}{separator}{name}{chained}{rest}"
+
+
 def inside(folder: str, name: str) -> str:
     """Where the file `name` of `folder` is. Raises DataFault of kind `path` where a name leads out of the folder,
     by a link too."""
@@ -94,9 +101,7 @@ def inside(folder: str, name: str) -> str:
     if is_remote(folder):
         if is_remote(name) or name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise refused
-        first, chained, rest = folder.partition("::")
-        separator = "" if first.endswith("/") else "/"
-        return f"{first}{separator}{name}{chained}{rest}"
+        return join(folder, name)
     try:
         path = (Path(folder) / name).resolve()
         if Path(name).is_absolute() or not path.is_relative_to(Path(folder).resolve()):
