@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Features, Image, Sequence, Value
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +211,8 @@ def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
             "image_shape", f"{width}x{height}: sides must be >= {MIN_SIDE} and their ratio <= {MAX_ASPECT:g}"
         )
     try:
-        return _to_rgb(ImageOps.exif_transpose(opened))
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies in any case
+        return _to_rgb(ImageOps.exif_transpose(opened) if turned else opened)
     # Pillow's decoders raise these and more on hostile files; one bad file must not end a run.
     except (
         OSError,
