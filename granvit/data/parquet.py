@@ -28,7 +28,8 @@ class ParquetRows:
     A row costs its whole row group, the last few of which are kept: read rows of a group soon after each other.
     Reads of several threads take turns; each process opens files of its own.
 
-    groups: int64 [G], rows of each row group, in order. columns: those that a row has; None: all.
+    groups: int64 [G], rows of each row group, in order. columns: those that a row has; None: all. fingerprint: tells
+    these rows from others, and from what the files held before they changed.
     Raises ValueError where a file is no Parquet or the files' columns differ.
     """
 
@@ -36,6 +37,7 @@ class ParquetRows:
         self.files = list(files)
         with ThreadPoolExecutor(READERS) as pool:
             footers = list(pool.map(_footer, self.files))
+            states = list(pool.map(state, self.files))
         self.column_names = footers[0].schema.to_arrow_schema().names
         for file, footer in zip(self.files, footers, strict=True):
             names = footer.schema.to_arrow_schema().names
@@ -43,6 +45,8 @@ class ParquetRows:
                 raise ValueError(f"{file} has the columns {names}, {self.files[0]} has {self.column_names}")
         counts = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
         self.groups = np.array([rows for file in counts for rows in file], dtype=np.int64)
+        known = "\n".join(f"{file} {state}" for file, state in zip(self.files, states, strict=True))
+        self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
         self._places = [(f, g) for f, file in enumerate(counts) for g in range(len(file))]
         self._ends = np.cumsum(self.groups)
         self._columns = list(columns) if columns is not None else None
@@ -79,12 +83,6 @@ class ParquetRows:
         other.column_names = [column for column in self.column_names if column != name]
         other._columns = other.column_names
         return other
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells these rows from others, and from what the files held before they changed."""
-        known = "\n".join(f"{file} {state(file)}" for file in self.files)
-        return hashlib.sha256(known.encode()).hexdigest()
 
     def _group(self, group: int) -> pa.Table:
         if self._process != os.getpid():  # forked: offsets of open files are shared with the parent
