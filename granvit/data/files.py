@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
+from zipfile import BadZipFile
 
 import fsspec
 
@@ -21,6 +22,11 @@ MAX_BYTES = 256_000_000
 
 def is_remote(location: str) -> bool:
     return "://" in location or "::" in location
+
+
+def local(folder: str) -> list[str]:
+    """[folder], for `Source.inputs`, unless it is remote: what has no real folders may not know this one."""
+    return [] if is_remote(folder) else [folder]
 
 
 def parent(location: str) -> str:
@@ -41,7 +47,8 @@ def open_file(location: str) -> Iterator[IO[bytes]]:
             opened = open(location, "rb")
         else:
             raise ValueError(f"no file at {location}")
-    except (OSError, ImportError) as error:  # fsspec raises ImportError where a protocol's package is missing
+    # fsspec raises ImportError where a protocol's package is missing; KeyError is zip's for a member that is not there
+    except (OSError, ImportError, KeyError, BadZipFile) as error:
         raise ValueError(f"{location} can't be opened: {error}") from error
     with opened as file:
         yield file
@@ -117,7 +124,7 @@ def read_image(folder: str, name: str) -> bytes:
     try:
         with open_file(location) as file:
             content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError, KeyError) as error:  # KeyError: zip's for a member that is not there
+    except (OSError, ValueError, BadZipFile) as error:
         raise DataFault("path", f"image {name!r:.80} can't be read: {error}") from None
     if len(content) > MAX_BYTES:
         raise DataFault("image_bytes", f"image {name!r:.80} has more than the limit of {MAX_BYTES} bytes")

@@ -15,6 +15,7 @@ MAX_VALUE = 64_000_000
 """One element may have as many characters."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_ENDS = tuple(" \t\n\r,:]}")
 _DECODER = json.JSONDecoder()
 
 
@@ -97,7 +98,7 @@ class _Reader:
                     raise
                 continue
             length = end - self._at
-            if end < len(self._text) or not self._more():  # 12 may be the beginning of 123
+            if self._text[end : end + 1] in _ENDS or not self._more():  # 12 may be the beginning of 12.3
                 self._at += length
                 return value
 
