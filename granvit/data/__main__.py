@@ -13,6 +13,8 @@ from tyro.conf import OmitArgPrefixes, arg, subcommand
 from granvit.data.shards import build_dataset
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
+from granvit.data.sources.labelme import Labelme
+from granvit.data.sources.visual_genome import VisualGenome
 from granvit.data.sources.voc import Voc
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -33,7 +35,7 @@ def sample(images: int, output: Path, seed: int = 0, workers: int | None = None)
     console.print(f"wrote {images} pictures to {output}", markup=False)
 
 
-FORMATS = {"jsonl": Jsonl, "coco": Coco, "voc": Voc}
+FORMATS = {"jsonl": Jsonl, "coco": Coco, "visual-genome": VisualGenome, "labelme": Labelme, "voc": Voc}
 
 
 def convert(

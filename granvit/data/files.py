@@ -6,6 +6,7 @@ Names inside annotations are untrusted: `inside` lets none leave the folder that
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -115,17 +116,30 @@ def inside(folder: str, name: str) -> str:
     return str(path)
 
 
+def rebase(folder: str, name: str, other: str) -> str:
+    """What the file `name` of `folder` is called from the folder `other`: with ".." in it, which `inside` refuses,
+    where it lies elsewhere."""
+    (here, _, archive), (there, _, other_archive) = folder.partition("::"), other.partition("::")
+    return posixpath.relpath(posixpath.join(here, name), there) if archive == other_archive else ".."
+
+
 def read_image(folder: str, name: str) -> bytes:
     """The bytes of an image file of `folder`. Raises DataFault of kind `path` (leads out of the folder, is no file,
     can't be read) or `image_bytes` (more than MAX_BYTES)."""
+    return read_file(folder, name, MAX_BYTES, "image")
+
+
+def read_file(folder: str, name: str, limit: int, what: str) -> bytes:
+    """The bytes of a file of `folder`, which faults call `what`. Raises DataFault of kind `path`, or of kind
+    "`what`_bytes" where there are more than `limit`."""
     location = inside(folder, name)
     if not is_remote(folder) and not os.path.isfile(location):
-        raise DataFault("path", f"image {name!r:.80} is no file")
+        raise DataFault("path", f"{what} {name!r:.80} is no file")
     try:
         with open_file(location) as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(limit + 1)
     except (OSError, ValueError, BadZipFile) as error:
-        raise DataFault("path", f"image {name!r:.80} can't be read: {error}") from None
-    if len(content) > MAX_BYTES:
-        raise DataFault("image_bytes", f"image {name!r:.80} has more than the limit of {MAX_BYTES} bytes")
+        raise DataFault("path", f"{what} {name!r:.80} can't be read: {error}") from None
+    if len(content) > limit:
+        raise DataFault(f"{what}_bytes", f"{what} {name!r:.80} has more than the limit of {limit} bytes")
     return content
