@@ -14,6 +14,7 @@ from granvit.data.shards import build_dataset
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
 from granvit.data.sources.labelme import Labelme
+from granvit.data.sources.refcoco import RefCoco
 from granvit.data.sources.visual_genome import VisualGenome
 from granvit.data.sources.voc import Voc
 
@@ -35,7 +36,14 @@ def sample(images: int, output: Path, seed: int = 0, workers: int | None = None)
     console.print(f"wrote {images} pictures to {output}", markup=False)
 
 
-FORMATS = {"jsonl": Jsonl, "coco": Coco, "visual-genome": VisualGenome, "labelme": Labelme, "voc": Voc}
+FORMATS = {
+    "jsonl": Jsonl,
+    "coco": Coco,
+    "refcoco": RefCoco,
+    "visual-genome": VisualGenome,
+    "labelme": Labelme,
+    "voc": Voc,
+}
 
 
 def convert(

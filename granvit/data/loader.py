@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import datasets
@@ -95,11 +96,13 @@ def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:
 
 
 def _from_parquet(path: Path, files: list[Path]) -> datasets.DatasetDict:
-    """Splits by names as on the hub: train.parquet, train-00000-of-00002.parquet, train/0.parquet; else
+    """Splits by names as on the hub: val-00000-of-00002.parquet whatever the name, train.parquet, train/0.parquet; else
     "train"."""
     splits: dict[str, list[str]] = {}
     for file in files:
         inside = file.relative_to(path).parts[0] if file != path else file.name
-        split = next((name for name in ("train", "validation", "test") if inside.startswith(name)), "train")
+        numbered = re.fullmatch(r"(.+)-\d+-of-\d+\.parquet", inside)
+        known = next((name for name in ("train", "validation", "test") if inside.startswith(name)), "train")
+        split = numbered[1] if numbered else known
         splits.setdefault(split, []).append(str(file))
     return datasets.DatasetDict({split: datasets.Dataset.from_parquet(found) for split, found in splits.items()})
