@@ -86,6 +86,8 @@ def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
+        # A build that is killed as it tidies up leaves a hidden folder.
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if files:
             return _from_parquet(path, files)
     # What `datasets` raises on damaged files is not documented; these have been seen.

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tyro.conf import Positional
 
-from granvit.data.files import inside, list_files, local, open_file, parent, read_image
+from granvit.data.files import inside, list_files, local, open_file, parent, read_image, suffix
 from granvit.data.schema import DataFault, is_unicode
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources import plain_pickle
@@ -109,13 +109,13 @@ class RefCoco(Source):
         return picture_row(record, picture, place, boxes, notes, data["size"], None, "refcoco", self.licence)
 
     def _is_pickle(self) -> bool:
-        return self.refs.partition("::")[0].endswith((".p", ".pkl", ".pickle"))
+        return suffix(self.refs) in (".p", ".pkl", ".pickle")
 
     def _instances(self) -> str:
         return self.instances or inside(parent(self.refs), "instances.json")
 
     def _files(self) -> list[str]:
-        if self._is_pickle() or self.refs.partition("::")[0].endswith(".parquet"):
+        if self._is_pickle() or suffix(self.refs) == ".parquet":
             return [self.refs]
         files = list_files(self.refs, (".parquet",))
         if not files:
