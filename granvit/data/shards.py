@@ -74,6 +74,11 @@ class Notes:
         if number:
             self.dropped[rule] += number
 
+    def skip(self, rule: str) -> None:
+        """Count what was read and, on purpose, becomes no record: "image without annotation"."""
+        self.unread += 1
+        self.drop(rule)
+
     def fault(self, record: Record, fault: DataFault) -> None:
         """Note a fault of a record, or of one of its regions. It counts against the fault budget."""
         self.faults.append((record.id, record.name, fault.kind, str(fault)))
@@ -104,19 +109,23 @@ class Source(ABC):
         """Every image once, in an order that is the same at every call, in bounded memory; `scratch` is an empty
         folder for what does not fit. What is no record is noted as a fault."""
 
-    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
-        """A record as a row of the schema, checked. Raises DataFault; faults of single regions are noted instead."""
+    def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
+        """A record as a row of the schema, checked; None where it is left out by a rule, which is noted. Raises
+        DataFault; faults of single regions are noted instead."""
         raise NotImplementedError
 
     def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
         """Rows of the records that are good, in order; faults are noted. For sources that work by batches."""
         for record in records:
             try:
-                yield self.row(record, notes)
+                row = self.row(record, notes)
             except DataFault as fault:
                 notes.fault(record, fault)
             except RecursionError:  # what was parsed just so may be too deep to be shown
                 notes.fault(record, DataFault("nesting", "nested too deeply"))
+            else:
+                if row is not None:
+                    yield row
 
 
 @dataclass

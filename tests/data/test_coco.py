@@ -79,7 +79,8 @@ def test_crowds_and_images_without_annotation_are_left_out(folder):
     )
     summary, rows = convert(Coco(instances, str(folder / "images")), folder / "out")
     assert list(rows) == ["coco/1"] and len(rows["coco/1"]["regions"]) == 1
-    assert summary.dropped == {"crowd region": 2, "image without annotation": 2} and not summary.faulty
+    assert summary.dropped == {"crowd region": 2, "image without annotation": 2}
+    assert (summary.read, summary.kept, summary.faulty) == (3, 1, 0)
 
 
 def test_the_longest_caption_is_taken(folder):

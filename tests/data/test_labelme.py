@@ -48,7 +48,10 @@ def test_boxes_of_shapes_are_exact(folder):
             shape("the man on the left", "polygon", (0, 0), (40, 0), (40, 20)),
         ),
     )
+    write_json(folder / "json" / "b.json", file())
+    write_json(folder / "json" / "c.json", file(shape("nail", "point", (0, 0))))
     summary, rows = convert(Labelme(str(folder / "json"), licence="x"), folder / "out")
+    assert list(rows) == ["a"]
     assert regions(rows["a"]) == [
         ("a person", [0.25, 0.25, 0.75, 0.75]),
         ("an apple tree", [0, 0, 0.5, 0.5]),
@@ -57,7 +60,8 @@ def test_boxes_of_shapes_are_exact(folder):
         ("a sofa", [0, 0, 1, 1]),
         ("the man on the left", [0, 0, 1, 1]),
     ]
-    assert summary.dropped == {"shape without area": 3, "shape to be ignored": 1} and not summary.faulty
+    assert summary.dropped == {"shape without area": 4, "shape to be ignored": 1, "image without annotation": 2}
+    assert (summary.read, summary.faulty) == (3, 0)
     assert (rows["a"]["source"], rows["a"]["licence"]) == ("labelme", "x")
 
 
@@ -98,7 +102,6 @@ def test_paths_that_climb_end_in_the_folder_of_images(folder):
         (file(GOOD, imageData="AAAA"), "not an image", 1),
         (file(GOOD, imageHeight=21), "annotated as 40x21", 1),
         (file(GOOD, imageHeight=[[21]]), "annotated as 40x[[21]]", 1),
-        (file(), "neither a caption nor a usable region", 1),
         ([], "no LabelMe file", 1),
         (file() | {"shapes": {}}, "no LabelMe file", 1),
         (file(GOOD, 3), "shapes[1]: must be an object, got int", 2),

@@ -57,8 +57,11 @@ def test_tools_that_count_from_0(folder):
 
 def test_difficult_objects_are_left_out(folder):
     write(folder, annotation(thing((11, 6, 30, 15)), thing((1, 1, 5, 5), difficult=" 1 ")))
+    write(folder, annotation(thing((1, 1, 5, 5), difficult=1)), "b")
+    write(folder, annotation(), "c")
     summary, rows = convert(source(folder), folder / "out")
-    assert len(rows["a"]["regions"]) == 1 and summary.dropped == {"difficult object": 1}
+    assert list(rows) == ["a"] and len(rows["a"]["regions"]) == 1 and not summary.faulty
+    assert summary.dropped == {"difficult object": 2, "image without annotation": 2} and summary.read == 3
 
 
 BOMB = "<!DOCTYPE a [<!ENTITY a '{}'>{}]><annotation>&h;</annotation>".format(
@@ -81,7 +84,6 @@ GOOD = thing((11, 6, 30, 15))
         (annotation(GOOD, filename=""), "is no file", 1),
         (annotation(GOOD, filename="../Annotations/a.xml"), "image must lie in", 1),
         (annotation(GOOD, filename="/etc/passwd"), "image must lie in", 1),
-        (annotation(), "neither a caption nor a usable region", 1),
         (annotation(GOOD, thing((1, 1, 5))), "object 1: bndbox must hold numbers", 2),
         (annotation(GOOD, thing((1, 1, 5, "x"))), "object 1: bndbox must hold numbers", 2),
         (annotation(GOOD, thing((1, 1, "nan", 5))), "box must be 4 finite numbers", 2),

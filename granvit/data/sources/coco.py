@@ -59,7 +59,7 @@ class Coco(Source):
                 things = [thing for thing in found if not thing[2]]
                 notes.drop("crowd region", len(found) - len(things))
                 if not things and caption is None:
-                    notes.drop("image without annotation")
+                    notes.skip("image without annotation")
                     continue
                 boxes = [[categories.get(category), *box] for _, category, _, *box in things]
                 data = {"file": file, "size": [width, height], "boxes": boxes, "caption": caption}

@@ -50,11 +50,15 @@ class Labelme(Source):
             else:
                 notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
 
-    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
+    def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
         data = parse_json(read_file(self.annotations, record.data, MAX_JSON, "json"))
         if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
             raise DataFault("json", "no LabelMe file: it must be an object with a list of shapes")
+        faults = len(notes.faults)
         boxes = self._boxes(record, data["shapes"], notes)
+        if not boxes and len(notes.faults) == faults:
+            notes.drop("image without annotation")
+            return None
         picture, name = self._picture(record.data, data)
         size = [data.get(key) for key in ("imageWidth", "imageHeight")]
         return picture_row(

@@ -53,7 +53,7 @@ class VisualGenome(Source):
                     notes.unreadable(name, fault)
                     continue
                 if not found:
-                    notes.drop("image without annotation")
+                    notes.skip("image without annotation")
                     continue
                 query = "SELECT coco, width, height FROM images WHERE id = ?"
                 coco, *size = database.execute(query, (image,)).fetchone() or (None, None, None)

@@ -46,7 +46,7 @@ class Voc(Source):
             else:
                 notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
 
-    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
+    def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
         content = read_file(self.annotations, record.data, MAX_XML, "xml")
         try:
             root = ElementTree.fromstring(content)
@@ -54,11 +54,13 @@ class Voc(Source):
             size = tuple(int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise DataFault("xml", f"no readable VOC annotation: {error}") from None
-        boxes = []
-        for index, item in enumerate(root.iter("object")):
-            if item.findtext("difficult", "").strip() == "1":
-                notes.drop("difficult object")
-                continue
+        boxes, things = [], list(root.iter("object"))
+        easy = [(index, item) for index, item in enumerate(things) if item.findtext("difficult", "").strip() != "1"]
+        notes.drop("difficult object", len(things) - len(easy))
+        if not easy:
+            notes.drop("image without annotation")
+            return None
+        for index, item in easy:
             try:
                 boxes.append(self._box(item))
             except DataFault as fault:
