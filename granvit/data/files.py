@@ -46,7 +46,7 @@ def parent(location: str) -> str:
 
 
 def suffix(location: str) -> str:
-    """".parquet" of a file so named, in small letters."""
+    """The ending of a file's name, in small letters: ".parquet"."""
     return posixpath.splitext(_split(location)[1])[1].lower()
 
 
