@@ -11,7 +11,11 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, arg, subcommand
 
 from granvit.data.shards import build_dataset
+from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
+from granvit.data.sources.labelme import Labelme
+from granvit.data.sources.refcoco import RefCoco
+from granvit.data.sources.visual_genome import VisualGenome
 from granvit.data.sources.voc import Voc
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -32,7 +36,14 @@ def sample(images: int, output: Path, seed: int = 0, workers: int | None = None)
     console.print(f"wrote {images} pictures to {output}", markup=False)
 
 
-FORMATS = {"jsonl": Jsonl, "voc": Voc}
+FORMATS = {
+    "jsonl": Jsonl,
+    "coco": Coco,
+    "refcoco": RefCoco,
+    "visual-genome": VisualGenome,
+    "labelme": Labelme,
+    "voc": Voc,
+}
 
 
 def convert(
@@ -49,7 +60,7 @@ def convert(
         source: The format and its files.
         output: A new or an empty folder, or one in which this very command was stopped.
         split: Name of the split that is written.
-        exclude: File with one id a line; rows of these ids are left out.
+        exclude: File with one id a line; rows of these ids, and pictures known elsewhere by them, are left out.
         fault_budget: Share of images that may have faults before nothing is published.
         workers: Processes; None: one a core.
     """

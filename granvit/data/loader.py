@@ -127,7 +127,7 @@ def _from_parquet(folder: str, names: list[str]) -> dict[str, ParquetRows]:
     splits: dict[str, list[str]] = {}
     for name in names:
         parts = name.split("/")
-        shard = re.fullmatch(r"(\w[\w.-]*)-\d{5}-of-\d{5}\.parquet", parts[-1])
+        shard = re.fullmatch(r"(.+)-\d+-of-\d+\.parquet", parts[-1])
         known = [split for part in parts for split in ("train", "validation", "test") if part.startswith(split)]
         splits.setdefault(shard[1] if shard else (known or ["train"])[0], []).append(join(folder, name))
     return {split: ParquetRows(files) for split, files in splits.items()}

@@ -51,12 +51,14 @@ class Record:
     """An image of a source, before it is opened.
 
     id: of the row that it becomes, unique in the source. name: what a fault calls it: file and line, or the like.
-    data: whatever `Source.row` needs, as JSON can hold it.
+    data: whatever `Source.row` needs, as JSON can hold it. aliases: ids that the same picture has in other sources;
+    a picture is excluded by any of them.
     """
 
     id: str
     name: str
     data: Any
+    aliases: tuple[str, ...] = ()
 
 
 class Notes:
@@ -71,6 +73,11 @@ class Notes:
         """Count what is left out on purpose; `rule` says why, and of what: "crowd region"."""
         if number:
             self.dropped[rule] += number
+
+    def skip(self, rule: str) -> None:
+        """Count what was read and, on purpose, becomes no record: "image without annotation"."""
+        self.unread += 1
+        self.drop(rule)
 
     def fault(self, record: Record, fault: DataFault) -> None:
         """Note a fault of a record, or of one of its regions. It counts against the fault budget."""
@@ -102,17 +109,23 @@ class Source(ABC):
         """Every image once, in an order that is the same at every call, in bounded memory; `scratch` is an empty
         folder for what does not fit. What is no record is noted as a fault."""
 
-    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
-        """A record as a row of the schema, checked. Raises DataFault; faults of single regions are noted instead."""
+    def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
+        """A record as a row of the schema, checked; None where it is left out by a rule, which is noted. Raises
+        DataFault; faults of single regions are noted instead."""
         raise NotImplementedError
 
     def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
         """Rows of the records that are good, in order; faults are noted. For sources that work by batches."""
         for record in records:
             try:
-                yield self.row(record, notes)
+                row = self.row(record, notes)
             except DataFault as fault:
                 notes.fault(record, fault)
+            except RecursionError:  # what was parsed just so may be too deep to be shown
+                notes.fault(record, DataFault("nesting", "nested too deeply"))
+            else:
+                if row is not None:
+                    yield row
 
 
 @dataclass
@@ -155,7 +168,7 @@ def build_dataset(
     """Write a source as a Gran dataset of Parquet files with one split, or go on with it where it was stopped.
 
     workers: processes (None: one a core; 0: this one). shard_rows: images a shard, the unit of work. fault_budget:
-    the share of images that may have faults. exclude: ids of rows to leave out.
+    the share of images that may have faults. exclude: ids of rows to leave out, or aliases of theirs.
 
     Every fault is logged with its record's name. Raises ValueError where an input is missing, `output_dir` holds
     anything but this very build, or there is nothing to write, and FaultBudgetExceeded when too many images have
@@ -238,7 +251,7 @@ def _work_folder(output_dir: Path) -> Iterator[Path]:
 def _claim(work: Path, described: dict[str, Any], output_dir: Path) -> None:
     """Note what is being built. Raises ValueError naming what differs from what was begun here."""
     path = work / "plan.json"
-    if not path.exists():
+    if not path.exists() or not (work / "index.sqlite").exists():  # else nothing was made that could be lost
         _write(path, json.dumps(described))
         return
     begun = json.loads(path.read_text())
@@ -258,17 +271,22 @@ def _index(source: Source, work: Path, exclude: frozenset[str]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     notes = Notes()
-    with closing(sqlite3.connect(path)) as database, Progress(console=Console(stderr=True)) as bar:
+    with closing(sqlite3.connect(path)) as database, _progress() as bar:
         task = bar.add_task(f"Indexing {source.unit}s", total=None)
         database.execute("PRAGMA synchronous = OFF")  # the rename makes it whole; a power cut begins anew
         database.execute("CREATE TABLE records (n INTEGER PRIMARY KEY, id TEXT UNIQUE, name TEXT, data TEXT)")
         count = read = 0
         for record in source.records(notes, scratch):
             read += 1
-            if record.id in exclude:
+            if not exclude.isdisjoint((record.id, *record.aliases)):
                 notes.drop("excluded")
                 continue
-            values = (count, record.id, record.name, json.dumps(record.data))
+            try:
+                values = (count, record.id, record.name, json.dumps(record.data))
+            except RecursionError:
+                read -= 1
+                notes.unreadable(record.name, DataFault("nesting", "nested too deeply"))
+                continue
             added = database.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?)", values).rowcount
             if added:
                 count += 1
@@ -285,6 +303,11 @@ def _index(source: Source, work: Path, exclude: frozenset[str]) -> None:
     path.rename(work / "index.sqlite")
 
 
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, disable=not console.is_terminal)
+
+
 def _make_shards(
     source: Source, work: Path, records: int, shard_rows: int, workers: int | None, title: str
 ) -> Iterator[int]:
@@ -293,7 +316,7 @@ def _make_shards(
     todo = [shard for shard in shards if not _done(work, shard)]
     processes = min(os.cpu_count() or 1 if workers is None else workers, len(todo))
     sizes = [min(shard_rows, records - shard * shard_rows) for shard in shards]
-    with Progress(console=Console(stderr=True), disable=not Console(stderr=True).is_terminal) as bar:
+    with _progress() as bar:
         task = bar.add_task(title, total=records)
 
         def made(shard: int) -> int:
@@ -344,7 +367,8 @@ def _work_on(shard: int) -> None:
 
 
 def _make_shard(source: Source, work: Path, shard: int, shard_rows: int) -> None:
-    with closing(sqlite3.connect(f"file:{work / 'index.sqlite'}?mode=ro&immutable=1", uri=True)) as database:
+    index = (work / "index.sqlite").absolute()
+    with closing(sqlite3.connect(f"{index.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
         query = "SELECT id, name, data FROM records WHERE n >= ? AND n < ? ORDER BY n"
         found = database.execute(query, (shard * shard_rows, (shard + 1) * shard_rows)).fetchall()
     records = [Record(row_id, name, json.loads(data)) for row_id, name, data in found]
