@@ -58,7 +58,7 @@ def convert(
 
     Args:
         source: The format and its files.
-        output: A new or an empty folder, or one in which this very command was stopped.
+        output: A new or an empty folder, one with other splits, or one in which this very command was stopped.
         split: Name of the split that is written.
         exclude: File with one id a line; rows of these ids, and pictures known elsewhere by them, are left out.
         fault_budget: Share of images that may have faults before nothing is published.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from granvit.data.faults import FaultLog
 from granvit.data.files import is_remote, join, list_files, parent
 from granvit.data.parquet import ParquetRows
 from granvit.data.schema import FEATURES, DataFault, Sample, parse_row
-from granvit.data.shards import WORK
+from granvit.data.shards import SHARD, WORK
 
 ACCEPTED = "a folder written by save_to_disk, or Parquet files (one, a folder or a URL of SPLIT*.parquet)"
 
@@ -127,7 +126,7 @@ def _from_parquet(folder: str, names: list[str]) -> dict[str, ParquetRows]:
     splits: dict[str, list[str]] = {}
     for name in names:
         parts = name.split("/")
-        shard = re.fullmatch(r"(.+)-\d+-of-\d+\.parquet", parts[-1])
+        shard = SHARD.fullmatch(parts[-1])
         known = [split for part in parts for split in ("train", "validation", "test") if part.startswith(split)]
         splits.setdefault(shard[1] if shard else (known or ["train"])[0], []).append(join(folder, name))
     return {split: ParquetRows(files) for split, files in splits.items()}

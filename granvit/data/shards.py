@@ -14,6 +14,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sqlite3
 import threading
@@ -40,6 +41,8 @@ from granvit.data.schema import FEATURES, DataFault
 from granvit.data.writer import check_split
 
 WORK = ".unfinished"
+SHARD = re.compile(r"(.+)-\d+-of-\d+\.parquet")
+"""What a split's files are called."""
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 64, 16_000_000
 """A Parquet row group ends at either: it is what a reader of one row has to fetch."""
 NAMED_FAULTS = 1000
@@ -188,7 +191,7 @@ def build_dataset(
     FaultLog(0, fault_budget)  # a budget that is none must be said now
     if shard_rows < 1:
         raise ValueError(f"shard_rows must be >= 1, got {shard_rows}")
-    with _work_folder(output_dir) as work:
+    with _work_folder(output_dir, split) as work:
         _claim(work, described, output_dir)
         if not (work / "index.sqlite").exists():
             _index(source, work, frozenset(exclude))
@@ -226,11 +229,11 @@ def _settings(source: Source) -> dict[str, Any]:
 
 
 @contextmanager
-def _work_folder(output_dir: Path) -> Iterator[Path]:
+def _work_folder(output_dir: Path, split: str) -> Iterator[Path]:
     """OUTPUT/.unfinished, held by this process alone. A folder in which nothing was made yet vanishes with an error."""
     work = output_dir / WORK
-    if output_dir.exists() and not work.is_dir() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
+    if output_dir.exists() and not work.is_dir():
+        _check_free(output_dir, split)
     there = output_dir.exists()
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
@@ -246,6 +249,16 @@ def _work_folder(output_dir: Path) -> Iterator[Path]:
                 if not there:
                     output_dir.rmdir()
             raise
+
+
+def _check_free(output_dir: Path, split: str) -> None:
+    """Raises ValueError unless the folder is empty or holds other splits that were built here."""
+    found = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else [output_dir.name]
+    shards = {name: match[1] for name in found if (match := SHARD.fullmatch(name))}
+    if split in shards.values():
+        raise ValueError(f"output must be a new or an empty folder, or lack the split {split!r}, got {output_dir}")
+    if set(found) - set(shards) - {"README.md"} or (found and not shards):
+        raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
 
 
 def _claim(work: Path, described: dict[str, Any], output_dir: Path) -> None:
@@ -423,32 +436,35 @@ def _publish(output_dir: Path, work: Path, split: str, summary: Summary, describ
         shard = work / f"{stem}.parquet"
         if shard.exists():
             shard.rename(output_dir / f"{split}-{index:05d}-of-{len(full):05d}.parquet")
-    card = _CARD.format(
-        split=split,
-        source=described["source"].removeprefix("granvit.data."),
-        counts="\n".join(f"| {name} | {number} |" for name, number in summary.lines()),
-    )
-    _write(output_dir / "README.md", card)
+    _write_card(output_dir, split, summary, described["source"].removeprefix("granvit.data."))
     gone = output_dir / ".finished"
     work.rename(gone)
     shutil.rmtree(gone)
+
+
+def _write_card(output_dir: Path, split: str, summary: Summary, source: str) -> None:
+    """The dataset card: which files are which split, for `datasets`, and what each split was made of, for people."""
+    path = output_dir / "README.md"
+    sections = re.split(r"^(?=## )", path.read_text(encoding="utf-8"), flags=re.M)[1:] if path.exists() else []
+    counts = "\n".join(f"| {name} | {number} |" for name, number in summary.lines())
+    section = f"## {split}\n\nMade by `python -m granvit.data` from {source}.\n\n| | |\n|---|---|\n{counts}\n"
+    sections = [other.strip() + "\n" for other in sections if not other.startswith(f"## {split}\n")] + [section]
+    splits = sorted({match[1] for file in output_dir.iterdir() if (match := SHARD.fullmatch(file.name))})
+    files = "\n".join(f'  - split: {name}\n    path: "{name}-*.parquet"' for name in splits)
+    _write(path, _CARD.format(files=files, sections="\n".join(sections)))
 
 
 _CARD = """---
 configs:
 - config_name: default
   data_files:
-  - split: {split}
-    path: "{split}-*.parquet"
+{files}
 ---
 # A Gran dataset
 
-Made by `python -m granvit.data` from {source}. Boxes are relative xyxy after EXIF orientation.
+Boxes are relative xyxy after EXIF orientation.
 
-| | |
-|---|---|
-{counts}
-"""
+{sections}"""
 
 
 def _add_faults(log: FaultLog, faults: Iterable[tuple[str, str, str, str]]) -> None:

@@ -271,3 +271,18 @@ def test_the_card_counts(tmp_path):
     build_dataset(Numbers(5, bad=(1,)), tmp_path / "out", workers=0, fault_budget=1)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| images read | 5 |" in card and "| left out: odd one | 1 |" in card and "| fault: bad | 1 |" in card
+
+
+def test_a_second_split_joins_the_first(tmp_path):
+    for split, number in (("train", 5), ("test", 3)):
+        build_dataset(Numbers(number), tmp_path / "out", split, workers=0)
+    assert [len(GranDataset(tmp_path / "out", split)) for split in ("train", "test")] == [5, 3]
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 5, "test": 3}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.index("## train") < card.index("## test") and card.count("# A Gran dataset") == 1
+    with pytest.raises(ValueError, match="or lack the split 'test'"):
+        build_dataset(Numbers(2), tmp_path / "out", "test", workers=0)
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="new or an empty folder, got"):
+        build_dataset(Numbers(2), tmp_path / "out", "val", workers=0)
