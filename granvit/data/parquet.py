@@ -19,13 +19,14 @@ from granvit.data.files import is_remote, state
 
 READERS = 16  # footers read at a time: over a network each costs a round trip or two
 OPEN_FILES = 16
-KEPT_GROUPS = 8
+KEPT_BYTES = 1 << 30
+"""Row groups that were read are kept up to this size, the latest in any case: rows are asked for in mixed order."""
 
 
 class ParquetRows:
     """Map-style rows of Parquet files: `rows[i]` is a dict, `rows["id"]` a column's values.
 
-    A row costs its whole row group, the last few of which are kept: read rows of a group soon after each other.
+    A row costs its whole row group, of which the latest are kept: read rows of a group soon after each other.
     Reads of several threads take turns; each process opens files of its own.
 
     groups: int64 [G], rows of each row group, in order. columns: those that a row has; None: all. fingerprint: tells
@@ -56,6 +57,7 @@ class ParquetRows:
         self._lock, self._process = threading.Lock(), os.getpid()
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._kept = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("_lock", "_open", "_tables")}
@@ -92,8 +94,9 @@ class ParquetRows:
                 self._tables.move_to_end(group)
             else:
                 self._tables[group] = self._read(group, self._columns)
-                if len(self._tables) > KEPT_GROUPS:
-                    self._tables.popitem(last=False)
+                self._kept += self._tables[group].nbytes
+                while self._kept > KEPT_BYTES and len(self._tables) > 1:
+                    self._kept -= self._tables.popitem(last=False)[1].nbytes
             return self._tables[group]
 
     def _read(self, group: int, columns: list[str] | None) -> pa.Table:

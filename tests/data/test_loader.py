@@ -199,3 +199,16 @@ def test_columns_of_another_shape_are_faults():
     made = [row | {"regions": ["boxes"], "caption": "a scene"} for row in rows(3)]
     data = GranDataset(datasets.Dataset.from_list(made), fault_budget=1)
     assert data[0].regions == () and dict(data.faults.counts) == {"regions": 1}
+
+
+def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):
+    stored = datasets.Dataset.from_list(rows(12), features=FEATURES)
+    stored.to_parquet(str(tmp_path / "a.parquet"), batch_size=3)
+    data = GranDataset(tmp_path / "a.parquet")
+    assert data.groups.tolist() == [3, 3, 3, 3]
+    read = []
+    original = data.rows._read
+    monkeypatch.setattr(data.rows, "_read", lambda group, columns: read.append(group) or original(group, columns))
+    assert [data[i].id for i in (0, 11, 1, 2)] == ["r0", "r11", "r1", "r2"] and read == [0, 3]
+    monkeypatch.setattr("granvit.data.parquet.KEPT_BYTES", 1)
+    assert [data[i].id for i in (3, 0, 1, 4)] == ["r3", "r0", "r1", "r4"] and read == [0, 3, 1, 0, 1]
