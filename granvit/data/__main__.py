@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes, arg, subcommand
 
 from granvit.data.shards import build_dataset
 from granvit.data.sources.jsonl import Jsonl
+from granvit.data.sources.pdf import Pdf
 from granvit.data.sources.voc import Voc
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -32,7 +33,7 @@ def sample(images: int, output: Path, seed: int = 0, workers: int | None = None)
     console.print(f"wrote {images} pictures to {output}", markup=False)
 
 
-FORMATS = {"jsonl": Jsonl, "voc": Voc}
+FORMATS = {"jsonl": Jsonl, "pdf": Pdf, "voc": Voc}
 
 
 def convert(

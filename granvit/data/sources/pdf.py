@@ -70,7 +70,6 @@ class Pdf(Source):
             raise ValueError(f"max_pages must be >= 1, got {self.max_pages}")
 
     def inputs(self) -> list[str]:
-        _pdfium()
         return [self.files]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
@@ -100,7 +99,7 @@ class Pdf(Source):
                     boxes = [PixelBox(box, text, "ocr") for text, box in lines]
                     file = f"page-{page + 1:04d}.png"
                     yield picture_row(record, content, file, boxes, notes, source="pdf", licence=self.licence)
-                else:
+                elif content:
                     notes.drop("page without text")
             except DataFault as fault:
                 notes.fault(record, fault)
@@ -119,14 +118,6 @@ def _files(files: str) -> tuple[str, list[str]]:
     return folder, list_files(folder, (".pdf",)) if name is None else [name]
 
 
-def _pdfium() -> Any:
-    try:
-        import pypdfium2
-    except ImportError:
-        raise ValueError("PDF needs a package that is not installed: pip install 'granvit[pdf]'") from None
-    return pypdfium2
-
-
 # ---- in a process of its own: pdfium is C++, and the files are anybody's
 
 
@@ -136,26 +127,29 @@ def _isolated() -> Isolated:
 
 
 def _serve(what: str, folder: str, name: str, *arguments: Any) -> Any:
-    pdfium = _pdfium()
+    import pypdfium2
+
     try:
         document = _document(folder, name)
         return len(document) if what == "pages" else render(document, *arguments)
-    except (pdfium.PdfiumError, ValueError, OSError, KeyError) as error:  # KeyError: zip's for a missing member
+    except (pypdfium2.PdfiumError, ValueError, OSError, KeyError) as error:  # KeyError: zip's for a missing member
         raise (error if isinstance(error, DataFault) else DataFault("pdf", f"can't be read: {error}")) from None
 
 
 @lru_cache(maxsize=1)  # pages of a file follow each other
 def _document(folder: str, name: str) -> Any:
+    import pypdfium2
+
     with open_file(inside(folder, name)) as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise DataFault("pdf", f"more than the limit of {MAX_BYTES} bytes")
-    return _pdfium().PdfDocument(content)
+    return pypdfium2.PdfDocument(content)
 
 
 def render(document: Any, page: int, dpi: float) -> tuple[bytes, list[tuple[str, Box]], Counter[str]]:
     """Page number `page` (from 0) of a pypdfium2 document: a PNG, its lines as text and xyxy in pixels, and how many
-    lines which rule left out. PNG, since letters have sharp edges, which JPEG blurs, and few colours: it is smaller,
+    lines which rule left out; no PNG of a page with MAX_CHARACTERS. PNG, since letters have sharp edges, which JPEG blurs, and few colours: it is smaller,
     too, but where a page shows photographs.
 
     Raises DataFault of kind `pdf` for a page without a size, PdfiumError for one that can't be read.
@@ -220,7 +214,8 @@ class Line:
 
 
 def _characters(page: Any, textpage: Any, dropped: Counter[str]) -> Iterator[Character]:
-    raw = _pdfium().raw
+    from pypdfium2 import raw
+
     left, bottom, right, top = page.get_bbox()
     turns = page.get_rotation() // 90
     sides = [c_double() for _ in range(4)]
@@ -313,7 +308,8 @@ def text_lines(characters: Iterator[Character] | list[Character]) -> list[Line]:
             space, new = True, new or character.text == "\n"
             continue
         run = _Run(character)
-        if not new and last is not None and last.continues(run):
+        ligature = last is not None and character.cell == last.characters[-1].cell  # told as letters of one box
+        if not new and last is not None and (ligature or last.continues(run)):
             last.append(run, space)
         else:
             runs.append(run)
