@@ -34,7 +34,7 @@ class GranDataset:
         fault_budget: float = 0.01,
     ) -> None:
         if isinstance(path_or_dataset, (str, Path)):
-            found = _open(Path(path_or_dataset))
+            found = open_dataset(Path(path_or_dataset))
             self.path = str(path_or_dataset)
         else:
             found = path_or_dataset
@@ -76,7 +76,8 @@ class GranDataset:
         return sample
 
 
-def _open(path: Path) -> datasets.Dataset | datasets.DatasetDict:
+def open_dataset(path: Path) -> datasets.Dataset | datasets.DatasetDict:
+    """The dataset at `path`, whatever its columns are: see `ACCEPTED`. Raises ValueError where there is none."""
     if not path.exists():
         raise ValueError(f"no dataset at {path}: there is nothing there; accepted: {ACCEPTED}")
     try:

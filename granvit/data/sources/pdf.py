@@ -63,13 +63,11 @@ class Pdf(Source):
 
     unit = "page"
 
-    def __post_init__(self) -> None:
+    def inputs(self) -> list[str]:
         if not 10 <= self.dpi <= 1200:
             raise ValueError(f"dpi must lie in 10 to 1200, got {self.dpi}")
         if self.max_pages < 1:
             raise ValueError(f"max_pages must be >= 1, got {self.max_pages}")
-
-    def inputs(self) -> list[str]:
         return [self.files]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
@@ -149,8 +147,10 @@ def _document(folder: str, name: str) -> Any:
 
 def render(document: Any, page: int, dpi: float) -> tuple[bytes, list[tuple[str, Box]], Counter[str]]:
     """Page number `page` (from 0) of a pypdfium2 document: a PNG, its lines as text and xyxy in pixels, and how many
-    lines which rule left out; no PNG of a page with MAX_CHARACTERS. PNG, since letters have sharp edges, which JPEG blurs, and few colours: it is smaller,
-    too, but where a page shows photographs.
+    lines which rule left out; no PNG where there are more than MAX_CHARACTERS.
+
+    PNG, since letters have sharp edges, which JPEG blurs, and few colours: it is smaller, too, but where a page shows
+    photographs.
 
     Raises DataFault of kind `pdf` for a page without a size, PdfiumError for one that can't be read.
     """
