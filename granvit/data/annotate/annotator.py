@@ -107,9 +107,9 @@ class Annotator:
 
     The batch has a column `image` (encoded bytes, {"bytes", "path"} or PIL images) and may have `caption` and
     `regions`, which are kept; new regions come after them. In `faults` stands, a line each, "kind: what is wrong" of
-    the picture or of a region that was left out; in `dropped` the rule for each region that was. A picture that can not
-    be decoded has width and height 0 and no new regions. A picture for which a model raises gets a fault of kind `model`:
-    one picture never ends a run. Raises ValueError where a model returns not one result a picture.
+    the picture or of a region that was left out; in `dropped` the rule for each region that was. A picture that can't
+    be decoded has width and height 0 and no new regions. One for which a model raises gets a fault of kind `model`: a
+    single picture never ends a run. Raises ValueError where a model returns not one result a picture.
     """
 
     ocr: Ocr | None = None
