@@ -36,7 +36,8 @@ def open_file(location: str) -> Iterator[IO[bytes]]:
     """A file opened for reading bytes. Raises ValueError that names it where it can't be opened."""
     try:
         if is_remote(location):
-            opened = fsspec.open(location, "rb").open()
+            held = fsspec.open(location, "rb")  # an archive is closed when nothing holds this any more
+            opened = held.open()
         elif os.path.isfile(location):  # to open a FIFO or a device could take for ever
             opened = open(location, "rb")
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -58,6 +59,7 @@ class Isolated:
 
 
 def _serve(function: Callable[..., Any], memory: int, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:  # which, killed while the library loops, can't end this process

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from granvit.data.__main__ import main
 from granvit.data.annotate import COLUMNS, Annotator, Detection, Line, TransformersCaptioner, TransformersDetector
@@ -352,3 +354,49 @@ def test_the_command_with_transformers(detectors, captioners, tmp_path, capsys):
     assert len(rows) == 3 and all(row.caption and row.regions for row in rows)
     assert main(["annotate", str(folder), "--output", str(tmp_path / "no")]) == 1
     assert "error: nothing to do: give --ocr" in capsys.readouterr().err
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def examples() -> list[str]:
+    [section] = re.findall(r"^## Annotate your own pictures$(.*?)(?=^## |\Z)", DOCUMENT, re.DOTALL | re.MULTILINE)
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_documents_own_models(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(examples()[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = pictures(tmp_path / "in", 2)
+    picture = Image.new("RGB", (80, 60), "white")
+    picture.paste("red", (20, 10, 60, 40))
+    picture.save(folder / "red.png")
+    arguments = ["annotate", str(folder), "--detector", "mine:RedThings", "--captioner", "mine:Redness"]
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--workers", "0"]) == 0
+    [row] = read(tmp_path / "out")
+    [region] = row.regions
+    assert region.caption == "a thing of redness 255"
+    assert region.box == pytest.approx((0.25, 1 / 6, 0.75, 2 / 3))
+
+
+def test_the_documents_map_over_many_processes(tmp_path, monkeypatch):
+    pytest.importorskip("rapidocr")
+    from granvit.data.sample.fonts import font
+
+    page = Image.new("RGB", (300, 60), "white")
+    ImageDraw.Draw(page).text((20, 15), "Ticket 4711", "black", font("matplotlib", "DejaVuSans.ttf", 24))
+    (tmp_path / "IMAGES").mkdir()
+    for i in range(2):
+        page.save(tmp_path / "IMAGES" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(examples()[1], "data.md", "exec"), names)
+    for row in names["found"]:
+        assert " ".join(region["caption"] for region in row["regions"]) == "Ticket 4711"
+
+
+def test_pictures_in_an_archive(plugins, tmp_path):
+    folder = pictures(tmp_path / "in", 2)
+    shutil.make_archive(str(tmp_path / "all"), "zip", tmp_path, folder.name)
+    build(Annotate(f"zip://in::{tmp_path}/all.zip", ocr=f"{HERE}:Reader"), tmp_path / "out")
+    assert [row.id for row in read(tmp_path / "out")] == ["0000.png", "0001.png"]

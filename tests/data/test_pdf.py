@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from granvit.data.isolated import Isolated
 from granvit.data.loader import GranDataset
 from granvit.data.schema import DataFault
 from granvit.data.shards import build_dataset
+from granvit.data.sources import pdf
 from granvit.data.sources.pdf import Character, Pdf, render, text_lines
 
 TOLERANCE = 0.02  # points: pdfium keeps a glyph's box in thousandths of its size, rounded outwards
@@ -235,6 +237,9 @@ def test_a_folder_with_good_and_broken_files(tmp_path, caplog):
     assert (region.caption, region.kind, data[1].caption, data[1].licence) == ("third", "ocr", None, "mine")
     one = build(Pdf(str(folder / "deep" / "good.pdf")), tmp_path / "one")
     assert one.kept == 3
+    shutil.make_archive(str(tmp_path / "all"), "zip", folder, "deep")
+    for i, files in enumerate(("zip://deep", "zip://deep/good.pdf")):
+        assert build(Pdf(f"{files}::{tmp_path}/all.zip"), tmp_path / f"zip{i}").kept == 3
 
 
 def test_damaged_files_never_end_a_build(tmp_path):
@@ -253,6 +258,27 @@ def test_damaged_files_never_end_a_build(tmp_path):
         (folder / f"{i:02}.pdf").write_bytes(damaged.tobytes())
     summary = build(Pdf(str(folder)), tmp_path / "out", fault_budget=1)
     assert summary.kept >= 1 and summary.read >= 61
+
+
+def test_a_file_that_hangs_is_given_up(tmp_path, monkeypatch):
+    page, file = canvas()
+    for _ in range(6):
+        page.drawString(20, 20, "a line")
+        page.showPage()
+    page.save()
+    (tmp_path / "a.pdf").write_bytes(file.getvalue())
+    calls = []
+
+    def reader(what, *arguments):
+        if what == "pages":
+            return 6
+        calls.append(arguments)
+        raise DataFault("crash", "not done")
+
+    monkeypatch.setattr(pdf, "_isolated", lambda: reader)
+    with pytest.raises(ValueError, match="6 of 6 pages have faults .crash 3, pdf 3."):
+        build(Pdf(str(tmp_path / "a.pdf")), tmp_path / "out", fault_budget=1)
+    assert len(calls) == 3
 
 
 def test_a_huge_page_is_rendered_smaller_and_no_sheet_is_a_fault():

@@ -84,7 +84,7 @@ class Annotate(Source):
     def inputs(self) -> list[str]:
         self.annotator()
         if not _is_dataset(self.images):
-            return [self.images]
+            return [] if is_remote(self.images) else [self.images]  # an object store knows no folders
         return sorted(str(path) for kind in ("*.arrow", "*.parquet") for path in Path(self.images).rglob(kind))
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:

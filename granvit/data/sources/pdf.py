@@ -37,6 +37,8 @@ MAX_CHARACTERS = 20_000
 """A page with more (a broadsheet has fewer) is left out: drawings made of letters, and attacks."""
 SECONDS, MEMORY = 60.0, 2_000_000_000
 """What reading a page may take."""
+MAX_CRASHES = 3
+"""Pages of a file may crash or hang their reader, in one shard, before the rest are not tried."""
 COLUMN, SPACE = 0.9, 0.15
 """A gap of this many heights of a line separates columns, or words that the file draws one by one. Of a justified line
 with wider gaps the parts become lines of their own: better than to join two columns (LaTeX's are 1.0 apart)."""
@@ -68,7 +70,8 @@ class Pdf(Source):
             raise ValueError(f"dpi must lie in 10 to 1200, got {self.dpi}")
         if self.max_pages < 1:
             raise ValueError(f"max_pages must be >= 1, got {self.max_pages}")
-        return [self.files]
+        folder = _folder(self.files)[1] is None
+        return [] if folder and is_remote(self.files) else [self.files]  # an object store knows no folders
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
         folder, names = _files(self.files)
@@ -88,9 +91,12 @@ class Pdf(Source):
 
     def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
         folder, _ = _folder(self.files)
+        crashes: Counter[str] = Counter()
         for record in records:
             name, page = record.data
             try:
+                if crashes[name] >= MAX_CRASHES:
+                    raise DataFault("pdf", f"not read: {MAX_CRASHES} pages of this file crashed their reader")
                 content, lines, dropped = _isolated()("page", folder, name, page, self.dpi)
                 notes.dropped.update(dropped)
                 if lines:
@@ -100,6 +106,7 @@ class Pdf(Source):
                 elif content:
                     notes.drop("page without text")
             except DataFault as fault:
+                crashes[name] += fault.kind == "crash"
                 notes.fault(record, fault)
 
 
