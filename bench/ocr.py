@@ -89,9 +89,9 @@ def measure(pages: int, seed: int, dpi: float = 150) -> dict[str, Any]:
         rows = GranDataset(Path(folder) / "out").rows.to_list()
     annotator = Annotator(ocr=RapidOcr())
     annotator({"image": [Image.new("RGB", (64, 64))]})  # loads the models
-    start = time.perf_counter()
+    start = time.process_time()
     read = annotator({"image": [row["image"] for row in rows]})["regions"]
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     kinds = defaultdict(lambda: {"truths": [], "answers": [], "found": [], "overlaps": [], "extra": 0})
     for row, regions in zip(rows, read, strict=True):
         index = int(row["id"][-4:]) - 1
@@ -106,7 +106,7 @@ def measure(pages: int, seed: int, dpi: float = 150) -> dict[str, Any]:
         "pages": len(rows),
         "dpi": dpi,
         "seed": seed,
-        "seconds_a_pdf_page": round(seconds / len(rows), 2),
+        "cpu_seconds_a_pdf_page": round(seconds / len(rows), 2),
         **{kind: _rates(one) for kind, one in kinds.items()},
     }
 
