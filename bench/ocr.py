@@ -48,14 +48,15 @@ LAYOUTS = ("letter", "columns", "table")
 
 
 def draw(path: Path, pages: int, seed: int) -> None:
-    """A PDF file of `pages` pages; layouts and fonts take turns, sizes are 8 to 14 points."""
+    """A PDF file of `pages` pages; layouts and fonts take turns, sizes are 8 to 14 points, in tables to 10."""
     for name, (package, file) in FONTS.items():
         pdfmetrics.registerFont(TTFont(name, Path(importlib.util.find_spec(package).origin).parent / file))
     canvas, rng = Canvas(str(path), (WIDTH, HEIGHT), invariant=1), np.random.default_rng(seed)
     for number in range(pages):
-        font, size = list(FONTS)[number % len(FONTS)], float(rng.choice((8, 9, 10, 11, 12, 14)))
+        font, layout = list(FONTS)[number % len(FONTS)], LAYOUTS[number % len(LAYOUTS)]
+        size = float(rng.choice((8, 9, 10) if layout == "table" else (8, 9, 10, 11, 12, 14)))
         canvas.setFont(font, size)
-        for x, y, text in _lines(LAYOUTS[number % len(LAYOUTS)], font, size, rng):
+        for x, y, text in _lines(layout, font, size, rng):
             canvas.drawString(x, HEIGHT - y, text)
         canvas.showPage()
     canvas.save()
