@@ -132,13 +132,13 @@ def _isolated() -> Isolated:
 
 
 def _serve(what: str, folder: str, name: str, *arguments: Any) -> Any:
-    import pypdfium2
-
     try:
         document = _document(folder, name)
         return len(document) if what == "pages" else render(document, *arguments)
-    except (pypdfium2.PdfiumError, ValueError, OSError, KeyError) as error:  # KeyError: zip's for a missing member
-        raise (error if isinstance(error, DataFault) else DataFault("pdf", f"can't be read: {error}")) from None
+    except (DataFault, MemoryError):
+        raise
+    except Exception as error:  # places at infinity, archives without the member: one file must not end a build
+        raise DataFault("pdf", f"can't be read: {error}") from None
 
 
 @lru_cache(maxsize=1)  # pages of a file follow each other
@@ -267,6 +267,8 @@ def _characters(page: Any, textpage: Any, dropped: Counter[str]) -> Iterator[Cha
 def _readable(text: str) -> str | None:
     if text in "\x02\xad\ufffe":  # what pdfium and others make of a hyphen at a line's end
         return "-"
+    if unicodedata.category(text) == "Cf":  # marks without a glyph
+        return ""
     if unicodedata.category(text) in ("Cc", "Cn", "Co", "Cs") or text == "\ufffd":
         return None
     if "\ufb00" <= text <= "\ufb06":  # ligatures; other compatibility forms look different from what they stand for
