@@ -87,7 +87,8 @@ def measure(pages: int, seed: int, dpi: float = 150) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder) / "pages.pdf", pages, seed)
         build_dataset(Pdf(f"{folder}/pages.pdf", dpi=dpi), Path(folder) / "out", workers=0)
-        rows = GranDataset(Path(folder) / "out").rows.to_list()
+        stored = GranDataset(Path(folder) / "out").rows
+        rows = [stored[i] for i in range(len(stored))]
     annotator = Annotator(ocr=RapidOcr())
     annotator({"image": [Image.new("RGB", (64, 64))]})  # loads the models
     start = time.process_time()

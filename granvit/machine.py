@@ -7,8 +7,6 @@ import platform
 import subprocess
 from pathlib import Path
 
-import torch
-
 
 def commit() -> str:
     """The checked-out commit, with "-dirty" where files differ from it; outside a checkout what GRANVIT_COMMIT says, or
@@ -21,8 +19,15 @@ def commit() -> str:
 def device_name(device: str = "cpu") -> str:
     """The GPU's name, or the CPU's model name."""
     if device.startswith("cuda"):
+        import torch
+
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: the folder that GRANVIT_CACHE names, else ~/.cache/granvit."""
+    return Path(os.environ.get("GRANVIT_CACHE") or Path.home() / ".cache" / "granvit")

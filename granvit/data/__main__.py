@@ -12,8 +12,12 @@ from tyro.conf import OmitArgPrefixes, arg, subcommand
 
 from granvit.data.annotate.source import Annotate
 from granvit.data.shards import build_dataset
+from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
+from granvit.data.sources.labelme import Labelme
 from granvit.data.sources.pdf import Pdf
+from granvit.data.sources.refcoco import RefCoco
+from granvit.data.sources.visual_genome import VisualGenome
 from granvit.data.sources.voc import Voc
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -34,7 +38,15 @@ def sample(images: int, output: Path, seed: int = 0, workers: int | None = None)
     console.print(f"wrote {images} pictures to {output}", markup=False)
 
 
-FORMATS = {"jsonl": Jsonl, "pdf": Pdf, "voc": Voc}
+FORMATS = {
+    "jsonl": Jsonl,
+    "coco": Coco,
+    "refcoco": RefCoco,
+    "visual-genome": VisualGenome,
+    "labelme": Labelme,
+    "voc": Voc,
+    "pdf": Pdf,
+}
 
 
 def convert(
@@ -49,9 +61,9 @@ def convert(
 
     Args:
         source: The format and its files.
-        output: A new or an empty folder, or one in which this very command was stopped.
+        output: A new or an empty folder, one with other splits, or one in which this very command was stopped.
         split: Name of the split that is written.
-        exclude: File with one id a line; rows of these ids are left out.
+        exclude: File with one id a line; rows of these ids, and pictures known elsewhere by them, are left out.
         fault_budget: Share of images that may have faults before nothing is published.
         workers: Processes; None: one a core.
     """

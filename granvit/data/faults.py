@@ -25,11 +25,19 @@ class FaultLog:
     def __init__(self, rows: int, budget: float, unit: str = "row") -> None:
         if not 0 <= budget <= 1:
             raise ValueError(f"fault_budget must be a share in [0, 1], got {budget!r}")
-        self.rows, self.unit = rows, unit
-        self.allowed = max(1, math.floor(budget * rows)) if budget > 0 else 0
+        self.rows, self.budget, self.unit = rows, budget, unit
         self.counts: Counter[str] = Counter()
         self.faulty: set[int | str] = set()
         self._seen: set[tuple[int | str, str]] = set()
+
+    @property
+    def allowed(self) -> int:
+        """How many rows may have faults."""
+        return max(1, math.floor(self.budget * self.rows)) if self.budget > 0 else 0
+
+    def grow(self, rows: int) -> None:
+        """Count the budget's share of this many rows, if that is more: a stream's length is not known beforehand."""
+        self.rows = max(self.rows, rows)
 
     def add(self, row: int | str, name: str, fault: DataFault) -> None:
         """Note one fault of row `row` (its number or id), shown as `name`."""

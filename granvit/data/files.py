@@ -6,29 +6,71 @@ Names inside annotations are untrusted: `inside` lets none leave the folder that
 from __future__ import annotations
 
 import os
+import posixpath
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
+from zipfile import BadZipFile
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from granvit.data.schema import DataFault
 
 MAX_BYTES = 256_000_000
 """An image file of more bytes is not read."""
 
+# What is seen of files and archives that are missing or broken: KeyError is zip's for a member that is not there,
+# RuntimeError for one with a password, ImportError fsspec's where a protocol's package is missing.
+_UNREADABLE = (OSError, ValueError, ImportError, KeyError, EOFError, RuntimeError, BadZipFile, zlib.error)
+
 
 def is_remote(location: str) -> bool:
     return "://" in location or "::" in location
 
 
+def local(folder: str) -> list[str]:
+    """[folder], for `Source.inputs`, unless it is remote: what has no real folders may not know this one."""
+    return [] if is_remote(folder) else [folder]
+
+
 def parent(location: str) -> str:
     """The folder of a file."""
-    first, chained, rest = location.partition("::")
     if not is_remote(location):
         return os.path.dirname(location) or "."
-    return f"{first.rpartition('/')[0]}{chained}{rest}"
+    before, path, after = _split(location)
+    return f"{before}{path.rpartition('/')[0]}{after}"
+
+
+def suffix(location: str) -> str:
+    """The ending of a file's name, in small letters: ".parquet"."""
+    return posixpath.splitext(_split(location)[1])[1].lower()
+
+
+def _split(location: str) -> tuple[str, str, str]:
+    """What is before the path, the path, and what is after it: "simplecache::", "s3://a/b" and "", or "", "zip://a/b"
+    and "::photos.zip"."""
+    parts = location.split("::")
+    at = next((index for index, part in enumerate(parts) if "://" in part), 0)
+    return "".join(f"{part}::" for part in parts[:at]), parts[at], "".join(f"::{part}" for part in parts[at + 1 :])
+
+
+def _system(location: str) -> tuple[AbstractFileSystem, str]:
+    """What a remote location lies in, and its path there. Archives are kept open: fsspec would read an archive's whole
+    directory again for each file."""
+    before, path, after = _split(location)
+    if before or not after:
+        return fsspec.url_to_fs(location)
+    protocol, _, inner = path.partition("://")
+    return _archive(protocol, after), inner
+
+
+@lru_cache(maxsize=8)
+def _archive(protocol: str, rest: str) -> AbstractFileSystem:
+    return fsspec.url_to_fs(f"{protocol}://{rest}")[0]
 
 
 @contextmanager
@@ -36,13 +78,13 @@ def open_file(location: str) -> Iterator[IO[bytes]]:
     """A file opened for reading bytes. Raises ValueError that names it where it can't be opened."""
     try:
         if is_remote(location):
-            held = fsspec.open(location, "rb")  # an archive is closed when nothing holds this any more
-            opened = held.open()
+            system, path = _system(location)
+            opened = system.open(path, "rb")
         elif os.path.isfile(location):  # to open a FIFO or a device could take for ever
             opened = open(location, "rb")
         else:
-            raise ValueError(f"no file at {location}")
-    except (OSError, ImportError) as error:  # fsspec raises ImportError where a protocol's package is missing
+            raise FileNotFoundError("no such file")
+    except _UNREADABLE as error:
         raise ValueError(f"{location} can't be opened: {error}") from error
     with opened as file:
         yield file
@@ -58,10 +100,10 @@ def state(location: str) -> str:
             raise ValueError(f"no file at {location}")
         found = os.stat(location)
         return f"{found.st_size} {found.st_mtime_ns}"
-    system, path = fsspec.url_to_fs(location)
     try:
+        system, path = _system(location)
         info = system.info(path)
-    except OSError as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{location} can't be read: {error}") from error
     return " ".join(str(info.get(key, "")) for key in ("size", "mtime", "ETag", "LastModified"))
 
@@ -70,10 +112,14 @@ def list_files(folder: str, suffixes: tuple[str, ...]) -> list[str]:
     """Names relative to `folder`, sorted, of the files in it and below whose name ends in one of `suffixes`, in
     capitals too. Hidden files and folders are left out. Raises ValueError where there is no such folder."""
     if is_remote(folder):
-        system, root = fsspec.url_to_fs(folder)
-        if not system.isdir(root):
+        try:
+            system, root = _system(folder)
+            found = system.find(root) if system.isdir(root) else None
+        except _UNREADABLE as error:
+            raise ValueError(f"{folder} can't be read: {error}") from error
+        if found is None:
             raise ValueError(f"no folder at {folder}")
-        names = [PurePosixPath(path).relative_to(root).as_posix() for path in system.find(root)]
+        names = [PurePosixPath(path).relative_to(root).as_posix() for path in found]
     else:
         if not os.path.isdir(folder):
             raise ValueError(f"no folder at {folder}")
@@ -88,6 +134,12 @@ def list_files(folder: str, suffixes: tuple[str, ...]) -> list[str]:
     )
 
 
+def join(folder: str, name: str) -> str:
+    """Where the file `name` of `folder` is, for names that are known to be in it."""
+    before, path, after = _split(folder)
+    return f"{before}{path}{'' if path.endswith('/') else '/'}{name}{after}"
+
+
 def inside(folder: str, name: str) -> str:
     """Where the file `name` of `folder` is. Raises DataFault of kind `path` where a name leads out of the folder,
     by a link too."""
@@ -95,9 +147,7 @@ def inside(folder: str, name: str) -> str:
     if is_remote(folder):
         if is_remote(name) or name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise refused
-        first, chained, rest = folder.partition("::")
-        separator = "" if first.endswith("/") else "/"
-        return f"{first}{separator}{name}{chained}{rest}"
+        return join(folder, name)
     try:
         path = (Path(folder) / name).resolve()
         if Path(name).is_absolute() or not path.is_relative_to(Path(folder).resolve()):
@@ -109,17 +159,32 @@ def inside(folder: str, name: str) -> str:
     return str(path)
 
 
+def rebase(folder: str, name: str, other: str) -> str:
+    """What the file `name` of `folder` is called from the folder `other`: with ".." in it, which `inside` refuses,
+    where it lies elsewhere."""
+    (before, here, after), (other_before, there, other_after) = _split(folder), _split(other)
+    if (before, after) != (other_before, other_after):
+        return ".."
+    return posixpath.relpath(posixpath.join(here, name), there)
+
+
 def read_image(folder: str, name: str) -> bytes:
     """The bytes of an image file of `folder`. Raises DataFault of kind `path` (leads out of the folder, is no file,
     can't be read) or `image_bytes` (more than MAX_BYTES)."""
+    return read_file(folder, name, MAX_BYTES, "image")
+
+
+def read_file(folder: str, name: str, limit: int, what: str) -> bytes:
+    """The bytes of a file of `folder`, which faults call `what`. Raises DataFault of kind `path`, or of kind
+    "`what`_bytes" where there are more than `limit`."""
     location = inside(folder, name)
     if not is_remote(folder) and not os.path.isfile(location):
-        raise DataFault("path", f"image {name!r:.80} is no file")
+        raise DataFault("path", f"{what} {name!r:.80} is no file")
     try:
         with open_file(location) as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError, KeyError) as error:  # KeyError: zip's for a member that is not there
-        raise DataFault("path", f"image {name!r:.80} can't be read: {error}") from None
-    if len(content) > MAX_BYTES:
-        raise DataFault("image_bytes", f"image {name!r:.80} has more than the limit of {MAX_BYTES} bytes")
+            content = file.read(limit + 1)
+    except _UNREADABLE as error:
+        raise DataFault("path", f"{what} {name!r:.80} can't be read: {error}") from None
+    if len(content) > limit:
+        raise DataFault(f"{what}_bytes", f"{what} {name!r:.80} has more than the limit of {limit} bytes")
     return content

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 from granvit.data.faults import FaultLog
+from granvit.data.files import is_remote, join, list_files, parent
+from granvit.data.parquet import ParquetRows
 from granvit.data.schema import FEATURES, DataFault, Sample, parse_row
-from granvit.data.shards import WORK
+from granvit.data.shards import SHARD, WORK
 
-ACCEPTED = "a folder written by save_to_disk, or Parquet files (one, or a folder of SPLIT*.parquet)"
+ACCEPTED = "a folder written by save_to_disk, or Parquet files (one, a folder or a URL of SPLIT*.parquet)"
 
 
 class GranDataset:
     """A split of a Gran dataset, read row by row: `len(ds)`, `ds[i] -> Sample | None`.
 
     None stands for a row that can't be used. It is logged with its id and counted in `faults`; a bad region
-    of a good image is left out and counted too. Each worker process of a data loader keeps a log of its own.
+    of a good image is left out and counted too.
 
     path_or_dataset: a folder written by `save_to_disk` (a Dataset or a DatasetDict), a folder or file of
-        Parquet, or a `datasets.Dataset` or `DatasetDict`, which is how data from a hub comes in.
+        Parquet, here or a URL that fsspec reads, or a `datasets.Dataset` or `DatasetDict`.
     split: which split of those that there are. A source without splits has only "train".
     fault_budget: the share of rows that may have faults before FaultBudgetExceeded is raised.
+
+    groups: int64 [G], runs of rows that lie together: reading them in turn is cheap. Parquet's row groups; in
+        Arrow every row for itself.
 
     Raises ValueError for a folder that is no dataset, a split that isn't there and missing columns.
     """
@@ -34,7 +41,7 @@ class GranDataset:
         fault_budget: float = 0.01,
     ) -> None:
         if isinstance(path_or_dataset, (str, Path)):
-            found = open_dataset(Path(path_or_dataset))
+            found = open_dataset(str(path_or_dataset))
             self.path = str(path_or_dataset)
         else:
             found = path_or_dataset
@@ -46,61 +53,81 @@ class GranDataset:
         missing = sorted(set(FEATURES) - set(rows.column_names))
         if missing:
             raise ValueError(f"{self.path} is no Gran dataset: it lacks the columns {missing}, has {rows.column_names}")
-        # decode=False: a broken image must come as bytes to us, not as an exception out of `datasets`.
-        self.rows = rows.cast_column("image", datasets.Image(decode=False))
-        self._texts = self.rows.remove_columns("image")
+        if isinstance(rows, ParquetRows):
+            self.groups, self.fingerprint = rows.groups, rows.fingerprint
+        else:
+            # decode=False: a broken image must come as bytes to us, not as an exception out of `datasets`.
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+            self.groups, self.fingerprint = np.ones(len(rows), np.int64), rows._fingerprint
+        self.rows, self._texts = rows, rows.remove_columns("image")
         self.split = split
-        self.faults = FaultLog(len(self.rows), fault_budget)
+        self.faults = FaultLog(len(rows), fault_budget)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample | None:
-        return self._read(self.rows, index, decode=True)
+        return self._counted(index, decode=True)
 
     def annotations(self, index: int) -> Sample | None:
         """`self[index]` without its picture, and far faster: `image` is a blank of the row's size."""
-        return self._read(self._texts, index, decode=False)
+        return self._counted(index, decode=False)
 
-    def _read(self, rows: datasets.Dataset, index: int, decode: bool) -> Sample | None:
+    def read(self, index: int, drop: Callable[[DataFault], None], decode: bool = True) -> Sample:
+        """A row, checked (`parse_row`); nothing is counted. Raises DataFault, and IndexError where there is no row."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        row = rows[index]
-        name = f"{self.path}[{self.split}][{index}] id={row['id']!r}"
+        return parse_row((self.rows if decode else self._texts)[index], drop=drop, decode=decode)
+
+    def name(self, index: int) -> str:
+        """What a fault calls a row."""
+        return f"{self.path}[{self.split}][{index}] id={self._texts[index]['id']!r}"
+
+    def _counted(self, index: int, decode: bool) -> Sample | None:
+        found: list[DataFault] = []
         sample = None
         try:
-            sample = parse_row(row, drop=lambda fault: self.faults.add(index, name, fault), decode=decode)
+            sample = self.read(index, found.append, decode)
         except DataFault as fault:
-            self.faults.add(index, name, fault)
+            found.append(fault)
+        for fault in found:
+            self.faults.add(index, self.name(index), fault)
         self.faults.check()
         return sample
 
 
-def open_dataset(path: Path) -> datasets.Dataset | datasets.DatasetDict:
-    """The dataset at `path`, whatever its columns are: see `ACCEPTED`. Raises ValueError where there is none."""
-    if not path.exists():
-        raise ValueError(f"no dataset at {path}: there is nothing there; accepted: {ACCEPTED}")
+def open_dataset(location: str) -> datasets.Dataset | datasets.DatasetDict | dict[str, ParquetRows]:
+    """The dataset at a path or URL, whatever its columns are: see `ACCEPTED`. Raises ValueError where there is none."""
+    path = Path(location)
     try:
-        if (path / WORK).exists():
-            raise ValueError("it is not finished; the command that makes it goes on when given again")
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
-        files = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
-        if files:
-            return _from_parquet(path, files)
+        if not is_remote(location):
+            if (path / WORK).exists():
+                raise ValueError("it is not finished; the command that makes it goes on when given again")
+            if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+                return datasets.load_from_disk(location)
+        if location.endswith(".parquet") and (is_remote(location) or path.is_file()):
+            return _from_parquet(parent(location), [location.rpartition("/")[2]])
+        if is_remote(location) or path.is_dir():
+            names = list_files(location, (".parquet",))
+            if names or is_remote(location):
+                return _from_parquet(location, names)
     # What `datasets` raises on damaged files is not documented; these have been seen.
     except (OSError, ValueError, KeyError, IndexError, TypeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"the dataset at {path} can't be opened: {error}") from error
+        raise ValueError(f"the dataset at {location} can't be opened: {error}") from error
+    if not path.exists():
+        raise ValueError(f"no dataset at {path}: there is nothing there; accepted: {ACCEPTED}")
     names = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else [f"the file {path.name}"]
     raise ValueError(f"no dataset at {path}: found {', '.join(names) or 'an empty folder'}; accepted: {ACCEPTED}")
 
 
-def _from_parquet(path: Path, files: list[Path]) -> datasets.DatasetDict:
-    """Splits by names as on the hub: train.parquet, train-00000-of-00002.parquet, train/0.parquet; else
-    "train"."""
+def _from_parquet(folder: str, names: list[str]) -> dict[str, ParquetRows]:
+    """Splits by names as on the hub: SPLIT-00000-of-00002.parquet, train.parquet, train/0.parquet; else "train"."""
+    if not names:
+        raise ValueError("it holds no Parquet files")
     splits: dict[str, list[str]] = {}
-    for file in files:
-        inside = file.relative_to(path).parts[0] if file != path else file.name
-        split = next((name for name in ("train", "validation", "test") if inside.startswith(name)), "train")
-        splits.setdefault(split, []).append(str(file))
-    return datasets.DatasetDict({split: datasets.Dataset.from_parquet(found) for split, found in splits.items()})
+    for name in names:
+        parts = name.split("/")
+        shard = SHARD.fullmatch(parts[-1])
+        known = [split for part in parts for split in ("train", "validation", "test") if part.startswith(split)]
+        splits.setdefault(shard[1] if shard else (known or ["train"])[0], []).append(join(folder, name))
+    return {split: ParquetRows(files) for split, files in splits.items()}

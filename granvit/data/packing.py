@@ -91,10 +91,12 @@ def pack_questions(
     questions: Sequence[Sequence[Question]],
     processor: GranViTProcessor,
     capacity: int,
+    plan: Sequence[Sequence[int]] | None = None,
 ) -> PackedBatch:
     """Pack samples and their questions into sequences of at most `capacity` tokens.
 
-    An image and all of its questions stay together in one sequence; sequences are filled by plan_packing.
+    An image and all of its questions stay together in one sequence; sequences are filled by plan_packing, or hold the
+    samples that `plan` lists for each, which may be none.
     Attention is quadratic in the sequence: on a CPU a capacity of about two images' tokens is fastest.
 
     Args:
@@ -116,7 +118,8 @@ def pack_questions(
                 f"capacity: sample {sample.id!r} with its {len(asked)} questions takes {length} tokens, "
                 f"but a sequence takes {capacity}; ask fewer questions of it or raise the capacity"
             )
-    plan = plan_packing(lengths, capacity)
+    if plan is None:
+        plan = plan_packing(lengths, capacity)
     rows, width = len(plan), max((sum(lengths[i] for i in row) for row in plan), default=0)
     ids = np.full((rows, width), processor.tokenizer.pad_token_id, dtype=np.int64)
     positions, question_index = np.zeros_like(ids), np.zeros_like(ids)

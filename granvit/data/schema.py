@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Features, Image, Sequence, Value
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,7 @@ def parse_region(region: Mapping[str, Any]) -> Region:
     if not isinstance(region, Mapping):
         raise DataFault("regions", f"a region must have named fields, got {region!r:.80}")
     box = region.get("box")
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(side) for side in box):
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(is_number(side) for side in box):
         raise DataFault("box", f"box must be 4 finite numbers [x1, y1, x2, y2], got {box!r}")
     if min(box) < -BOX_TOLERANCE or max(box) > 1 + BOX_TOLERANCE:
         raise DataFault("box", f"box must lie in [0, 1], relative to the image, got {list(box)}")
@@ -178,7 +178,7 @@ def parse_region(region: Mapping[str, Any]) -> Region:
     if kind not in KINDS:
         raise DataFault("region_kind", f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     score = region.get("score")
-    if score is not None and not _is_number(score):
+    if score is not None and not is_number(score):
         raise DataFault("region_score", f"score must be null or a finite number, got {score!r}")
     return Region((x1, y1, x2, y2), caption, kind, None if score is None else float(score))
 
@@ -214,7 +214,8 @@ def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
             "image_shape", f"{width}x{height}: sides must be >= {MIN_SIDE} and their ratio <= {MAX_ASPECT:g}"
         )
     try:
-        return _to_rgb(ImageOps.exif_transpose(opened))
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies in any case
+        return _to_rgb(ImageOps.exif_transpose(opened) if turned else opened)
     # Pillow's decoders raise these and more on hostile files; one bad file must not end a run.
     except (
         OSError,
@@ -262,8 +263,8 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
     return image.convert("RGB")
 
 
-def _is_number(value: Any) -> bool:
-    """A number that is finite in float32, as which it is stored. NaN compares as False."""
+def is_number(value: Any) -> bool:
+    """Whether it is a number that is finite in float32, as which it is stored. NaN compares as False."""
     return (
         isinstance(value, (int, float, np.floating))
         and not isinstance(value, bool)

@@ -14,6 +14,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sqlite3
 import threading
@@ -40,6 +41,8 @@ from granvit.data.schema import FEATURES, DataFault
 from granvit.data.writer import check_split
 
 WORK = ".unfinished"
+SHARD = re.compile(r"(.+)-\d+-of-\d+\.parquet")
+"""What a split's files are called."""
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 64, 16_000_000
 """A Parquet row group ends at either: it is what a reader of one row has to fetch."""
 NAMED_FAULTS = 1000
@@ -51,12 +54,14 @@ class Record:
     """An image of a source, before it is opened.
 
     id: of the row that it becomes, unique in the source. name: what a fault calls it: file and line, or the like.
-    data: whatever `Source.row` needs, as JSON can hold it.
+    data: whatever `Source.row` needs, as JSON can hold it. aliases: ids that the same picture has in other sources;
+    a picture is excluded by any of them.
     """
 
     id: str
     name: str
     data: Any
+    aliases: tuple[str, ...] = ()
 
 
 class Notes:
@@ -71,6 +76,11 @@ class Notes:
         """Count what is left out on purpose; `rule` says why, and of what: "crowd region"."""
         if number:
             self.dropped[rule] += number
+
+    def skip(self, rule: str) -> None:
+        """Count what was read and, on purpose, becomes no record: "image without annotation"."""
+        self.unread += 1
+        self.drop(rule)
 
     def fault(self, record: Record, fault: DataFault) -> None:
         """Note a fault of a record, or of one of its regions. It counts against the fault budget."""
@@ -102,17 +112,23 @@ class Source(ABC):
         """Every image once, in an order that is the same at every call, in bounded memory; `scratch` is an empty
         folder for what does not fit. What is no record is noted as a fault."""
 
-    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
-        """A record as a row of the schema, checked. Raises DataFault; faults of single regions are noted instead."""
+    def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
+        """A record as a row of the schema, checked; None where it is left out by a rule, which is noted. Raises
+        DataFault; faults of single regions are noted instead."""
         raise NotImplementedError
 
     def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
         """Rows of the records that are good, in order; faults are noted. For sources that work by batches."""
         for record in records:
             try:
-                yield self.row(record, notes)
+                row = self.row(record, notes)
             except DataFault as fault:
                 notes.fault(record, fault)
+            except RecursionError:  # what was parsed just so may be too deep to be shown
+                notes.fault(record, DataFault("nesting", "nested too deeply"))
+            else:
+                if row is not None:
+                    yield row
 
 
 @dataclass
@@ -155,7 +171,7 @@ def build_dataset(
     """Write a source as a Gran dataset of Parquet files with one split, or go on with it where it was stopped.
 
     workers: processes (None: one a core; 0: this one). shard_rows: images a shard, the unit of work. fault_budget:
-    the share of images that may have faults. exclude: ids of rows to leave out.
+    the share of images that may have faults. exclude: ids of rows to leave out, or aliases of theirs.
 
     Every fault is logged with its record's name. Raises ValueError where an input is missing, `output_dir` holds
     anything but this very build, or there is nothing to write, and FaultBudgetExceeded when too many images have
@@ -175,7 +191,7 @@ def build_dataset(
     FaultLog(0, fault_budget)  # a budget that is none must be said now
     if shard_rows < 1:
         raise ValueError(f"shard_rows must be >= 1, got {shard_rows}")
-    with _work_folder(output_dir) as work:
+    with _work_folder(output_dir, split) as work:
         _claim(work, described, output_dir)
         if not (work / "index.sqlite").exists():
             _index(source, work, frozenset(exclude))
@@ -213,11 +229,11 @@ def _settings(source: Source) -> dict[str, Any]:
 
 
 @contextmanager
-def _work_folder(output_dir: Path) -> Iterator[Path]:
+def _work_folder(output_dir: Path, split: str) -> Iterator[Path]:
     """OUTPUT/.unfinished, held by this process alone. A folder in which nothing was made yet vanishes with an error."""
     work = output_dir / WORK
-    if output_dir.exists() and not work.is_dir() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
+    if output_dir.exists() and not work.is_dir():
+        _check_free(output_dir, split)
     there = output_dir.exists()
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
@@ -235,10 +251,20 @@ def _work_folder(output_dir: Path) -> Iterator[Path]:
             raise
 
 
+def _check_free(output_dir: Path, split: str) -> None:
+    """Raises ValueError unless the folder is empty or holds other splits that were built here."""
+    found = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else [output_dir.name]
+    shards = {name: match[1] for name in found if (match := SHARD.fullmatch(name))}
+    if split in shards.values():
+        raise ValueError(f"output must be a new or an empty folder, or lack the split {split!r}, got {output_dir}")
+    if set(found) - set(shards) - {"README.md"} or (found and not shards):
+        raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
+
+
 def _claim(work: Path, described: dict[str, Any], output_dir: Path) -> None:
     """Note what is being built. Raises ValueError naming what differs from what was begun here."""
     path = work / "plan.json"
-    if not path.exists():
+    if not path.exists() or not (work / "index.sqlite").exists():  # else nothing was made that could be lost
         _write(path, json.dumps(described))
         return
     begun = json.loads(path.read_text())
@@ -258,17 +284,22 @@ def _index(source: Source, work: Path, exclude: frozenset[str]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     notes = Notes()
-    with closing(sqlite3.connect(path)) as database, Progress(console=Console(stderr=True)) as bar:
+    with closing(sqlite3.connect(path)) as database, _progress() as bar:
         task = bar.add_task(f"Indexing {source.unit}s", total=None)
         database.execute("PRAGMA synchronous = OFF")  # the rename makes it whole; a power cut begins anew
         database.execute("CREATE TABLE records (n INTEGER PRIMARY KEY, id TEXT UNIQUE, name TEXT, data TEXT)")
         count = read = 0
         for record in source.records(notes, scratch):
             read += 1
-            if record.id in exclude:
+            if not exclude.isdisjoint((record.id, *record.aliases)):
                 notes.drop("excluded")
                 continue
-            values = (count, record.id, record.name, json.dumps(record.data))
+            try:
+                values = (count, record.id, record.name, json.dumps(record.data))
+            except RecursionError:
+                read -= 1
+                notes.unreadable(record.name, DataFault("nesting", "nested too deeply"))
+                continue
             added = database.execute("INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?)", values).rowcount
             if added:
                 count += 1
@@ -285,6 +316,11 @@ def _index(source: Source, work: Path, exclude: frozenset[str]) -> None:
     path.rename(work / "index.sqlite")
 
 
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, disable=not console.is_terminal)
+
+
 def _make_shards(
     source: Source, work: Path, records: int, shard_rows: int, workers: int | None, title: str
 ) -> Iterator[int]:
@@ -293,7 +329,7 @@ def _make_shards(
     todo = [shard for shard in shards if not _done(work, shard)]
     processes = min(os.cpu_count() or 1 if workers is None else workers, len(todo))
     sizes = [min(shard_rows, records - shard * shard_rows) for shard in shards]
-    with Progress(console=Console(stderr=True), disable=not Console(stderr=True).is_terminal) as bar:
+    with _progress() as bar:
         task = bar.add_task(title, total=records)
 
         def made(shard: int) -> int:
@@ -344,7 +380,8 @@ def _work_on(shard: int) -> None:
 
 
 def _make_shard(source: Source, work: Path, shard: int, shard_rows: int) -> None:
-    with closing(sqlite3.connect(f"file:{work / 'index.sqlite'}?mode=ro&immutable=1", uri=True)) as database:
+    index = (work / "index.sqlite").absolute()
+    with closing(sqlite3.connect(f"{index.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
         query = "SELECT id, name, data FROM records WHERE n >= ? AND n < ? ORDER BY n"
         found = database.execute(query, (shard * shard_rows, (shard + 1) * shard_rows)).fetchall()
     records = [Record(row_id, name, json.loads(data)) for row_id, name, data in found]
@@ -399,32 +436,35 @@ def _publish(output_dir: Path, work: Path, split: str, summary: Summary, describ
         shard = work / f"{stem}.parquet"
         if shard.exists():
             shard.rename(output_dir / f"{split}-{index:05d}-of-{len(full):05d}.parquet")
-    card = _CARD.format(
-        split=split,
-        source=described["source"].removeprefix("granvit.data."),
-        counts="\n".join(f"| {name} | {number} |" for name, number in summary.lines()),
-    )
-    _write(output_dir / "README.md", card)
+    _write_card(output_dir, split, summary, described["source"].removeprefix("granvit.data."))
     gone = output_dir / ".finished"
     work.rename(gone)
     shutil.rmtree(gone)
+
+
+def _write_card(output_dir: Path, split: str, summary: Summary, source: str) -> None:
+    """The dataset card: which files are which split, for `datasets`, and what each split was made of, for people."""
+    path = output_dir / "README.md"
+    sections = re.split(r"^(?=## )", path.read_text(encoding="utf-8"), flags=re.M)[1:] if path.exists() else []
+    counts = "\n".join(f"| {name} | {number} |" for name, number in summary.lines())
+    section = f"## {split}\n\nMade by `python -m granvit.data` from {source}.\n\n| | |\n|---|---|\n{counts}\n"
+    sections = [other.strip() + "\n" for other in sections if not other.startswith(f"## {split}\n")] + [section]
+    splits = sorted({match[1] for file in output_dir.iterdir() if (match := SHARD.fullmatch(file.name))})
+    files = "\n".join(f'  - split: {name}\n    path: "{name}-*.parquet"' for name in splits)
+    _write(path, _CARD.format(files=files, sections="\n".join(sections)))
 
 
 _CARD = """---
 configs:
 - config_name: default
   data_files:
-  - split: {split}
-    path: "{split}-*.parquet"
+{files}
 ---
 # A Gran dataset
 
-Made by `python -m granvit.data` from {source}. Boxes are relative xyxy after EXIF orientation.
+Boxes are relative xyxy after EXIF orientation.
 
-| | |
-|---|---|
-{counts}
-"""
+{sections}"""
 
 
 def _add_faults(log: FaultLog, faults: Iterable[tuple[str, str, str, str]]) -> None:

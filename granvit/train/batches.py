@@ -8,36 +8,16 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from granvit.data.packing import PackedBatch, pack_questions
+from granvit.data.batches import Batch, collate
 from granvit.data.prompts import BBOX2CAPTION, GLOBAL_CAPTION, Question
 from granvit.data.schema import Sample
 from granvit.train.presets import Data
 from granvit.train.stages import Stage
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a training step takes. regions [R, 4] are relative xyxy float32, region_image [R] int64 their images."""
-
-    samples: list[Sample]
-    packed: PackedBatch
-    regions: Tensor
-    region_image: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            regions=self.regions.to(device),
-            region_image=self.region_image.to(device),
-        )
 
 
 class Order:
@@ -92,27 +72,6 @@ def choose_questions(
     return found
 
 
-def collate(samples: list[Sample], asked: list[list[Question]], processor, capacity: int) -> Batch | None:
-    """Pack samples and their questions; None if there is nothing to ask.
-
-    Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call.
-    """
-    pairs = [(sample, found) for sample, found in zip(samples, asked, strict=True) if found]
-    if not pairs:
-        return None
-    pairs.sort(key=lambda pair: pair[0].image.shape[0] / pair[0].image.shape[1])
-    samples = [sample for sample, _ in pairs]
-    packed = pack_questions(samples, [found for _, found in pairs], processor, capacity)
-    boxes = [region.box for sample in samples for region in sample.regions]
-    owner = [i for i, sample in enumerate(samples) for _ in sample.regions]
-    return Batch(
-        samples,
-        packed,
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(owner, dtype=torch.int64),
-    )
-
-
 def batches(
     read: Callable[[int], Sample | None],
     length: int,
@@ -135,7 +94,10 @@ def batches(
             choose_questions(sample, stage, processor, data.capacity, data.questions_per_image, generator)
             for sample in samples
         ]
-        return collate(samples, asked, processor, data.capacity)
+        pairs = [(sample, found) for sample, found in zip(samples, asked, strict=True) if found]
+        if not pairs:
+            return None
+        return collate(*map(list, zip(*pairs, strict=True)), processor, data.capacity)
 
     with ThreadPoolExecutor(max(1, data.workers)) as pool:
         ahead: deque = deque()

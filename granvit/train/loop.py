@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from granvit.train.batches import Batch
+from granvit.data.batches import Batch
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.distill import Teacher, feature_statistics
 from granvit.train.metrics_log import MetricsLog

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from granvit.data.batches import Batch
 from granvit.model import GranViT
-from granvit.train.batches import Batch
 from granvit.train.distill import Teacher, distillation_loss
 from granvit.train.presets import Distill
 from granvit.train.stages import Stage

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from granvit.data.batches import Batch
 from granvit.data.schema import Sample
 from granvit.model import GranViT
-from granvit.train.batches import Batch
 from granvit_kernels import PackedLayout
 
 NOISE = 0.3

@@ -13,8 +13,9 @@ from tyro.conf import Positional
 
 from granvit.data.annotate.annotator import BATCH, Annotator
 from granvit.data.annotate.engines import RapidOcr, TransformersCaptioner, TransformersDetector, load
-from granvit.data.files import MAX_BYTES, is_remote, list_files, read_image
+from granvit.data.files import MAX_BYTES, is_remote, list_files, local, read_image
 from granvit.data.loader import open_dataset
+from granvit.data.parquet import ParquetRows
 from granvit.data.schema import DataFault, is_unicode
 from granvit.data.shards import Notes, Record, Source
 
@@ -84,15 +85,17 @@ class Annotate(Source):
     def inputs(self) -> list[str]:
         self.annotator()
         if not _is_dataset(self.images):
-            return [] if is_remote(self.images) else [self.images]  # an object store knows no folders
+            return local(self.images)
         return sorted(str(path) for kind in ("*.arrow", "*.parquet") for path in Path(self.images).rglob(kind))
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
         if _is_dataset(self.images):
-            rows = _rows(self.images, self.from_split)
-            stored = rows.select_columns("id") if "id" in rows.column_names else ({"id": i} for i in range(len(rows)))
-            for index, row in enumerate(stored):
-                row_id, name = row["id"], f"{self.images}[{self.from_split}][{index}]"
+            ids = rows = _rows(self.images, self.from_split)
+            for column in set(rows.column_names) - {"id"}:
+                ids = ids.remove_columns(column)
+            for index in range(len(rows)):
+                row_id = ids[index]["id"] if ids.column_names else index
+                name = f"{self.images}[{self.from_split}][{index}]"
                 if isinstance(row_id, (str, int)) and str(row_id) and is_unicode(str(row_id)):
                     yield Record(str(row_id), name, index)
                 else:
@@ -147,13 +150,13 @@ class Annotate(Source):
             return row | {"image": {"bytes": content, "path": record.data.rpartition("/")[2]}}
         stored = _rows(self.images, self.from_split)[record.data]
         image, caption, regions = stored["image"], stored.get("caption"), stored.get("regions")
-        if not image or not image["bytes"]:  # a path could name any file of this machine
+        if not isinstance(image, dict) or not image.get("bytes"):  # a path could name any file of this machine
             raise DataFault("image", "a row must hold its picture's bytes")
         if caption is not None and not (isinstance(caption, str) and caption.strip()):
             raise DataFault("caption", f"caption must be null or a string with text in it, got {caption!r:.80}")
         if regions is not None and not isinstance(regions, list):
             raise DataFault("regions", f"regions must be a list, got {type(regions).__name__}")
-        image = {"bytes": image["bytes"], "path": (image["path"] or "").rpartition("/")[2] or None}
+        image = {"bytes": image["bytes"], "path": (image.get("path") or "").rpartition("/")[2] or None}
         noted = {name: stored[name] for name in ("source", "licence") if isinstance(stored.get(name), str)}
         return row | noted | {"image": image, "caption": caption, "regions": regions}
 
@@ -168,13 +171,13 @@ def _is_dataset(images: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _rows(path: str, split: str) -> datasets.Dataset:
+def _rows(path: str, split: str) -> datasets.Dataset | ParquetRows:
     """A split of a dataset, its pictures as bytes. Raises ValueError where there is none."""
-    found = open_dataset(Path(path))
+    found = open_dataset(path)
     splits = found if isinstance(found, dict) else {"train": found}
     if split not in splits:
         raise ValueError(f"from_split must be one of {sorted(splits)} in {path}, got {split!r}")
     rows = splits[split]
     if "image" not in rows.column_names:
         raise ValueError(f"{path} has no column 'image', only {rows.column_names}")
-    return rows.cast_column("image", datasets.Image(decode=False))
+    return rows if isinstance(rows, ParquetRows) else rows.cast_column("image", datasets.Image(decode=False))

@@ -21,6 +21,7 @@ from rich.progress import track
 from granvit.data.sample.pages import draw_page
 from granvit.data.sample.photographs import FOLDER, photographs
 from granvit.data.sample.scenes import SceneConfig, draw_scene
+from granvit.machine import cache_folder
 
 GENERATOR_VERSION = 3
 """Raised whenever equal arguments make other pictures or sentences, so that no cache goes stale."""
@@ -132,13 +133,11 @@ def cached_sample(
 ) -> Path:
     """The folder of a sample set, built on first use.
 
-    It lies in the folder that GRANVIT_CACHE names, else in ~/.cache/granvit, and its name tells the
-    arguments, the generator's version and the photographs apart.
+    It lies in `cache_folder`, and its name tells the arguments, the generator's version and the photographs apart.
     """
     scenes = scenes or SceneConfig()
     known = f"{GENERATOR_VERSION} {scenes} {(FOLDER / 'annotations.jsonl').read_text(encoding='utf-8')}"
-    cache = Path(os.environ.get("GRANVIT_CACHE") or Path.home() / ".cache" / "granvit")
-    folder = cache / f"sample-{images}-{seed}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    folder = cache_folder() / f"sample-{images}-{seed}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     if not folder.exists():
         try:
             build_sample(folder, images, seed, workers, scenes)

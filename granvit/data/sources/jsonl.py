@@ -10,7 +10,6 @@ faults, like whatever `granvit.data.schema` rejects.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tyro.conf import Positional
 from granvit.data.files import open_file, parent, read_image
 from granvit.data.schema import DataFault, check_size, decode_image, is_unicode, parse_region
 from granvit.data.shards import Notes, Record, Source
+from granvit.data.sources.rows import parse_json
 
 _KEYS = {  # key: (types, what a fault says is accepted)
     "image": ((str,), "a path relative to the file"),
@@ -82,10 +82,7 @@ class Jsonl(Source):
 
 def _parse(line: bytes) -> dict[str, Any]:
     """A line's object, checked but for its regions and its picture."""
-    try:
-        data = json.loads(line.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
-    except (ValueError, RecursionError) as error:
-        raise (error if isinstance(error, DataFault) else DataFault("json", f"not JSON in UTF-8: {error}")) from None
+    data = parse_json(line)
     if not isinstance(data, dict):
         raise DataFault("json", f"a line must be an object, got {type(data).__name__}")
     _check_keys(data, _KEYS, optional={"id"})
@@ -116,15 +113,3 @@ def _check_keys(data: dict[str, Any], keys: Collection[str], optional: set[str])
         raise DataFault("missing_key", f"missing {', '.join(missing)}")
     if unknown:
         raise DataFault("unknown_key", f"unknown key {', '.join(map(repr, unknown))}; known: {', '.join(sorted(keys))}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DataFault("json", f"repeated key {next(key for key in keys if keys.count(key) > 1)!r}")
-    return data
-
-
-def _constant(name: str) -> float:
-    raise DataFault("json", f"{name} is no JSON number")

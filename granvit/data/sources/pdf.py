@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tyro.conf import Positional
 
-from granvit.data.files import inside, is_remote, list_files, open_file, parent
+from granvit.data.files import is_remote, list_files, local, parent, read_file, suffix
 from granvit.data.isolated import Isolated
 from granvit.data.schema import DataFault, is_unicode
 from granvit.data.shards import Notes, Record, Source
@@ -70,8 +70,7 @@ class Pdf(Source):
             raise ValueError(f"dpi must lie in 10 to 1200, got {self.dpi}")
         if self.max_pages < 1:
             raise ValueError(f"max_pages must be >= 1, got {self.max_pages}")
-        folder = _folder(self.files)[1] is None
-        return [] if folder and is_remote(self.files) else [self.files]  # an object store knows no folders
+        return local(self.files) if _folder(self.files)[1] is None else [self.files]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
         folder, names = _files(self.files)
@@ -112,9 +111,9 @@ class Pdf(Source):
 
 def _folder(files: str) -> tuple[str, str | None]:
     """The folder of the PDF files and, where `files` is one of them, its name in it."""
-    first = files.partition("::")[0]
-    if first.lower().endswith(".pdf") and is_remote(files) or not is_remote(files) and os.path.isfile(files):
-        return parent(files), first.rpartition("/")[2]
+    if suffix(files) == ".pdf" if is_remote(files) else os.path.isfile(files):
+        path = next((part for part in files.split("::") if "://" in part), files)  # of an archive's parts the member
+        return parent(files), path.rpartition("/")[2]
     return files, None
 
 
@@ -145,11 +144,7 @@ def _serve(what: str, folder: str, name: str, *arguments: Any) -> Any:
 def _document(folder: str, name: str) -> Any:
     import pypdfium2
 
-    with open_file(inside(folder, name)) as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise DataFault("pdf", f"more than the limit of {MAX_BYTES} bytes")
-    return pypdfium2.PdfDocument(content)
+    return pypdfium2.PdfDocument(read_file(folder, name, MAX_BYTES, "pdf"))
 
 
 def render(document: Any, page: int, dpi: float) -> tuple[bytes, list[tuple[str, Box]], Counter[str]]:

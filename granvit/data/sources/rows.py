@@ -2,30 +2,74 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from granvit.data.schema import DataFault, decode_image, parse_region
+from granvit.data.schema import DataFault, decode_image, is_number, parse_region
 from granvit.data.shards import Notes, Record
 
 
 @dataclass(frozen=True)
 class PixelBox:
-    """xyxy in pixels of the picture as annotated, x2 and y2 exclusive: a box of one pixel has x2 = x1 + 1."""
+    """xyxy in pixels of the picture as annotated, x2 and y2 exclusive: a box of one pixel has x2 = x1 + 1.
+
+    cut: it may reach beyond the picture and is cut to it. Without, more than a pixel of overhang is a fault, since it
+    mostly means another size or another convention than was thought.
+    """
 
     box: tuple[float, float, float, float]
     caption: str
     kind: str = "natural"
     score: float | None = None
+    cut: bool = False
 
     @classmethod
-    def xywh(cls, box: Any, caption: str, kind: str = "natural") -> PixelBox:
+    def xywh(cls, box: Any, caption: str, kind: str = "natural", cut: bool = False) -> PixelBox:
         """From a list [x, y, width, height]. Raises DataFault for anything else."""
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
+        if not is_box(box):
             raise DataFault("box", f"box must be 4 numbers [x, y, width, height] in pixels, got {box!r:.80}")
         x, y, width, height = map(float, box)
-        return cls((x, y, x + width, y + height), caption, kind)
+        return cls((x, y, x + width, y + height), caption, kind, cut=cut)
+
+
+def is_box(value: Any) -> bool:
+    """Whether it is a list of 4 finite numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def class_phrase(name: str) -> str:
+    """A class's name as what one would say of the one thing in its box: "person" is "a person", "potted_plant" is "a
+    potted plant", "apple" is "an apple"; what looks like a plural ("skis") and what has an article or more than three
+    words ("the man on the left") stays as it is."""
+    words = name.replace("_", " ").split()
+    if not words or len(words) > 3 or words[0].lower() in ("a", "an", "the"):
+        return " ".join(words)
+    if words[-1].endswith("s") and not words[-1].endswith(("ss", "us")):
+        return " ".join(words)
+    return " ".join(("an" if words[0][0].lower() in "aeiou" else "a", *words))
+
+
+def parse_json(content: bytes) -> Any:
+    """What a small JSON file or a line holds. Raises DataFault of kind `json`: not JSON in UTF-8, nested too deeply,
+    NaN or Infinity in it, a key that is repeated."""
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        raise (error if isinstance(error, DataFault) else DataFault("json", f"not JSON in UTF-8: {error}")) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DataFault("json", f"repeated key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return data
+
+
+def _constant(name: str) -> float:
+    raise DataFault("json", f"{name} is no JSON number")
 
 
 def picture_row(
@@ -39,7 +83,7 @@ def picture_row(
     source: str = "",
     licence: str = "",
 ) -> dict[str, Any]:
-    """A row of the schema; boxes become relative, and those that leave the picture by less than a pixel are cut to it.
+    """A row of the schema; boxes become relative, and those that leave the picture by a pixel or less are cut to it.
 
     content, name: the encoded picture and its file's name. size: (width, height) that the boxes were drawn on, None
     where the annotation does not tell. Faults of single boxes are noted. Raises DataFault: the picture's own
@@ -71,7 +115,7 @@ def picture_row(
 def _region(one: PixelBox, width: int, height: int) -> dict[str, Any]:
     sides = (width, height, width, height)
     # Up to a pixel of overhang is rounding; more is a fault, which parse_region names.
-    box = [min(max(v, 0.0), s) if -1 <= v <= s + 1 else v for v, s in zip(one.box, sides, strict=True)]
+    box = [min(max(v, 0.0), s) if one.cut or -1 <= v <= s + 1 else v for v, s in zip(one.box, sides, strict=True)]
     relative = [v / s for v, s in zip(box, sides, strict=True)]
     caption = " ".join(one.caption.split()) if isinstance(one.caption, str) else one.caption
     entry = {"box": relative, "caption": caption, "kind": one.kind, "score": one.score}

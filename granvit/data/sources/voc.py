@@ -10,17 +10,20 @@ from xml.etree import ElementTree
 
 from tyro.conf import Positional
 
-from granvit.data.files import inside, list_files, open_file, read_image
+from granvit.data.files import list_files, local, read_file, read_image
 from granvit.data.schema import DataFault, is_unicode
 from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import PixelBox, picture_row
+from granvit.data.sources.rows import PixelBox, class_phrase, picture_row
 
 MAX_XML = 10_000_000  # bytes
 
 
 @dataclass(frozen=True)
 class Voc(Source):
-    """Pascal VOC's XML, one file an image; the class name becomes the sentence."""
+    """Pascal VOC's XML, one file an image; the class's name becomes the sentence ("a person").
+
+    Objects marked difficult are left out, as in VOC's own measure: what they are shows only from their surroundings.
+    """
 
     annotations: Positional[str]
     """Folder or URL of the XML files (VOC's Annotations)."""
@@ -33,7 +36,7 @@ class Voc(Source):
     """Noted in every row."""
 
     def inputs(self) -> list[str]:
-        return [self.annotations]
+        return local(self.annotations) + local(self.images)
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
         for name in list_files(self.annotations, (".xml",)):
@@ -43,19 +46,21 @@ class Voc(Source):
             else:
                 notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
 
-    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
-        with open_file(inside(self.annotations, record.data)) as file:
-            content = file.read(MAX_XML + 1)
+    def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
+        content = read_file(self.annotations, record.data, MAX_XML, "xml")
         try:
-            if len(content) > MAX_XML:
-                raise ValueError(f"more than {MAX_XML} bytes")
             root = ElementTree.fromstring(content)
             image = root.findtext("filename", "").strip()
             size = tuple(int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise DataFault("xml", f"no readable VOC annotation: {error}") from None
-        boxes = []
-        for index, item in enumerate(root.iter("object")):
+        boxes, things = [], list(root.iter("object"))
+        easy = [(index, item) for index, item in enumerate(things) if item.findtext("difficult", "").strip() != "1"]
+        notes.drop("difficult object", len(things) - len(easy))
+        if not easy:
+            notes.drop("image without annotation")
+            return None
+        for index, item in easy:
             try:
                 boxes.append(self._box(item))
             except DataFault as fault:
@@ -69,4 +74,4 @@ class Voc(Source):
             x1, y1, x2, y2 = map(float, found)
         except ValueError:
             raise DataFault("box", f"bndbox must hold numbers xmin, ymin, xmax and ymax, got {found}") from None
-        return PixelBox((x1 - self.origin, y1 - self.origin, x2, y2), item.findtext("name", ""))
+        return PixelBox((x1 - self.origin, y1 - self.origin, x2, y2), class_phrase(item.findtext("name", "")))

@@ -1,0 +1,287 @@
+"""Batches of packed sequences, nearly full, that any number of ranks sees in one order and finds again after a stop."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from granvit.data.faults import FaultLog
+from granvit.data.lengths import measure
+from granvit.data.loader import GranDataset
+from granvit.data.packing import PackedBatch, pack_questions
+from granvit.data.planning import Lane, Order, Pack
+from granvit.data.prompts import Question
+from granvit.data.schema import DataFault, Sample
+
+if TYPE_CHECKING:
+    from granvit.model import GranViTProcessor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step takes. regions [R, 4] are relative xyxy float32, region_image [R] int64 their images."""
+
+    samples: list[Sample]
+    packed: PackedBatch
+    regions: Tensor
+    region_image: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            regions=self.regions.to(device),
+            region_image=self.region_image.to(device),
+        )
+
+
+def collate(
+    samples: list[Sample],
+    asked: list[list[Question]],
+    processor: GranViTProcessor,
+    capacity: int,
+    plan: list[list[int]] | None = None,
+) -> Batch:
+    """Pack samples and their questions, into the sequences of `plan` if there is one (see `pack_questions`).
+
+    Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call.
+    """
+    order = sorted(range(len(samples)), key=lambda i: samples[i].image.shape[0] / samples[i].image.shape[1])
+    place = {i: new for new, i in enumerate(order)}
+    if plan is not None:
+        plan = [[place[i] for i in row] for row in plan]
+    samples = [samples[i] for i in order]
+    packed = pack_questions(samples, [asked[i] for i in order], processor, capacity, plan)
+    boxes = [region.box for sample in samples for region in sample.regions]
+    owner = [i for i, sample in enumerate(samples) for _ in sample.regions]
+    return Batch(
+        samples,
+        packed,
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(owner, dtype=torch.int64),
+    )
+
+
+class PackLoader:
+    """A Gran dataset as batches of `packs` sequences of at most `capacity` tokens: `for batch in loader`.
+
+    Which images and questions stand in which sequence is a function of the data, the arguments and `seed` alone
+    (see granvit.data.planning): this rank of `ranks` gets sequences rank, rank + ranks, ... of every batch, and all
+    ranks as many batches. A row whose picture turns out to be faulty leaves its slot empty; it is logged and counted in
+    `faults`, as is a row that nothing can be asked of.
+
+    tasks: weights of the tasks whose questions are drawn. questions: as many an image are aimed at; sequences are
+        filled with more or fewer. workers: threads that read and decode, in a process beside this one; 0: here.
+    epochs: passes over the data after which iteration ends (the last batches then have empty sequences); None: never.
+    window: images a sequence's place chooses among.
+
+    The state is `step`, how many batches were handed out: set it, or load a `state_dict`, and iteration goes on
+    there, on any number of ranks, after planning, but not reading, what came before.
+
+    Raises ValueError where packs is no multiple of ranks, nothing can be asked, or a state is of other arguments;
+    FaultBudgetExceeded, while it runs, when more than the dataset's budget of this rank's share of rows is faulty.
+    """
+
+    def __init__(
+        self,
+        dataset: GranDataset,
+        processor: GranViTProcessor,
+        tasks: Mapping[str, float],
+        *,
+        capacity: int = 8192,
+        packs: int = 8,
+        questions: int = 6,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 2,
+        epochs: int | None = None,
+        window: int = 512,
+    ) -> None:
+        least = {"capacity": capacity, "packs": packs, "questions": questions, "ranks": ranks, "window": window}
+        for name, value in least.items():
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if packs % ranks or not 0 <= rank < ranks:
+            raise ValueError(
+                f"packs must be a multiple of ranks, rank below it; got {packs} packs, rank {rank} of {ranks}"
+            )
+        if not tasks or not all(weight >= 0 for weight in tasks.values()) or not any(tasks.values()):
+            raise ValueError(f"tasks must map names to weights >= 0, one above 0, got {dict(tasks)}")
+        self.dataset, self.processor, self.capacity, self.packs = dataset, processor, capacity, packs
+        self.rank, self.ranks, self.workers = rank, ranks, workers
+        self.lengths = measure(dataset, processor, sorted(tasks))
+        shortest = self._shortest(tasks)
+        if not (shortest <= capacity).any():
+            raise ValueError(f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens")
+        order = Order(dataset.groups, packs, seed)
+        self.lanes = [
+            Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)
+        ]
+        self.step = 0
+        self._known = {"seed": seed, "packs": packs, "capacity": capacity, "questions": questions, "window": window}
+        self._known |= {"rows": len(dataset), "weights": [tasks[task] for task in self.lengths.tasks]}
+        self.faults = FaultLog(len(dataset) // ranks, dataset.faults.budget)
+        self._note(fault for fault in self.lengths.faults if fault[0] % ranks == rank)
+        too_long = np.flatnonzero((shortest > capacity) & (self.lengths.image > 0))
+        message = f"the image with its shortest question takes more than {capacity} tokens"
+        self._note((int(row), "capacity", message) for row in too_long if row % ranks == rank)
+
+    def _shortest(self, tasks: Mapping[str, float]) -> np.ndarray:
+        """int64 [N]: tokens of each image with its shortest question; of one without any, more than fit anywhere."""
+        lengths = self.lengths
+        asked = np.array([tasks[task] > 0 for task in lengths.tasks])[lengths.task]
+        shortest = np.full(len(lengths.image), np.iinfo(np.int32).max, np.int64)
+        owner = np.repeat(np.arange(len(lengths.image)), np.diff(lengths.starts))
+        np.minimum.at(shortest, owner[asked], lengths.question[asked])
+        return shortest + lengths.image
+
+    @cached_property
+    def steps(self) -> int | None:
+        """How many batches there are in all; None without end. Plans every lane."""
+        if self.lanes[0].epochs is None:
+            return None
+        return max(sum(1 for _ in lane) for lane in self.lanes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where iteration stands, in integers; the rest is there to be compared."""
+        return {"step": self.step, **self._known}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a loader of the same arguments stood."""
+        differing = [key for key in self._known if state.get(key) != self._known[key]]
+        if differing:
+            shown = "; ".join(f"{key}: {state.get(key)!r} there, {self._known[key]!r} here" for key in differing)
+            raise ValueError(f"the state is that of another loader ({shown})")
+        self.step = state["step"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        reader = _Reader(self.dataset, self.processor, self.lengths.tasks, self.capacity, self.workers)
+        for batch, faults in beside(reader, self.workers, sampler=_Steps(self)):
+            self._note(faults)
+            self.faults.check()
+            self.step += 1
+            yield batch
+
+    def plan(self) -> Iterator[list[Pack]]:
+        """This rank's packs of each batch from `step` on; an empty pack where a lane is over."""
+        lanes = [islice(iter(lane), self.step, None) for lane in self.lanes[self.rank :: self.ranks]]
+        for _ in range(self.step, self.steps) if self.steps is not None else iter(int, 1):
+            yield [next(lane, []) for lane in lanes]
+
+    def _note(self, faults: Iterable[tuple[int, str, str]]) -> None:
+        for row, kind, message in faults:
+            self.faults.add(row, self.dataset.name(row), DataFault(kind, message))
+
+
+class _Steps(Sampler):
+    """The plan of each step, as what the reader is asked for."""
+
+    def __init__(self, loader: PackLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[Pack]]:
+        return self._loader.plan()
+
+
+class _Reader(Dataset):
+    """Packs in; a batch, without its images, and the faults that were found out."""
+
+    def __init__(
+        self, dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...], capacity: int, threads: int
+    ) -> None:
+        self.dataset, self.processor, self.tasks = dataset, processor, tasks
+        self.capacity, self.threads = capacity, threads
+
+    def __getitem__(self, packs: list[Pack]) -> tuple[Sent, list[tuple[int, str, str]]]:
+        batch, noted = assemble(packs, self._read, self.processor, self.tasks, self.capacity, self.threads)
+        return send(batch), [(row, fault.kind, str(fault)) for row, fault in noted]
+
+    def _read(self, row: int, note: Callable[[DataFault], None]) -> Sample:
+        return self.dataset.read(row, note)
+
+
+def assemble(
+    packs: list[Pack],
+    read: Callable[[int, Callable[[DataFault], None]], Sample],
+    processor: GranViTProcessor,
+    tasks: Sequence[str],
+    capacity: int,
+    threads: int,
+) -> tuple[Batch, list[tuple[int, DataFault]]]:
+    """The batch of planned packs, and the faults of its rows. A row that `read` refuses leaves its slot empty."""
+    rows = [row for pack in packs for row, _ in pack]
+    noted: list[tuple[int, DataFault]] = []
+
+    def sample(row: int) -> Sample | None:
+        try:
+            return read(row, lambda fault: noted.append((row, fault)))
+        except DataFault as fault:
+            noted.append((row, fault))
+            return None
+
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            found = iter(list(pool.map(sample, rows)))
+    else:
+        found = map(sample, rows)
+    samples, asked, plan = [], [], []
+    for pack in packs:
+        plan.append([])
+        for _, numbers in pack:
+            if (one := next(found)) is not None:
+                plan[-1].append(len(samples))
+                samples.append(one)
+                written = processor.questions(one, tasks)
+                asked.append([written[number] for number in numbers])
+    return collate(samples, asked, processor, capacity, plan), sorted(noted, key=lambda one: one[0])
+
+
+# Between processes every tensor costs a file descriptor: images travel as one.
+Sent = tuple[Tensor, list[tuple[int, ...]], Batch]
+
+
+def send(batch: Batch) -> Sent:
+    images = [sample.image for sample in batch.samples]
+    flat = torch.cat([image.reshape(-1) for image in images]) if images else torch.empty(0, dtype=torch.uint8)
+    return flat, [tuple(image.shape) for image in images], _with_images(batch, [None] * len(images))
+
+
+def _receive(flat: Tensor, shapes: list[tuple[int, ...]], batch: Batch) -> Batch:
+    pixels = flat.split([math.prod(shape) for shape in shapes])
+    return _with_images(batch, [one.view(shape) for one, shape in zip(pixels, shapes, strict=True)])
+
+
+def _with_images(batch: Batch, images: list[Any]) -> Batch:
+    samples = [replace(sample, image=image) for sample, image in zip(batch.samples, images, strict=True)]
+    return replace(batch, samples=samples, packed=replace(batch.packed, images=images))
+
+
+def beside(reader: Dataset, workers: int, **options: Any) -> Iterator[tuple[Batch, Any]]:
+    """(batch, rest) of each (`send`'s, rest) that a reader yields, read ahead in one process beside this one, so that
+    Python's lock is never held against the training step; its threads share what they have read. workers=0: here."""
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        num_workers=1 if workers else 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_quiet_tokenizers,
+        **options,
+    )
+    for sent, rest in loader:
+        yield _receive(*sent), rest
+
+
+def _quiet_tokenizers(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # they warn after a fork, and threads are ours to count

@@ -1,0 +1,119 @@
+"""How many tokens every image and question of a dataset takes: what batches are planned from, without a picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from granvit.data.loader import GranDataset
+from granvit.data.schema import DataFault, Region, Sample
+from granvit.machine import cache_folder
+
+if TYPE_CHECKING:
+    from granvit.model import GranViTProcessor
+
+_CHUNK = 512  # rows that are tokenised together
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of N rows and their Q questions.
+
+    image: int32 [N], the image part; 0 where a row can't be used or nothing can be asked of it.
+    starts: int64 [N + 1]: the questions of row i, in the order of `processor.questions`, are starts[i]:starts[i + 1].
+    question: int32 [Q], prompt and answer. task: int8 [Q], index into `tasks`.
+    faults: (row, kind, message) of what could be seen without the pictures.
+    """
+
+    tasks: tuple[str, ...]
+    image: np.ndarray
+    starts: np.ndarray
+    question: np.ndarray
+    task: np.ndarray
+    faults: list[tuple[int, str, str]]
+
+
+def image_length(sample: Sample, processor: GranViTProcessor) -> int:
+    """Tokens of a sample's image part."""
+    return len(processor.image_part(processor.image_tokens(*sample.image.shape[:2])))
+
+
+def measure(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[str]) -> Lengths:
+    """The lengths of a dataset, read from the cache where they were measured before.
+
+    The first time every row's text is read and tokenised, with a progress bar. The cache (`cache_folder`) knows
+    dataset, tokenizer and settings apart.
+    """
+    path = cache_folder() / f"lengths-{_fingerprint(dataset, processor, tasks)}.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in ("image", "starts", "question", "task")}
+            return Lengths(tuple(tasks), faults=[tuple(f) for f in json.loads(str(found["faults"]))], **arrays)
+    lengths = _measure(dataset, processor, tuple(tasks))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.npz")
+    arrays = {name: getattr(lengths, name) for name in ("image", "starts", "question", "task")}
+    np.savez(partial, faults=json.dumps(lengths.faults), **arrays)
+    partial.replace(path)
+    return lengths
+
+
+def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, tasks: Sequence[str]) -> Lengths:
+    """The lengths of rows; None stands for one that can't be used. Only images' sizes are looked at."""
+    written = [[] if sample is None else processor.questions(sample, tasks) for sample in samples]
+    image = [image_length(sample, processor) if asked else 0 for sample, asked in zip(samples, written, strict=True)]
+    flat = [question for asked in written for question in asked]
+    prompts = processor.prompt_ids([question.prompt for question in flat])
+    answers = processor.answer_ids([question.answer for question in flat])
+    return Lengths(
+        tuple(tasks),
+        np.array(image, dtype=np.int32),
+        np.cumsum([0, *map(len, written)], dtype=np.int64),
+        np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], dtype=np.int32),
+        np.array([tasks.index(question.task) for question in flat], dtype=np.int8),
+        [],
+    )
+
+
+def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...]) -> Lengths:
+    parts, faults = [], []
+    console = Console(stderr=True)
+    chunks = range(0, len(dataset), _CHUNK)
+    for start in track(chunks, "Measuring questions", console=console, disable=not console.is_terminal):
+        samples = []
+        for row in range(start, min(start + _CHUNK, len(dataset))):
+            samples.append(_annotations(dataset, row, lambda f, row=row: faults.append((row, f.kind, str(f)))))
+        parts.append(lengths_of(samples, processor, tasks))
+    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("image", "question", "task")}
+    counts = np.concatenate([np.diff(part.starts) for part in parts])
+    return Lengths(tasks, starts=np.concatenate([[0], np.cumsum(counts)]), faults=faults, **arrays)
+
+
+def _annotations(dataset: GranDataset, row: int, note: Callable[[DataFault], None]) -> Sample | None:
+    try:
+        return dataset.read(row, note, decode=False)
+    except DataFault as fault:
+        note(fault)
+        return None
+
+
+def _fingerprint(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[str]) -> str:
+    # How questions are written is told by those of a sample of its own, so that no change of the code goes unseen.
+    pixel = torch.zeros((), dtype=torch.uint8).expand(480, 640, 3)
+    region = Region((0.1, 0.2, 0.6, 0.9), "a red ball, 7 <loc_1>", "natural")
+    sample = Sample("", pixel, "a scene", (region, replace(region, caption="OPEN 24 HOURS")), "", "")
+    asked = processor.questions(sample, tasks)
+    ids = processor.prompt_ids([q.prompt for q in asked]) + processor.answer_ids([q.answer for q in asked])
+    budget = [processor.patch_size, processor.max_image_tokens, processor.pixel_shuffle]
+    vocabulary = processor.tokenizer.backend_tokenizer.to_str()
+    known = json.dumps([dataset.fingerprint, len(dataset), list(tasks), ids, budget, vocabulary])
+    return hashlib.sha256(known.encode()).hexdigest()[:16]

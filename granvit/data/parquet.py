@@ -1,0 +1,119 @@
+"""Rows of Parquet files, here or wherever fsspec reaches, found by an index of row-group counts; nothing is copied."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from granvit.data.files import is_remote, state
+
+READERS = 16  # footers read at a time: over a network each costs a round trip or two
+OPEN_FILES = 16
+KEPT_GROUPS = 8
+
+
+class ParquetRows:
+    """Map-style rows of Parquet files: `rows[i]` is a dict, `rows["id"]` a column's values.
+
+    A row costs its whole row group, the last few of which are kept: read rows of a group soon after each other.
+    Reads of several threads take turns; each process opens files of its own.
+
+    groups: int64 [G], rows of each row group, in order. columns: those that a row has; None: all. fingerprint: tells
+    these rows from others, and from what the files held before they changed.
+    Raises ValueError where a file is no Parquet or the files' columns differ.
+    """
+
+    def __init__(self, files: Sequence[str], columns: Sequence[str] | None = None) -> None:
+        self.files = list(files)
+        with ThreadPoolExecutor(READERS) as pool:
+            footers = list(pool.map(_footer, self.files))
+            states = list(pool.map(state, self.files))
+        self.column_names = footers[0].schema.to_arrow_schema().names
+        for file, footer in zip(self.files, footers, strict=True):
+            names = footer.schema.to_arrow_schema().names
+            if names != self.column_names:
+                raise ValueError(f"{file} has the columns {names}, {self.files[0]} has {self.column_names}")
+        counts = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
+        self.groups = np.array([rows for file in counts for rows in file], dtype=np.int64)
+        known = "\n".join(f"{file} {state}" for file, state in zip(self.files, states, strict=True))
+        self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
+        self._places = [(f, g) for f, file in enumerate(counts) for g in range(len(file))]
+        self._ends = np.cumsum(self.groups)
+        self._columns = list(columns) if columns is not None else None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock, self._process = threading.Lock(), os.getpid()
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_lock", "_open", "_tables")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, key: int | str) -> Any:
+        if isinstance(key, str):
+            return [value for g in range(len(self.groups)) for value in self._read(g, [key])[key].to_pylist()]
+        if not 0 <= key < len(self):
+            raise IndexError(f"row {key} of {len(self)}")
+        group = int(np.searchsorted(self._ends, key, side="right"))
+        start = int(self._ends[group] - self.groups[group])
+        return self._group(group).slice(key - start, 1).to_pylist()[0]
+
+    def remove_columns(self, name: str) -> ParquetRows:
+        """The same rows without a column, which is then never read."""
+        other = object.__new__(ParquetRows)
+        other.__setstate__(self.__getstate__())
+        other.column_names = [column for column in self.column_names if column != name]
+        other._columns = other.column_names
+        return other
+
+    def _group(self, group: int) -> pa.Table:
+        if self._process != os.getpid():  # forked: offsets of open files are shared with the parent
+            self._forget()
+        with self._lock:
+            if group in self._tables:
+                self._tables.move_to_end(group)
+            else:
+                self._tables[group] = self._read(group, self._columns)
+                if len(self._tables) > KEPT_GROUPS:
+                    self._tables.popitem(last=False)
+            return self._tables[group]
+
+    def _read(self, group: int, columns: list[str] | None) -> pa.Table:
+        index, inside = self._places[group]
+        if index not in self._open:
+            self._open[index] = _open(self.files[index])
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        return self._open[index].read_row_group(inside, columns=columns, use_threads=False)
+
+
+def _open(file: str) -> pq.ParquetFile:
+    if is_remote(file):
+        return pq.ParquetFile(fsspec.open(file, "rb").open(), pre_buffer=True)
+    return pq.ParquetFile(file, memory_map=True)
+
+
+def _footer(file: str) -> pq.FileMetaData:
+    try:
+        with _open(file) as opened:
+            return opened.metadata
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file} can't be opened as Parquet: {error}") from error

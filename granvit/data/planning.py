@@ -1,0 +1,207 @@
+"""Which images and questions stand in which sequence: a pure function of the lengths, a seed and the number of packs.
+
+A global batch has `packs` sequences; sequence number j of every batch is lane j's. The row groups of an epoch are dealt
+to the lanes in a random order, and each lane packs what it was dealt with a window of its own, epoch after epoch: what
+a lane does depends on no other, and whoever has a lane, whatever else it has, sees the same packs in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from granvit.data.lengths import Lengths
+from granvit_kernels import plan_packing
+
+FULL = 0.98
+"""A pack that is filled less waits in the window for better company."""
+PATIENCE = 8
+"""So many times an image waits at most."""
+MIX = 8
+"""So many neighbouring row groups are shuffled together."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image that waits to be packed.
+
+    row: its number in the dataset. questions: numbers of its questions in the order in which they are asked.
+    totals: tokens of the image with the first 1, 2, ... of them. waited: how often it was left over.
+    """
+
+    row: int
+    questions: Sequence[int]
+    totals: Sequence[int]
+    waited: int = 0
+
+
+Pack = list[tuple[int, list[int]]]
+"""One sequence: rows, each with the numbers of the questions that are asked of it."""
+
+
+def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[list[Pack], list[Candidate]]:
+    """Pack candidates, as many as possible into nearly full packs. Returns those packs, and who is left over.
+
+    Images are packed (`plan_packing`) with their first `wanted` questions, and room that remains is filled with their
+    further ones. Where that leaves a pack emptier than FULL, its images are packed anew with one question less.
+    At least one pack is returned for any candidates, and nobody is left over more than PATIENCE times.
+    """
+    packs: list[Pack] = []
+    waiting = list(candidates)
+    for target in range(wanted, 0, -1):
+        if not waiting:
+            break
+        tried = [
+            _top_up([waiting[i] for i in members], capacity, target)
+            for members in plan_packing([_tokens(one, target, capacity) for one in waiting], capacity)
+        ]
+        # In the last round the one that is fullest goes, if none has, and those who waited too long.
+        fullest = max(used for used, *_ in tried)
+        last = target == 1
+        waiting = []
+        for used, pack, members in tried:
+            forced = last and ((not packs and used == fullest) or any(one.waited >= PATIENCE for one in members))
+            if used >= FULL * capacity or forced:
+                packs.append(pack)
+            else:
+                waiting += members
+    return packs, [replace(one, waited=one.waited + 1) for one in waiting]
+
+
+def _asked(one: Candidate, target: int, capacity: int) -> int:
+    """How many questions an image has at `target`: at least one, and none that don't fit an empty sequence."""
+    return max(1, min(target, int(np.searchsorted(one.totals, capacity, side="right"))))
+
+
+def _tokens(one: Candidate, target: int, capacity: int) -> int:
+    return int(one.totals[_asked(one, target, capacity) - 1])
+
+
+def _top_up(members: list[Candidate], capacity: int, target: int) -> tuple[int, Pack, list[Candidate]]:
+    """A pack of these images at `target` questions, and as many more, one an image in turn, as fit; its tokens."""
+    asked = [_asked(one, target, capacity) for one in members]
+    pack = [(one.row, list(one.questions[:number])) for one, number in zip(members, asked, strict=True)]
+    used = sum(int(one.totals[number - 1]) for one, number in zip(members, asked, strict=True))
+    deepest = max(len(one.questions) for one in members)
+    for depth in range(min(asked), deepest):
+        for one, number, (_, questions) in zip(members, asked, pack, strict=True):
+            if number <= depth < len(one.questions):
+                length = int(one.totals[depth] - one.totals[depth - 1])
+                if used + length <= capacity:
+                    questions.append(one.questions[depth])
+                    used += length
+    return used, pack, members
+
+
+class Order:
+    """In which order a lane sees rows.
+
+    groups: rows of each run that lies together (`GranDataset.groups`). Every row comes once an epoch, in one lane.
+    """
+
+    def __init__(self, groups: np.ndarray, lanes: int, seed: int) -> None:
+        self.ends = np.cumsum(groups)
+        self.starts, self.lanes, self.seed = self.ends - groups, lanes, seed
+        self._groups = lru_cache(2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.starts))
+
+    def rows(self, lane: int, epoch: int) -> Iterator[np.ndarray]:
+        """int64 arrays of row numbers: all that the lane has in this epoch, in its order."""
+        mine = self._groups(epoch)[lane :: self.lanes]
+        single = len(self.starts) and int(self.ends[-1]) == len(self.starts)  # each row alone: shuffled already
+        for number, start in enumerate(range(0, len(mine), MIX if not single else _ALONE)):
+            if single:
+                yield self.starts[mine[start : start + _ALONE]]
+            else:
+                near = [np.arange(self.starts[g], self.ends[g]) for g in mine[start : start + MIX]]
+                yield np.random.default_rng([self.seed, epoch, lane, number]).permutation(np.concatenate(near))
+
+
+_ALONE = 1024  # rows handed on at a time where each lies alone
+
+
+class Lane:
+    """The packs of one lane, without end, or until `epochs` are over.
+
+    weights: of each of `lengths.tasks` (see `draw`). wanted: questions an image; what fills a sequence may be more or
+    fewer. window: images that wait for a pack at a time.
+    """
+
+    def __init__(
+        self,
+        lengths: Lengths,
+        order: Order,
+        lane: int,
+        weights: Mapping[str, float],
+        capacity: int,
+        wanted: int,
+        window: int,
+        epochs: int | None = None,
+    ) -> None:
+        self.lengths, self.order, self.lane, self.epochs = lengths, order, lane, epochs
+        self.weights, self.capacity, self.wanted, self.window = weights, capacity, wanted, window
+
+    def __iter__(self) -> Iterator[Pack]:
+        waiting: list[Candidate] = []
+        arriving = self._candidates()
+        while True:
+            for one in arriving:
+                waiting.append(one)
+                if len(waiting) >= self.window:
+                    break
+            else:
+                break
+            packs, waiting = fill(waiting, self.capacity, self.wanted)
+            yield from packs
+        while waiting:  # the data is over: what is left goes as it is
+            packs, waiting = fill(waiting, self.capacity, self.wanted)
+            yield from packs
+
+    def _candidates(self) -> Iterator[Candidate]:
+        epoch = 0
+        while self.epochs is None or epoch < self.epochs:
+            for rows in self.order.rows(self.lane, epoch):
+                yield from draw(self.lengths, rows, self.weights, self.capacity, self.order.seed, epoch)
+            epoch += 1
+
+
+def draw(
+    lengths: Lengths, rows: np.ndarray, weights: Mapping[str, float], capacity: int, seed: int, epoch: int
+) -> list[Candidate]:
+    """Those of the rows (int64 [n]) of which something can be asked in `capacity` tokens, in their order, each with its
+    questions in the order of this seed's epoch: sampled without replacement by their tasks' weights (Efraimidis and
+    Spirakis), never one of weight 0."""
+    starts = lengths.starts
+    rows = rows[lengths.image[rows] > 0]
+    counts = starts[rows + 1] - starts[rows]
+    owner = np.repeat(np.arange(len(rows)), counts)
+    offset = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    number = np.repeat(starts[rows], counts) + offset
+    weight = np.array([weights[task] for task in lengths.tasks])[lengths.task[number]]
+    chosen = (weight > 0) & (lengths.question[number] <= (capacity - lengths.image[rows])[owner])
+    owner, offset, number = owner[chosen], offset[chosen], number[chosen]
+    key = np.log(_uniform(number, seed, epoch)) / weight[chosen]
+    by = np.lexsort((-key, owner))
+    offset, number = offset[by], number[by]
+    cuts = np.searchsorted(owner, np.arange(len(rows) + 1))
+    found = []
+    for row, first, last in zip(rows, cuts[:-1], cuts[1:], strict=True):
+        if first < last:
+            totals = lengths.image[row] + np.cumsum(lengths.question[number[first:last]])
+            found.append(Candidate(int(row), offset[first:last].tolist(), totals))
+    return found
+
+
+def _uniform(number: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """A number in (0, 1) for each question, by SplitMix64: no state, so that it's the same whoever draws it."""
+    salt = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    x = number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

@@ -1,0 +1,318 @@
+"""Batches: full, the same for any number of ranks and workers, found again after a stop; faults leave slots empty."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from granvit.data.batches import PackLoader
+from granvit.data.faults import FaultBudgetExceeded
+from granvit.data.loader import GranDataset
+from granvit.data.schema import FEATURES
+from granvit.data.shards import RowWriter
+from granvit.data.streaming import StreamLoader
+from tests.data.conftest import gran_rows
+
+TASKS = {"bbox2caption": 1.0, "caption2bbox": 1.0, "global_caption": 2.0}
+
+
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return tiny()[1]
+
+
+def loader(data, processor, **options) -> PackLoader:
+    options = {"capacity": 400, "packs": 4, "questions": 3, "workers": 0, "window": 24, "epochs": 1} | options
+    return PackLoader(data, processor, TASKS, **options)
+
+
+def seen(batch, processor) -> list[list[tuple[str, list[str]]]]:
+    """Each sequence as its images' ids with the questions' texts, in the order in which they stand."""
+    packed, rows = batch.packed, []
+    for r in range(packed.input_ids.shape[0]):
+        row = []
+        for i in dict.fromkeys(packed.image_index[r][packed.image_index[r] >= 0].tolist()):
+            own = packed.image_index[r] == i
+            numbers = range(1, int(packed.question_index[r][own].max()) + 1)
+            texts = [packed.input_ids[r][own & (packed.question_index[r] == n)].tolist() for n in numbers]
+            row.append((batch.samples[i].id, [processor.tokenizer.decode(ids) for ids in texts]))
+        rows.append(row)
+    return rows
+
+
+def joined(parts: list[list]) -> list:
+    """Sequences of all ranks in the batch's order."""
+    return [one for several in zip(*parts, strict=True) for one in several]
+
+
+def test_an_epoch_shows_every_image_once_in_full_sequences(gran, processor):
+    batches = list(loader(GranDataset(gran), processor))
+    ids = [sample.id for batch in batches for sample in batch.samples]
+    assert sorted(ids) == sorted(gran["id"])
+    tokens = [(batch.packed.image_index >= 0).sum(1).tolist() for batch in batches]
+    filled = [n for counts in tokens[:-2] for n in counts]
+    assert max(filled) <= 400 and sum(filled) / len(filled) > 0.97 * 400
+    for batch in batches:
+        assert [tuple(image.shape) for image in batch.packed.images] == [tuple(s.image.shape) for s in batch.samples]
+        assert len(batch.regions) == sum(len(sample.regions) for sample in batch.samples)
+
+
+def test_images_are_the_rows_own_also_from_another_process(gran, processor):
+    here = list(loader(GranDataset(gran), processor))
+    there = list(loader(GranDataset(gran), processor, workers=2))
+    assert len(here) == len(there)
+    for one, two in zip(here, there, strict=True):
+        assert [s.id for s in one.samples] == [s.id for s in two.samples]
+        for a, b in zip(one.packed.images, two.packed.images, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(one.packed.input_ids, two.packed.input_ids)
+        for sample in two.samples:
+            assert abs(int(sample.image.float().mean()) - int(sample.id[1:]) % 256) <= 2
+
+
+def test_stopped_and_gone_on_with_on_other_numbers_of_ranks(gran, processor):
+    """1 rank, stopped in mid-epoch, then 2, stopped in the next epoch, then 4, then 1 with a process beside it: the
+    global order is that of one rank that was never stopped."""
+    data = GranDataset(gran)
+    whole = [seen(batch, processor) for batch in loader(data, processor, epochs=3)]
+    state, found = None, []
+    for ranks, steps, workers in ((1, 4, 0), (2, 9, 0), (4, 3, 0), (1, 100, 2)):
+        parts, states = [], []
+        for rank in range(ranks):
+            one = loader(data, processor, epochs=3, rank=rank, ranks=ranks, workers=workers)
+            if state is not None:
+                one.load_state_dict(state)
+            part = []
+            for batch in one:
+                part.append(seen(batch, processor))
+                if len(part) == steps:
+                    break
+            parts.append(part)
+            states.append(one.state_dict())
+        assert all(other == states[0] for other in states) and all(isinstance(states[0][k], int) for k in ("step",))
+        state = states[0]
+        for batch in zip(*parts, strict=True):
+            found.append(joined(list(batch)))
+    assert found == whole
+    rows = [name for batch in whole for sequence in batch for name, _ in sequence]
+    assert sorted(rows) == sorted(list(gran["id"]) * 3)
+    first = [name for batch in whole[: len(whole) // 3] for sequence in batch for name, _ in sequence]
+    assert first != sorted(first) and rows[: len(gran)] != rows[len(gran) : 2 * len(gran)]
+
+
+def test_another_seed_or_state_of_another_loader(gran, processor):
+    data = GranDataset(gran)
+    one, two = (next(iter(loader(data, processor, seed=seed))) for seed in (0, 1))
+    assert [s.id for s in one.samples] != [s.id for s in two.samples]
+    state = loader(data, processor, packs=8).state_dict()
+    with pytest.raises(ValueError, match="another loader .packs: 8 there, 4 here"):
+        loader(data, processor).load_state_dict(state)
+    for wrong, message in (
+        ({"ranks": 3}, "multiple of ranks"),
+        ({"rank": 2, "ranks": 2}, "multiple of ranks"),
+        ({"capacity": 0}, "capacity must be >= 1"),
+        ({"capacity": 12}, "fits 12 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loader(data, processor, **wrong)
+    with pytest.raises(ValueError, match="weights >= 0"):
+        PackLoader(data, processor, {"bbox2caption": -1.0})
+    with pytest.raises(ValueError, match="accepted are"):
+        PackLoader(data, processor, {"singing": 1.0})
+
+
+def broken(rows: list[dict]) -> dict[str, str]:
+    """Break ten rows in ten ways; id: kind of fault."""
+
+    def image(picture: Image.Image, form: str = "PNG", **options) -> dict:
+        buffer = io.BytesIO()
+        picture.save(buffer, form, **options)
+        return {"image": {"bytes": buffer.getvalue(), "path": None}, "width": picture.width, "height": picture.height}
+
+    rows[3]["image"] = {"bytes": rows[3]["image"]["bytes"][:300], "path": None}
+    rows[17] |= image(Image.new("RGB", (1, 1)))
+    rows[31] |= image(Image.new("RGB", (20_000, 10)))
+    rows[40] |= {"regions": [rows[40]["regions"][0] | {"box": [float("nan"), 0, 1, 1]}], "caption": None}
+    rows[58] |= {"regions": [rows[58]["regions"][0] | {"caption": ""}], "caption": None}
+    rows[77]["image"] = {"bytes": b"not an image", "path": None}
+    rows[78]["image"] = {"bytes": None, "path": "/nowhere.png"}
+    rows[90]["width"] += 1
+    rows[101]["regions"] = [{"box": [0.5, 0.5, 0.2, 0.9], "caption": "x", "kind": "natural", "score": None}]
+    rows[101]["caption"] = None
+    rows[120]["id"] = ""
+    kinds = {3: "image", 17: "image_shape", 31: "image_shape", 40: "box", 58: "region_caption", 77: "image"}
+    kinds |= {78: "image", 90: "size", 101: "box", 120: "id"}
+    return {rows[i]["id"]: kind for i, kind in kinds.items()}
+
+
+def unusual(rows: list[dict]) -> None:
+    """Pictures of other modes, which are no faults: CMYK, 16 bits, a palette, a transparent one, one turned by EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pictures = {
+        5: (Image.new("CMYK", (40, 30)), "JPEG", {}),
+        6: (Image.new("I;16", (40, 30), 30_000), "PNG", {}),
+        7: (Image.new("P", (40, 30)), "PNG", {}),
+        8: (Image.new("RGBA", (40, 30)), "PNG", {}),
+        9: (Image.new("L", (30, 40)), "JPEG", {"exif": exif}),
+    }
+    for index, (picture, form, options) in pictures.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, form, **options)
+        rows[index] |= {"image": {"bytes": buffer.getvalue(), "path": None}, "width": 40, "height": 30}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_faults_are_counted_and_leave_their_slots_empty(processor, workers, caplog):
+    rows = gran_rows(240)
+    unusual(rows)
+    kinds = broken(rows)
+    data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES), fault_budget=0.1)
+    one = loader(data, processor, workers=workers)
+    found = [seen(batch, processor) for batch in one]
+    assert {name for batch in found for row in batch for name, _ in row} == {row["id"] for row in rows} - set(kinds)
+    counted = {kind: list(kinds.values()).count(kind) for kind in kinds.values()}
+    counted["empty_row"] = 3  # those whose only region is at fault
+    assert dict(one.faults.counts) == counted and len(one.faults.faulty) == 10
+    for name in kinds:
+        assert f"id={name!r}" in caplog.text
+
+
+def test_above_the_budget_the_run_stops(processor):
+    rows = gran_rows(240)
+    broken(rows)
+    data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES))
+    with pytest.raises(FaultBudgetExceeded, match="of 240 rows have faults .*the fault budget allows 2"):
+        list(loader(data, processor))
+
+
+def test_a_faulty_image_is_not_replaced(processor):
+    rows = gran_rows(60)
+    plain = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES))
+    before = [seen(batch, processor) for batch in loader(plain, processor)]
+    rows[11]["image"] = {"bytes": b"broken", "path": None}
+    faulty = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES), fault_budget=0.1)
+    after = [seen(batch, processor) for batch in loader(faulty, processor)]
+    without = [[[pair for pair in row if pair[0] != "r11"] for row in batch] for batch in before]
+    assert after == without
+
+
+def write_parquet(folder: Path, rows: list[dict], files: int = 3) -> None:
+    folder.mkdir(parents=True)
+    for index in range(files):
+        with RowWriter(folder / f"train-{index:05d}-of-{files:05d}.parquet") as writer:
+            for row in rows[index::files]:
+                writer.write(row)
+
+
+def test_parquet_is_read_by_row_groups_here_and_remotely(tmp_path, many_rows, processor, monkeypatch):
+    monkeypatch.setattr("granvit.data.shards.ROW_GROUP_ROWS", 16)
+    write_parquet(tmp_path / "set", many_rows)
+    data = GranDataset(tmp_path / "set")
+    assert data.groups.tolist() == [16, 16, 16, 16, 16] * 3 and len(data) == 240
+    assert sorted(data.rows["id"]) == sorted(row["id"] for row in many_rows)
+    assert data[100].id == data.annotations(100).id
+    here = [seen(batch, processor) for batch in loader(data, processor, epochs=2)]
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "set"), "/loading/set", recursive=True)
+    remote = GranDataset("memory://loading/set")
+    assert [remote[i].id for i in (0, 239)] == [data[i].id for i in (0, 239)]
+    there = loader(remote, processor, epochs=2)
+    assert [seen(batch, processor) for batch in there] == here
+    half = loader(data, processor, epochs=2, workers=2)
+    half.step = len(here) // 2
+    assert [seen(batch, processor) for batch in half] == here[len(here) // 2 :]
+
+
+def test_lengths_are_measured_once_and_anew_for_other_data(gran, processor, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path))
+    first = loader(GranDataset(gran), processor).lengths
+    monkeypatch.setattr("granvit.data.lengths._measure", lambda *_: pytest.fail("measured again"))
+    again = loader(GranDataset(gran), processor).lengths
+    for name in ("image", "starts", "question", "task"):
+        assert (getattr(first, name) == getattr(again, name)).all()
+    monkeypatch.undo()
+    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path))
+    loader(GranDataset(gran.select(range(100))), processor)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+PRINTER = """
+import sys
+from tests.data.test_batches import *
+from granvit.model import GranViTProcessor
+data, processor = GranDataset(sys.argv[1]), GranViTProcessor.from_pretrained(sys.argv[2])
+one = loader(data, processor, epochs=2, workers=2)
+one.step = int(sys.argv[3])
+for batch in one:
+    print(one.step, seen(batch, processor), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_mid_epoch(tmp_path, many_rows, processor):
+    write_parquet(tmp_path / "set", many_rows)
+    processor.save_pretrained(tmp_path / "processor")
+    root = Path(__file__).resolve().parents[2]
+
+    def start(step: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", PRINTER, str(tmp_path / "set"), str(tmp_path / "processor"), str(step)]
+        environment = os.environ | {"PYTHONPATH": str(root), "GRANVIT_CACHE": str(tmp_path)}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment)
+
+    killed = start(0)
+    lines = [killed.stdout.readline() for _ in range(5)]
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    rest, _ = start(5).communicate()
+    whole = [seen(b, processor) for b in loader(GranDataset(tmp_path / "set"), processor, epochs=2)]
+    assert "".join(lines) + rest == "".join(f"{step} {batch}\n" for step, batch in enumerate(whole, 1))
+
+
+def stream(rows: list[dict]) -> datasets.IterableDataset:
+    return datasets.Dataset.from_list(rows, features=FEATURES).to_iterable_dataset(num_shards=4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_packed_too(many_rows, processor, workers):
+    options = {"capacity": 400, "packs": 4, "questions": 3, "window": 24, "workers": workers}
+    one = StreamLoader(stream(many_rows), processor, TASKS, **options)
+    batches = list(one)
+    assert sorted(s.id for b in batches for s in b.samples) == sorted(row["id"] for row in many_rows)
+    filled = [n for batch in batches[:-1] for n in (batch.packed.image_index >= 0).sum(1).tolist()]
+    assert sum(filled) / len(filled) > 0.97 * 400
+    ranks = [StreamLoader(stream(many_rows), processor, TASKS, rank=r, ranks=2, **options) for r in range(2)]
+    ids = [sorted(s.id for b in rank for s in b.samples) for rank in ranks]
+    assert sorted(ids[0] + ids[1]) == sorted(row["id"] for row in many_rows) and len(ids[0]) == len(ids[1])
+
+
+def test_a_stream_goes_on_without_losing_an_image(many_rows, processor):
+    options = {"capacity": 400, "packs": 4, "questions": 3, "window": 24, "workers": 0}
+    one = StreamLoader(stream(many_rows), processor, TASKS, **options)
+    iterator = iter(one)
+    before = [s.id for _ in range(5) for s in next(iterator).samples]
+    other = StreamLoader(stream(many_rows), processor, TASKS, **options)
+    other.load_state_dict(one.state_dict())
+    after = [s.id for batch in other for s in batch.samples]
+    assert set(before) | set(after) == {row["id"] for row in many_rows}
+    assert len(after) < 240
+
+
+def test_a_streams_faults(processor):
+    rows = gran_rows(240)
+    kinds = broken(rows)
+    one = StreamLoader(stream(rows), processor, TASKS, capacity=400, packs=4, workers=0, fault_budget=0.02)
+    ids = {sample.id for batch in one for sample in batch.samples}
+    assert ids == {row["id"] for row in rows} - set(kinds)
+    assert len(one.faults.faulty) == 10
+    with pytest.raises(FaultBudgetExceeded):
+        list(StreamLoader(stream(rows), processor, TASKS, capacity=400, packs=4, workers=0, fault_budget=0.001))

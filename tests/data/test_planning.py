@@ -1,0 +1,112 @@
+"""Sequences are nearly full, nothing is lost or asked twice, and the plan is a function of its arguments."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from granvit.data.lengths import Lengths
+from granvit.data.planning import FULL, PATIENCE, Candidate, Lane, Order, draw, fill
+
+TASKS = ("bbox2caption", "global_caption")
+WEIGHTS = {"bbox2caption": 1.0, "global_caption": 1.0}
+
+
+def gran_like(rows: int, budget: int, seed: int = 0) -> Lengths:
+    """As in Gran-29M: about 6 regions an image, most images at the budget of tokens, long global captions."""
+    rng = np.random.default_rng(seed)
+    small = rng.random(rows) < 0.15
+    image = np.where(small, rng.integers(budget // 5, budget, rows), rng.integers(budget * 9 // 10, budget + 1, rows))
+    regions = np.maximum(1, rng.lognormal(np.log(4.6), 0.8, rows).astype(int))
+    task = np.concatenate([[0] * count + [1] for count in regions]).astype(np.int8)
+    caption = rng.lognormal(np.log(110), 0.4, len(task)).astype(np.int32)
+    question = np.where(task == 0, rng.integers(35, 60, len(task)), caption).astype(np.int32)
+    return Lengths(TASKS, image.astype(np.int32), np.cumsum([0, *(regions + 1)]), question, task, [])
+
+
+def used(lengths: Lengths, pack) -> int:
+    return sum(lengths.image[r] + lengths.question[lengths.starts[r] + np.array(asked)].sum() for r, asked in pack)
+
+
+@pytest.mark.parametrize("budget", [36, 256, 1024])
+@pytest.mark.parametrize("wanted", [3, 6, 20])
+def test_an_epoch_is_nearly_full_and_loses_no_image(budget, wanted):
+    lengths = gran_like(6000, budget)
+    packs = list(Lane(lengths, Order(np.ones(6000, np.int64), 1, 0), 0, WEIGHTS, 8192, wanted, 512, epochs=1))
+    rows = [row for pack in packs for row, _ in pack]
+    assert sorted(rows) == list(range(6000))
+    for pack in packs:
+        assert used(lengths, pack) <= 8192
+        for row, asked in pack:
+            assert 1 <= len(asked) == len(set(asked)) <= lengths.starts[row + 1] - lengths.starts[row]
+    assert np.mean([used(lengths, pack) for pack in packs[:-1]]) >= 0.97 * 8192
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.lists(st.integers(1, 40), min_size=1, max_size=6)), min_size=1),
+    st.integers(1, 8),
+)
+def test_fill_keeps_everyone_in_bounds(shapes, wanted):
+    capacity = 100
+    given_ = [Candidate(i, list(range(len(q))), image + np.cumsum(q)) for i, (image, q) in enumerate(shapes)]
+    packs, left = fill(given_, capacity, wanted)
+    assert packs
+    assert sorted([row for pack in packs for row, _ in pack] + [one.row for one in left]) == list(range(len(shapes)))
+    for pack in packs:
+        assert sum(shapes[row][0] + sum(shapes[row][1][q] for q in asked) for row, asked in pack) <= capacity
+    assert all(one.waited == 1 for one in left)
+
+
+def test_nobody_waits_for_ever():
+    awkward = Candidate(0, [0], np.array([60]))
+    others = [Candidate(i, [0], np.array([50])) for i in range(1, 9)]
+    waiting, rounds = [awkward], 0
+    while any(one.row == 0 for one in waiting):
+        packs, waiting = fill([*waiting, *others], 100, 1)
+        assert all(len(pack) <= 2 for pack in packs)
+        rounds += 1
+    assert rounds <= PATIENCE + 1 and FULL < 1
+
+
+@pytest.mark.parametrize("groups", [np.ones(1000, np.int64), np.array([64] * 15 + [40])])
+def test_every_row_has_one_lane_an_epoch(groups):
+    order = Order(groups, 4, seed=3)
+    for epoch in (0, 1, 5):
+        rows = np.concatenate([part for lane in range(4) for part in order.rows(lane, epoch)])
+        assert sorted(rows) == list(range(1000))
+    one = [np.concatenate(list(order.rows(2, epoch))).tolist() for epoch in (0, 1, 0)]
+    assert one[0] == one[2] != one[1]
+    assert one[0] != np.concatenate(list(Order(groups, 4, seed=4).rows(2, 0))).tolist()
+    assert one[0] != sorted(one[0])
+
+
+def test_neighbours_of_a_row_group_are_read_near_each_other():
+    order = Order(np.full(100, 64), 1, seed=0)
+    rows = np.concatenate(list(order.rows(0, 0)))
+    window = rows[: 8 * 64] // 64
+    assert len(set(window)) == 8
+
+
+def test_questions_are_drawn_by_weight_and_anew_each_epoch():
+    lengths = gran_like(4000, 100)
+    rows = np.arange(4000)
+
+    def first_tasks(weights, epoch=0):
+        drawn = draw(lengths, rows, weights, 10_000, 0, epoch)
+        return [int(lengths.task[lengths.starts[one.row] + one.questions[0]]) for one in drawn]
+
+    even, heavy = np.mean(first_tasks(WEIGHTS)), np.mean(first_tasks({"bbox2caption": 1.0, "global_caption": 50.0}))
+    share = np.mean(1 / (np.diff(lengths.starts)))
+    assert even == pytest.approx(share, abs=0.03) and heavy > 0.85
+    assert sum(first_tasks({"bbox2caption": 1.0, "global_caption": 0.0})) == 0
+    again = [draw(lengths, rows, WEIGHTS, 10_000, 0, epoch) for epoch in (0, 0, 1)]
+    orders = [[one.questions for one in drawn] for drawn in again]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_rows_without_questions_or_room_are_left_out():
+    lengths = Lengths(TASKS, np.array([0, 50, 50, 99], np.int32), np.array([0, 0, 2, 3, 4]),
+                      np.array([60, 20, 30, 5], np.int32), np.array([0, 1, 0, 0], np.int8), [])  # fmt: skip
+    drawn = draw(lengths, np.arange(4), WEIGHTS, 100, 0, 0)
+    assert [(one.row, one.questions) for one in drawn] == [(1, [1]), (2, [0])]
