@@ -10,10 +10,12 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, arg, subcommand
 
+from granvit.data.annotate.source import Annotate
 from granvit.data.shards import build_dataset
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
 from granvit.data.sources.labelme import Labelme
+from granvit.data.sources.pdf import Pdf
 from granvit.data.sources.refcoco import RefCoco
 from granvit.data.sources.visual_genome import VisualGenome
 from granvit.data.sources.voc import Voc
@@ -43,6 +45,7 @@ FORMATS = {
     "visual-genome": VisualGenome,
     "labelme": Labelme,
     "voc": Voc,
+    "pdf": Pdf,
 }
 
 
@@ -70,7 +73,30 @@ def convert(
     console.print(summary.table())
 
 
-COMMANDS = {"sample": sample, "convert": convert}
+def annotate(
+    source: Annotate,
+    output: Path,
+    split: str = "train",
+    fault_budget: float = 0.01,
+    workers: int | None = None,
+    shard_rows: int = 64,
+) -> None:
+    """Find the regions of bare pictures with models. The same command again goes on where it was stopped.
+
+    Args:
+        source: The pictures and the models.
+        output: A new or an empty folder, or one in which this very command was stopped.
+        split: Name of the split that is written.
+        fault_budget: Share of images that may have faults before nothing is published.
+        workers: Processes, each with its own models; None: one a core.
+        shard_rows: Pictures a shard: as many as are done again after a stop, for each worker.
+    """
+    summary = build_dataset(source, output, split, workers, shard_rows, fault_budget, title="Annotating")
+    console.print(f"wrote {output}", markup=False)
+    console.print(summary.table())
+
+
+COMMANDS = {"sample": sample, "convert": convert, "annotate": annotate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

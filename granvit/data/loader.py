@@ -41,7 +41,7 @@ class GranDataset:
         fault_budget: float = 0.01,
     ) -> None:
         if isinstance(path_or_dataset, (str, Path)):
-            found = _open(str(path_or_dataset))
+            found = open_dataset(str(path_or_dataset))
             self.path = str(path_or_dataset)
         else:
             found = path_or_dataset
@@ -96,7 +96,8 @@ class GranDataset:
         return sample
 
 
-def _open(location: str) -> datasets.Dataset | datasets.DatasetDict | dict[str, ParquetRows]:
+def open_dataset(location: str) -> datasets.Dataset | datasets.DatasetDict | dict[str, ParquetRows]:
+    """The dataset at a path or URL, whatever its columns are: see `ACCEPTED`. Raises ValueError where there is none."""
     path = Path(location)
     try:
         if not is_remote(location):

@@ -68,6 +68,9 @@ class DataFault(ValueError):
         super().__init__(message)
         self.kind = kind
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # by default it would be made of its message alone
+        return type(self), (self.kind, str(self))
+
 
 @dataclass(frozen=True)
 class Region:
