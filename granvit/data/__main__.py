@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, arg, subcommand
 
+from granvit.data.filters import Filter
 from granvit.data.shards import build_dataset
 from granvit.data.sources.jsonl import Jsonl
 from granvit.data.sources.voc import Voc
@@ -53,13 +54,39 @@ def convert(
         fault_budget: Share of images that may have faults before nothing is published.
         workers: Processes; None: one a core.
     """
-    ids = [line.strip() for line in exclude.read_text(encoding="utf-8").splitlines()] if exclude else []
-    summary = build_dataset(source, output, split, workers, fault_budget=fault_budget, exclude=ids)
+    summary = build_dataset(source, output, split, workers, fault_budget=fault_budget, exclude=_ids(exclude))
     console.print(f"wrote {output}", markup=False)
     console.print(summary.table())
 
 
-COMMANDS = {"sample": sample, "convert": convert}
+def filter(  # noqa: A001
+    source: Annotated[Filter, arg(name="")],
+    output: Path,
+    exclude: Path | None = None,
+    fault_budget: float = 0.01,
+    workers: int | None = None,
+) -> None:
+    """Write a Gran dataset without what its rules reject. The same command again goes on where it was stopped.
+
+    Args:
+        source: The dataset and the rules.
+        output: A new or an empty folder, or one in which this very command was stopped.
+        exclude: File with one id a line; rows of these ids are left out.
+        fault_budget: Share of images that may have faults before nothing is published.
+        workers: Processes; None: one a core.
+    """
+    summary = build_dataset(
+        source, output, source.split, workers, fault_budget=fault_budget, exclude=_ids(exclude), title="Filtering"
+    )
+    console.print(f"wrote {output}", markup=False)
+    console.print(summary.table())
+
+
+def _ids(file: Path | None) -> list[str]:
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file else []
+
+
+COMMANDS = {"sample": sample, "convert": convert, "filter": filter}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
