@@ -8,7 +8,8 @@ from typing import Annotated, Union
 
 import tyro
 from rich.console import Console
-from tyro.conf import OmitArgPrefixes, arg, subcommand
+from rich.table import Table
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from granvit.data.filters import Filter
 from granvit.data.shards import build_dataset
@@ -82,11 +83,57 @@ def filter(  # noqa: A001
     console.print(summary.table())
 
 
+def overlap(
+    first: Positional[Path],
+    second: Positional[Path],
+    split: str = "train",
+    other_split: str = "test",
+    distance: int = 28,
+    output: Path | None = None,
+    page: Path | None = None,
+    workers: int | None = None,
+) -> None:
+    """Find pictures that two datasets share, by id and by looks.
+
+    Args:
+        first: A Gran dataset, to be trained on.
+        second: Another one, to be tested on.
+        split: Split of the first.
+        other_split: Split of the second.
+        distance: Bits of 256 that two pictures' hashes may differ by.
+        output: File for the ids of the first that the second has, for --exclude of convert and filter.
+        page: HTML file that shows pairs side by side.
+        workers: Processes; None: one a core.
+    """
+    from granvit.data.overlap import find_overlap, write_ids, write_page
+    from granvit.eval.loading import output_fault
+
+    for file in [file for file in (output, page) if file]:
+        if fault := output_fault(file):
+            raise ValueError(f"{file}: {fault}")
+    found = find_overlap(first, second, split, other_split, distance, workers)
+    table = Table(show_header=False, box=None)
+    for name, number in found.lines():
+        table.add_row(name, f"{number:,}")
+    console.print(table)
+    for match in found.matches[:10]:
+        console.print(f"{match.ids[0]!r:.60} is {match.ids[1]!r:.60} ({match.how})", markup=False)
+    if len(found.matches) > 10:
+        console.print(f"and {len(found.matches) - 10:,} more")
+    if output:
+        if lost := write_ids(found, output):
+            console.print(f"{lost} ids have line breaks or outer spaces and could not be written", style="yellow")
+        console.print(f"wrote {output}", markup=False)
+    if page:
+        write_page(found, first, second, split, other_split, page)
+        console.print(f"wrote {page}", markup=False)
+
+
 def _ids(file: Path | None) -> list[str]:
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file else []
 
 
-COMMANDS = {"sample": sample, "convert": convert, "filter": filter}
+COMMANDS = {"sample": sample, "convert": convert, "filter": filter, "overlap": overlap}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

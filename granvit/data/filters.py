@@ -30,7 +30,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from granvit.data.files import MAX_BYTES, list_files
-from granvit.data.loader import GranDataset
+from granvit.data.loader import open_rows
 from granvit.data.measures import box_iou, words
 from granvit.data.schema import DataFault, Region, Sample, check_size, decode_image, parse_row
 from granvit.data.shards import Notes, Record, Source
@@ -97,14 +97,14 @@ class Filter(Source):
             )
 
     def inputs(self) -> list[str]:
-        _dataset(self.data, self.split)
+        open_rows(self.data, self.split)
         if os.path.isfile(self.data):
             return [self.data]
         names = list_files(self.data, (".parquet", ".arrow", "state.json", "dataset_dict.json"))
         return [os.path.join(self.data, name) for name in names]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
-        dataset = _dataset(self.data, self.split)
+        dataset = open_rows(self.data, self.split)
         columns = ["id"] + ["regions"] * (self.repeats is not None) + ["image"] * self.unique_pictures
         stock = frozenset() if self.repeats is None else repeated(lambda: _captions(dataset), self.repeats)
         with closing(sqlite3.connect(scratch / "pictures.sqlite")) as seen:
@@ -131,7 +131,7 @@ class Filter(Source):
     def _row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
         """A record's row without what the rules reject, None where that is all of it."""
         number, stock, repeats_a_picture = record.data
-        row = _dataset(self.data, self.split)[number]
+        row = open_rows(self.data, self.split)[number]
         sample = parse_row(row, lambda fault: notes.fault(record, fault), decode=False)
         size = (row["width"], row["height"])
         if repeats_a_picture:
@@ -323,11 +323,6 @@ def script(letter: str) -> str:
 def known_scripts() -> frozenset[str]:
     """The scripts of all letters."""
     return frozenset(script(letter) for letter in map(chr, range(sys.maxunicode + 1)) if letter.isalpha())
-
-
-@lru_cache(maxsize=2)
-def _dataset(data: str, split: str) -> datasets.Dataset:
-    return GranDataset(data, split).rows
 
 
 def _captions(rows: datasets.Dataset) -> Iterator[str]:
