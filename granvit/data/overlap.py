@@ -14,7 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,8 +72,8 @@ def hash_dataset(data: str | Path, split: str, workers: int | None = None) -> Ha
     raises."""
     rows = open_rows(str(data), split)
     chunks = [range(start, min(start + _CHUNK, len(rows))) for start in range(0, len(rows), _CHUNK)]
-    with process_map(min(len(chunks), os.cpu_count() or 1 if workers is None else workers)) as run:
-        found = list(_shown(run(partial(_hash_rows, str(data), split), chunks), f"Hashing {split}", len(chunks)))
+    with process_map(workers, len(chunks)) as run:
+        found = list(progress(run(partial(_hash_rows, str(data), split), chunks), f"Hashing {split}", len(chunks)))
     codes = [code for chunk, _ in found for code in chunk]
     known = np.array([code is not None for code in codes], dtype=bool)
     blank = np.zeros(4, np.uint64)
@@ -117,7 +117,7 @@ def nearest(first: np.ndarray, second: np.ndarray | None, distance: int, threads
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # numpy lets go of the interpreter's lock
         starts = range(0, len(first), _BLOCK[0])
-        found = list(_shown(pool.map(search, starts), "Comparing", len(starts)))
+        found = list(progress(pool.map(search, starts), "Comparing", len(starts)))
     return np.concatenate([np.zeros((0, 3), np.int64), *found]).astype(np.int64)
 
 
@@ -225,8 +225,9 @@ def write_page(
 
 
 @contextmanager
-def process_map(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map` over so many processes, or the builtin for fewer than two."""
+def process_map(workers: int | None, tasks: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map` over so many processes (None: one a core), or the builtin for fewer than two of either."""
+    processes = min(tasks, os.cpu_count() or 1 if workers is None else workers)
     if processes < 2:
         yield map
         return
@@ -257,6 +258,7 @@ def _picture(data: str | Path, split: str, row: int) -> str | None:
         return None
 
 
-def _shown(steps: Iterator[Any], title: str, total: int) -> Iterator[Any]:
+def progress(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
+    """The steps, with a progress bar where stderr is a terminal."""
     console = Console(stderr=True)
     return track(steps, title, total=total, console=console, disable=not console.is_terminal)
