@@ -2,8 +2,8 @@
 
     python bench/audit.py RUN [--images N] [--data DIR] [--output FILE]
 
-RUN is a run's folder or a model's; the pictures are N (240) of the sample set's test split, spread evenly, which the
-smoke preset has not trained on. Of each variant of wrong captions 10 % are planted; the figures are areas under the ROC
+RUN is a run's folder or a model's; the pictures are those of the sample set's test split, which the smoke
+preset has not trained on, or N of them. Of each variant of wrong captions 10 % are planted; the figures are areas under the ROC
 curve, 0.5 being chance, of the score and of its parts.
 """
 
@@ -20,6 +20,7 @@ import torch
 import transformers
 from rich.progress import track
 
+from granvit.data.audit import spread
 from granvit.data.audit.cycle import IMAGES, PARTS, Checked, auc, check_regions
 from granvit.data.audit.planting import VARIANTS, plant
 from granvit.data.loader import GranDataset
@@ -48,16 +49,14 @@ def areas(checked: list[Checked], wrong: set[tuple[int, int]]) -> dict[str, dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="RUN")
-    parser.add_argument("--images", type=int, default=240)
+    parser.add_argument("--images", type=int, help="N images only, spread evenly")
     parser.add_argument("--data", help="another Gran dataset with a test split")
     parser.add_argument("--output", type=Path, default=RESULTS / "audit.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     model, processor = load_model(options.model, options.device)
     dataset = GranDataset(options.data or cached_sample(10000), "test")
-    rows = range(len(dataset)) if options.images >= len(dataset) else [
-        i * len(dataset) // options.images for i in range(options.images)
-    ]  # fmt: skip
+    rows = spread(len(dataset), options.images)
     samples = [sample for sample in map(dataset.__getitem__, rows) if sample is not None]
     result = {
         "commit": commit(),

@@ -1,8 +1,8 @@
 """Which captions a trained model doubts: it captions a box, finds captions again, and weighs the one that is given.
 
-Captioning a box and finding the model's own words again (`cycle_iou`) never looks at the caption in the dataset: it says
-how well the model knows the box, not whether the caption is right. So the given caption c takes its place in both
-directions of the cycle, and each is measured by what the model's own answer is like and by how likely the given one is:
+Captioning a box and finding the model's own words again (`cycle_iou`) never looks at the dataset's caption: it says how
+well the model knows the box, not whether the caption is right. So the given caption c takes its place in both
+directions of the cycle, and each is measured by what the model's own answer is like and by how likely the given is:
 
     box -> caption   said_rouge_l   ROUGE-L of the model's caption of the box b and c
                      caption_gain   log p(c | image, b) - log mean_k p(c | image_k, b_k), boxes of other images
@@ -10,10 +10,10 @@ directions of the cycle, and each is measured by what the model's own answer is 
                      box_gain       log p(b | image, c) - log mean_k p(b | image, c_k), captions of other images
 
 The gains, in nats, are what the caption tells about the box and the box about the caption, both estimates of their
-pointwise mutual information: log-likelihood ratios of "c was written for b" against "c belongs elsewhere", which is what
-a wrong caption is, and no test tells two such hypotheses apart better than their likelihood ratio. The ratio matters:
-p(c | image, b) alone is low for every rare or long caption, right ones too. Unlike the answers, which are right or
-wrong, gains say how sure the model is, so a model that finds one box in four still ranks captions well.
+pointwise mutual information: log-likelihood ratios of "c was written for b" against "c belongs elsewhere", which is
+what a wrong caption is, and no test tells two such hypotheses apart better than their likelihood ratio. The ratio
+matters: p(c | image, b) alone is low for every rare or long caption, right ones too. Unlike the answers, which are
+right or wrong, gains say how sure the model is, so a model that finds one box in four still ranks captions well.
 
 `score` is their mean: the cycle's two directions with the given caption in place. Low scores are doubtful, and below 0
 the caption fits other boxes better than its own.
@@ -74,8 +74,8 @@ class Checked:
 def check_regions(
     model: Any, processor: Any, samples: Iterable[Sample], batch_size: int = 64, seed: int = 0
 ) -> Iterator[list[Checked]]:
-    """Check every region of the samples against the model (a GranViT in eval mode), IMAGES images at a time: the regions
-    of each such group, in order. batch_size: questions at a time."""
+    """Check every region of the samples against the model (a GranViT in eval mode), IMAGES images at a time: the
+    regions of each such group, in order. batch_size: questions at a time."""
     samples, first = iter(samples), 0
     while group := list(islice(samples, IMAGES)):
         yield _check(model, processor, group, first, batch_size, random.Random(seed + first))
