@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from math import isnan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from granvit.data.loader import open_rows
@@ -58,13 +59,16 @@ def audit(
         result = {"data": str(data), "split": split, "rows": len(rows), "numbers": found.numbers()}
         values = {"plots": draw_plots(found), "regions": _random_regions(rows, chosen), "model": model}
         if model is not None:
-            doubts, scores = _check(*loaded, rows, [chosen[i] for i in spread(len(chosen), checked_images)])
+            doubts = _check(*loaded, rows, [chosen[i] for i in spread(len(chosen), checked_images)])
+            scores = [doubt["score"] for doubt in doubts if doubt["score"] is not None]
             result |= {
-                "model": str(model), "checked": len(scores), "doubts": doubts[:DOUBTS],
-                "mean_score": float(np.nanmean(scores)) if len(scores) else 0.0, "below": int((scores < 0).sum()),
+                "model": str(model), "checked": len(doubts), "mean_score": fmean(scores) if scores else None,
+                "below": sum(score < 0 for score in scores), "doubts": doubts[:DOUBTS],
             }  # fmt: skip
-            values["doubts"] = [card for card in (_doubt(rows, doubt) for doubt in doubts[:CARDS]) if card]
-        (folder / "audit.json").write_text(json.dumps(result, indent=1, allow_nan=True), encoding="utf-8")
+            values["doubts"] = [
+                card for card in (_doubt(rows, doubt) for doubt in doubts[: len(scores)][:CARDS]) if card
+            ]
+        (folder / "audit.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         html = render("audit.html", title=f"Audit of {Path(data).name}", **{**result, **values})
         (folder / "index.html").write_text(html, encoding="utf-8")
     return result
@@ -75,8 +79,8 @@ def spread(number: int, limit: int | None) -> Sequence[int]:
     return range(number) if limit is None or limit >= number else [i * number // limit for i in range(limit)]
 
 
-def _check(model: Any, processor: Any, rows: Any, chosen: Sequence[int]) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Every region of the chosen rows, the most doubtful first, and their scores."""
+def _check(model: Any, processor: Any, rows: Any, chosen: Sequence[int]) -> list[dict[str, Any]]:
+    """Every region of the chosen rows, the most doubtful first, those that could not be scored last."""
     from granvit.data.audit.cycle import IMAGES, check_regions
 
     places: list[int] = []  # rows of the samples that the model was given
@@ -88,16 +92,20 @@ def _check(model: Any, processor: Any, rows: Any, chosen: Sequence[int]) -> tupl
                 yield sample
 
     groups = progress(check_regions(model, processor, good()), "Checking captions", -(-len(chosen) // IMAGES))
-    checked = sorted((one for group in groups for one in group), key=lambda one: np.nan_to_num(one.score, nan=np.inf))
-    doubts = [
+    checked = sorted((one for group in groups for one in group), key=lambda one: (isnan(one.score), one.score))
+    return [
         {
-            "row": places[one.row], "region": one.place, "score": one.score, "box": list(one.region.box),
+            "row": places[one.row], "region": one.place, "score": _number(one.score), "box": list(one.region.box),
             "caption": one.region.caption[:1000], "kind": one.region.kind, "said": one.said, "found": one.found,
-            "parts": one.parts,
+            "parts": {name: _number(value) for name, value in one.parts.items()},
         }
         for one in checked
     ]  # fmt: skip
-    return doubts, np.array([one.score for one in checked])
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it, which knows no NaN."""
+    return None if isnan(value) else value
 
 
 def _random_regions(rows: Any, chosen: Sequence[int]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen fir
 import numpy as np  # noqa: E402
 from markupsafe import Markup  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
 from granvit.data.audit.statistics import Statistics  # noqa: E402
 from granvit.data.page import encoded  # noqa: E402
@@ -56,7 +57,9 @@ def _histogram(groups: dict[str, Iterable[float]], bins: Callable[[np.ndarray], 
             axis.hist(np.clip(values, edges[0], edges[-1]), edges, color=COLOURS[name], alpha=0.65, label=name)
         if bins is _log:
             axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_locator(NullLocator())
         if len(groups) > 1:
             axis.legend(fontsize=8, frameon=False, labelcolor=INK)
 
