@@ -8,9 +8,11 @@ from typing import Annotated, Union
 
 import tyro
 from rich.console import Console
-from tyro.conf import OmitArgPrefixes, arg, subcommand
+from rich.table import Table
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from granvit.data.annotate.source import Annotate
+from granvit.data.filters import Filter
 from granvit.data.shards import build_dataset
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
@@ -67,8 +69,7 @@ def convert(
         fault_budget: Share of images that may have faults before nothing is published.
         workers: Processes; None: one a core.
     """
-    ids = [line.strip() for line in exclude.read_text(encoding="utf-8").splitlines()] if exclude else []
-    summary = build_dataset(source, output, split, workers, fault_budget=fault_budget, exclude=ids)
+    summary = build_dataset(source, output, split, workers, fault_budget=fault_budget, exclude=_ids(exclude))
     console.print(f"wrote {output}", markup=False)
     console.print(summary.table())
 
@@ -96,7 +97,118 @@ def annotate(
     console.print(summary.table())
 
 
-COMMANDS = {"sample": sample, "convert": convert, "annotate": annotate}
+def filter(  # noqa: A001
+    source: Annotated[Filter, arg(name="")],
+    output: Path,
+    exclude: Path | None = None,
+    fault_budget: float = 0.01,
+    workers: int | None = None,
+) -> None:
+    """Write a Gran dataset without what its rules reject. The same command again goes on where it was stopped.
+
+    Args:
+        source: The dataset and the rules.
+        output: A new or an empty folder, or one in which this very command was stopped.
+        exclude: File with one id a line; rows of these ids are left out.
+        fault_budget: Share of images that may have faults before nothing is published.
+        workers: Processes; None: one a core.
+    """
+    summary = build_dataset(
+        source, output, source.split, workers, fault_budget=fault_budget, exclude=_ids(exclude), title="Filtering"
+    )
+    console.print(f"wrote {output}", markup=False)
+    console.print(summary.table())
+
+
+def overlap(
+    first: Positional[Path],
+    second: Positional[Path],
+    split: str = "train",
+    other_split: str = "test",
+    distance: int = 28,
+    output: Path | None = None,
+    page: Path | None = None,
+    workers: int | None = None,
+) -> None:
+    """Find pictures that two datasets share, by id and by looks.
+
+    Args:
+        first: A Gran dataset, to be trained on.
+        second: Another one, to be tested on.
+        split: Split of the first.
+        other_split: Split of the second.
+        distance: Bits of 256 that two pictures' hashes may differ by.
+        output: File for the ids of the first that the second has, for --exclude of convert and filter.
+        page: HTML file that shows pairs side by side.
+        workers: Processes; None: one a core.
+    """
+    from granvit.data.overlap import find_overlap, write_ids, write_page
+    from granvit.eval.loading import output_fault
+
+    for file in [file for file in (output, page) if file]:
+        if fault := output_fault(file):
+            raise ValueError(f"{file}: {fault}")
+    found = find_overlap(first, second, split, other_split, distance, workers)
+    table = Table(show_header=False, box=None)
+    for name, number in found.lines():
+        table.add_row(name, f"{number:,}")
+    console.print(table)
+    for match in found.matches[:10]:
+        console.print(f"{match.ids[0]!r:.60} is {match.ids[1]!r:.60} ({match.how})", markup=False)
+    if len(found.matches) > 10:
+        console.print(f"and {len(found.matches) - 10:,} more")
+    if output:
+        if lost := write_ids(found, output):
+            console.print(f"{lost} ids have line breaks or outer spaces and could not be written", style="yellow")
+        console.print(f"wrote {output}", markup=False)
+    if page:
+        write_page(found, first, second, split, other_split, page)
+        console.print(f"wrote {page}", markup=False)
+
+
+def audit(
+    data: Positional[Path],
+    split: str = "train",
+    output: Path = Path("audit"),
+    model: Path | None = None,
+    images: int | None = 10_000,
+    checked_images: int = 500,
+    device: str = "auto",
+    workers: int | None = None,
+) -> None:
+    """Write a page about a dataset: its numbers, its faults, some regions, and captions that a model doubts.
+
+    Args:
+        data: A Gran dataset.
+        split: The split that is looked at.
+        output: A new or an empty folder for index.html and audit.json.
+        model: A run's folder, or a folder of save_pretrained's, whose model checks the captions.
+        images: Rows that are looked at, spread over the split; None: all.
+        checked_images: Images of these that the model checks.
+        device: Where the model runs; auto: a GPU where there is one.
+        workers: Processes; None: one a core.
+    """
+    from granvit.data.audit import audit as write_audit
+
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = write_audit(data, output, split, model, images, checked_images, device, workers)
+    numbers = result["numbers"]
+    console.print(f"{numbers['rows']:,} rows, {numbers['faulty']:,} of them with faults", markup=False)
+    if model:
+        console.print(f"{result['checked']:,} captions checked, {result['below']:,} fit other boxes better")
+    console.print(f"wrote {output / 'index.html'}", markup=False)
+
+
+def _ids(file: Path | None) -> list[str]:
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file else []
+
+
+COMMANDS = {
+    "sample": sample, "convert": convert, "annotate": annotate, "filter": filter, "overlap": overlap, "audit": audit,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

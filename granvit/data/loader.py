@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -94,6 +95,12 @@ class GranDataset:
             self.faults.add(index, self.name(index), fault)
         self.faults.check()
         return sample
+
+
+@lru_cache(maxsize=4)
+def open_rows(path: str, split: str) -> datasets.Dataset | ParquetRows:
+    """The unchecked rows of a split, images still encoded, opened once a process. Raises what GranDataset raises."""
+    return GranDataset(path, split).rows
 
 
 def open_dataset(location: str) -> datasets.Dataset | datasets.DatasetDict | dict[str, ParquetRows]:

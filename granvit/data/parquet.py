@@ -29,12 +29,12 @@ class ParquetRows:
     A row costs its whole row group, of which the latest are kept: read rows of a group soon after each other.
     Reads of several threads take turns; each process opens files of its own.
 
-    groups: int64 [G], rows of each row group, in order. columns: those that a row has; None: all. fingerprint: tells
-    these rows from others, and from what the files held before they changed.
+    groups: int64 [G], rows of each row group, in order. fingerprint: tells these rows from others, and from what the
+    files held before they changed.
     Raises ValueError where a file is no Parquet or the files' columns differ.
     """
 
-    def __init__(self, files: Sequence[str], columns: Sequence[str] | None = None) -> None:
+    def __init__(self, files: Sequence[str]) -> None:
         self.files = list(files)
         with ThreadPoolExecutor(READERS) as pool:
             footers = list(pool.map(_footer, self.files))
@@ -50,7 +50,7 @@ class ParquetRows:
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
         self._places = [(f, g) for f, file in enumerate(counts) for g in range(len(file))]
         self._ends = np.cumsum(self.groups)
-        self._columns = list(columns) if columns is not None else None
+        self._columns: list[str] | None = None  # all
         self._forget()
 
     def _forget(self) -> None:
@@ -80,10 +80,13 @@ class ParquetRows:
 
     def remove_columns(self, name: str) -> ParquetRows:
         """The same rows without a column, which is then never read."""
+        return self.select_columns([column for column in self.column_names if column != name])
+
+    def select_columns(self, names: Sequence[str]) -> ParquetRows:
+        """The same rows with these columns alone; the others are never read."""
         other = object.__new__(ParquetRows)
         other.__setstate__(self.__getstate__())
-        other.column_names = [column for column in self.column_names if column != name]
-        other._columns = other.column_names
+        other.column_names = other._columns = list(names)
         return other
 
     def _group(self, group: int) -> pa.Table:

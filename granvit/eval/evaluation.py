@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,6 +74,36 @@ def other_images(samples: dict[int, Sample]) -> dict[int, Sample]:
 
 
 @torch.no_grad()
+def answer(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    rows: Sequence[int],
+    images: Mapping[int, torch.Tensor] | None,
+    batch_size: int = 64,
+) -> list[str]:
+    """The model's answer to each question, greedily decoded. rows: for each question the key of its image in `images`
+    (uint8 [H, W, 3]); images=None: the question's text alone. Questions whose answers are of about one length should
+    stand together: a batch takes as long as its longest. A caption2bbox question's own answer says how long boxes are.
+    """
+    answers: list[str] = []
+    for i in range(0, len(questions), batch_size):
+        batch, of = questions[i : i + batch_size], rows[i : i + batch_size]
+        distinct = list(dict.fromkeys(of))  # in order
+        inputs = processor(
+            images=None if images is None else [images[row] for row in distinct],
+            questions=batch,
+            image_index=None if images is None else [distinct.index(row) for row in of],
+        ).to(model.device)
+        length = MAX_NEW_TOKENS
+        if {question.task for question in batch} == {CAPTION2BBOX}:
+            length = 4 + max(map(len, processor.answer_ids([question.answer for question in batch])))
+        out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+        answers += processor.decode_answers(out)
+    return answers
+
+
+@torch.no_grad()
 def evaluate(
     model: Any,
     processor: Any,
@@ -103,25 +133,13 @@ def evaluate(
 
     training = model.training
     model.eval()
-    answers: list[str] = []
-    for i in range(0, len(asked), batch_size):
-        batch = asked[i : i + batch_size]
-        rows = list(dict.fromkeys(a.row for a in batch))  # distinct, in order
-        inputs = processor(
-            images=None if blind == "text" else [shown[row].image for row in rows],
-            questions=[a.question for a in batch],
-            image_index=None if blind == "text" else [rows.index(a.row) for a in batch],
-        ).to(model.device)
-        length = MAX_NEW_TOKENS
-        if {a.truth["task"] for a in batch} == {CAPTION2BBOX}:
-            length = 4 + max(map(len, processor.answer_ids([a.question.answer for a in batch])))
-        out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
-        answers += processor.decode_answers(out)
+    images = None if blind == "text" else {row: sample.image for row, sample in shown.items()}
+    answers = answer(model, processor, [a.question for a in asked], [a.row for a in asked], images, batch_size)
     model.train(training)
 
     boxes = processor.parse_boxes(answers)
     predictions = []
-    for a, answer, box in zip(asked, answers, boxes, strict=True):
+    for a, said, box in zip(asked, answers, boxes, strict=True):
         found = list(box) if box is not None and a.truth["task"] == CAPTION2BBOX else None
-        predictions.append({**a.truth, "answer": answer, "predicted_box": found})
+        predictions.append({**a.truth, "answer": said, "predicted_box": found})
     return Evaluation(summarise(predictions), predictions)

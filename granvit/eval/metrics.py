@@ -12,7 +12,6 @@ be read from it (caption2bbox only). Every metric is a fraction except CIDEr, wh
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from functools import lru_cache
 from statistics import fmean
@@ -24,14 +23,10 @@ import numpy as np
 from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 
+from granvit.data.measures import box_iou, words
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 Prediction = dict[str, Any]
-
-# Scripts without spaces between words, a character a word: kana and Chinese characters with their extensions.
-_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"(?!\W)[{_CJK}]|[^\W_{_CJK}]+")
-
 
 @lru_cache(maxsize=1)
 def _rouge() -> RougeScorer:
@@ -43,11 +38,6 @@ def rouge_l(truth: str, answer: str) -> float:
     stemming. Its own tokenizer knows ASCII only, where ours gives the same words.
     """
     return _rouge().score(truth, answer)["rougeL"].fmeasure
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words of any script without punctuation, which ROUGE-L, CIDEr and the exact match compare."""
-    return _WORD.findall(text.lower())
 
 
 def exact(truth: str, answer: str) -> bool:
@@ -73,17 +63,6 @@ def cider(truths: list[str], answers: list[str]) -> np.ndarray:
 def cer(truths: list[str], answers: list[str]) -> float:
     """Character error rate over a corpus, by jiwer: edits / characters of the truths. It can exceed 1."""
     return jiwer.cer([" ".join(t.split()) for t in truths], [" ".join(a.split()) for a in answers])
-
-
-def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Intersection over union of xyxy boxes [..., 4], broadcast to [...]; inverted and empty boxes give 0."""
-    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    corner = np.maximum(first[..., :2], second[..., :2])
-    sides = np.clip(np.minimum(first[..., 2:], second[..., 2:]) - corner, 0, None)
-    intersection = sides[..., 0] * sides[..., 1]
-    areas = [np.clip(b[..., 2:] - b[..., :2], 0, None).prod(axis=-1) for b in (first, second)]
-    union = areas[0] + areas[1] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
 
 def iou(prediction: Prediction) -> float:

@@ -1,0 +1,388 @@
+"""Rules for what is worth training on, and a Source that is a Gran dataset without what they reject.
+
+By default the paper's: short side of the picture, aspect of picture and boxes, area of boxes, at least one box. Every
+other rule is off until its flag is given. A region is counted under the first rule that rejects it.
+
+Text regions (kind ocr) are exempt from the rules on aspect and area: a line of text is long and thin by nature, and
+one of 20 px height would need 500 px of width, so the two would leave headlines alone. Whether text can be read is a
+matter of its height: `text_side`. Nor do the rules on repeated captions and on words look at text: "EXIT" is read and
+not described, however often it stands on a door.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sqlite3
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from tyro.conf import Positional
+
+from granvit.data.files import MAX_BYTES, join, list_files
+from granvit.data.loader import open_rows
+from granvit.data.measures import box_iou, words
+from granvit.data.schema import DataFault, Region, Sample, check_size, decode_image, parse_row
+from granvit.data.shards import Notes, Record, Source
+
+BUCKETS = 2**22
+"""Counters of the first pass over captions: 16 MiB, whatever the dataset's size."""
+
+
+@dataclass(frozen=True)
+class Filter(Source):
+    """A Gran dataset without what the rules reject. Raises ValueError for limits that make no sense."""
+
+    data: Positional[str]
+    """A Gran dataset: a folder of Arrow or Parquet files."""
+    split: str = "train"
+    """Which split is read; the one that is written has its name."""
+    short_side: float = 448
+    """Pixels: a picture's short side must be longer. 0: any."""
+    image_aspect: float = 3
+    """The most that a picture's long side measures against its short one. inf: any."""
+    box_aspect: float = 3
+    """The same for boxes, in pixels."""
+    box_area: float = 100**2
+    """Square pixels: a box must be larger. 0: any."""
+    text_side: float = 0
+    """Pixels: the short side of a text's box must be longer; below 8 or so nobody can read it. 0: any."""
+    ocr_boxes: bool = False
+    """Hold boxes of text to box_aspect and box_area as well."""
+    min_regions: int = 1
+    """As many regions must be left in a picture; with 0 its caption alone is enough."""
+    same_box: float = 1
+    """Two boxes of a kind in a picture are one where their IoU is above this: the better score stays, else the first.
+    1: never."""
+    repeats_in_image: int | None = None
+    """As many regions of a picture may share a caption (but for case and punctuation): the best scores stay, else the
+    first."""
+    repeats: int | None = None
+    """A caption that more regions of the dataset have than this is a stock phrase, and all of them go."""
+    scripts: tuple[str, ...] = ()
+    """Scripts that captions are written in, by the first word of their letters' Unicode names: LATIN CJK ..."""
+    script_share: float = 0.9
+    """The least share of a caption's letters, where it has any, that must belong to `scripts`."""
+    min_words: int = 0
+    """Words that a region's caption must have; of scripts without spaces, characters."""
+    max_words: int | None = None
+    max_characters: int | None = None
+    """Characters that a region's caption may have; of texts, too."""
+    unique_pictures: bool = False
+    """Of files that are equal byte by byte the first stays. Files that only look alike: `granvit.data.overlap`."""
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("short_side", 0, math.inf), ("image_aspect", 1, math.inf), ("box_aspect", 1, math.inf),
+            ("box_area", 0, math.inf), ("text_side", 0, math.inf), ("same_box", 0, 1), ("script_share", 0, 1),
+            ("min_regions", 0, math.inf), ("repeats_in_image", 1, math.inf), ("repeats", 1, math.inf),
+            ("min_words", 0, math.inf), ("max_words", self.min_words, math.inf), ("max_characters", 1, math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be in [{least}, {most}], got {value}")
+        if unknown := set(self.scripts) - (known_scripts() if self.scripts else set()):
+            raise ValueError(
+                f"scripts: got {', '.join(sorted(unknown))}; accepted are LATIN, CYRILLIC, CJK and the like"
+            )
+
+    def inputs(self) -> list[str]:
+        open_rows(self.data, self.split)
+        if self.data.endswith(".parquet") and not os.path.isdir(self.data):
+            return [self.data]
+        names = list_files(self.data, (".parquet", ".arrow", "state.json", "dataset_dict.json"))
+        return [join(self.data, name) for name in names]
+
+    def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
+        dataset = open_rows(self.data, self.split)
+        columns = ["id"] + ["regions"] * (self.repeats is not None) + ["image"] * self.unique_pictures
+        stock = frozenset() if self.repeats is None else repeated(lambda: _captions(dataset), self.repeats)
+        with closing(sqlite3.connect(scratch / "pictures.sqlite")) as seen:
+            seen.execute("PRAGMA synchronous = OFF")
+            seen.execute("CREATE TABLE pictures (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+            for number, row in enumerate(dataset.select_columns(columns)):
+                name = f"{self.data}[{self.split}][{number}]"
+                if not isinstance(row["id"], str):
+                    notes.unreadable(name, DataFault("id", f"id must be a string, got {row['id']!r:.80}"))
+                    continue
+                found = sorted(stock.intersection(map(_digest, _region_captions(row)))) if stock else []
+                yield Record(row["id"], name, [number, found, self.unique_pictures and not _is_new(seen, row["image"])])
+
+    def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
+        for record in records:
+            try:
+                row = self._row(record, notes)
+            except DataFault as fault:
+                notes.fault(record, fault)
+                continue
+            if row is not None:
+                yield row
+
+    def _row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
+        """A record's row without what the rules reject, None where that is all of it."""
+        number, stock, repeats_a_picture = record.data
+        row = open_rows(self.data, self.split)[number]
+        sample = parse_row(row, lambda fault: notes.fault(record, fault), decode=False)
+        size = (row["width"], row["height"])
+        if repeats_a_picture:
+            notes.drop("same picture image")
+            return None
+        if rule := next((name for name, keeps in IMAGE_RULES.items() if not keeps(self, *size)), None):
+            notes.drop(f"{rule} image")
+            return None
+        regions = self.keep_regions(sample, size, notes, stock)
+        if sample.caption is not None and not in_script(self, sample.caption):
+            notes.drop("script image caption")
+            sample = replace(sample, caption=None)
+        if len(regions) < self.min_regions or not (regions or sample.caption):
+            notes.drop("too few regions image")
+            return None
+        content = _content(row["image"])
+        check_size(*size, decode_image(content))
+        return {
+            "id": record.id,
+            "image": {"bytes": content, "path": os.path.basename(row["image"].get("path") or "") or None},
+            "width": size[0],
+            "height": size[1],
+            "caption": sample.caption,
+            "regions": [region.fields() for region in regions],
+            "source": sample.source,
+            "licence": sample.licence,
+        }
+
+    def keep_regions(
+        self, sample: Sample, size: tuple[int, int], notes: Notes, stock: Collection[str] = ()
+    ) -> list[Region]:
+        """The regions that the rules on regions keep, in their order; size: (width, height) in pixels; stock: digests
+        of captions that are stock phrases."""
+        kept = []
+        for region in sample.regions:
+            rule = next((name for name, keeps in REGION_RULES.items() if not keeps(self, region, *size)), None)
+            if stock and region.kind != "ocr" and _digest(normalised(region.caption)) in stock:
+                notes.drop("stock phrase region")
+            elif rule:
+                notes.drop(f"{rule} region")
+            else:
+                kept.append(region)
+        for rule, keep in CHOICES.items():
+            left = keep(self, kept)
+            notes.drop(f"{rule} region", len(kept) - len(left))
+            kept = left
+        return kept
+
+
+# Rules on pictures: of their width and height in pixels.
+
+
+def long_enough(limits: Filter, width: int, height: int) -> bool:
+    """Short side above `short_side`."""
+    return min(width, height) > limits.short_side
+
+
+def square_enough(limits: Filter, width: int, height: int) -> bool:
+    """Aspect in [1 / image_aspect, image_aspect]."""
+    return max(width, height) <= limits.image_aspect * min(width, height)
+
+
+# Rules on regions: of one region, and the picture's width and height in pixels.
+
+
+def box_square_enough(limits: Filter, region: Region, width: int, height: int) -> bool:
+    """Aspect in [1 / box_aspect, box_aspect]; text is exempt."""
+    short, long = sorted(_sides(region, width, height))
+    return _exempt(limits, region) or long <= limits.box_aspect * short * (1 + 1e-6)  # boxes are stored as float32
+
+
+def box_large_enough(limits: Filter, region: Region, width: int, height: int) -> bool:
+    """Area above `box_area`; text is exempt."""
+    return _exempt(limits, region) or math.prod(_sides(region, width, height)) > limits.box_area
+
+
+def text_tall_enough(limits: Filter, region: Region, width: int, height: int) -> bool:
+    """Short side of a text's box above `text_side`: of upright text its height, of vertical text its width."""
+    return region.kind != "ocr" or min(_sides(region, width, height)) > limits.text_side
+
+
+def region_in_script(limits: Filter, region: Region, width: int, height: int) -> bool:
+    """The caption is `in_script`. Text too: what a recogniser makes up shows in its script."""
+    return in_script(limits, region.caption)
+
+
+def in_script(limits: Filter, text: str) -> bool:
+    """At least `script_share` of the letters belong to `scripts`; what has none ("12:30", emoji) passes."""
+    if not limits.scripts:
+        return True
+    letters = Counter(script(letter) for letter in text if letter.isalpha())
+    return sum(letters[name] for name in limits.scripts) >= limits.script_share * letters.total()
+
+
+def word_count_fits(limits: Filter, region: Region, width: int, height: int) -> bool:
+    """min_words to max_words words; text is exempt."""
+    if region.kind == "ocr" or not (limits.min_words or limits.max_words is not None):
+        return True
+    return (
+        limits.min_words
+        <= len(words(region.caption))
+        <= (limits.max_words if limits.max_words is not None else math.inf)
+    )
+
+
+def short_enough(limits: Filter, region: Region, width: int, height: int) -> bool:
+    """At most `max_characters` characters."""
+    return limits.max_characters is None or len(region.caption) <= limits.max_characters
+
+
+# Rules on a picture's regions together: what they keep, in order.
+
+
+def drop_same_boxes(limits: Filter, regions: list[Region]) -> list[Region]:
+    """Greedy, best score first: a box goes where it overlaps one of its kind that stays by more than `same_box`. Text
+    and thing are two regions, were their boxes equal."""
+    if limits.same_box >= 1 or len(regions) < 2:
+        return regions
+    boxes = np.array([region.box for region in regions])
+    same_kind = np.array([[one.kind == other.kind for other in regions] for one in regions])
+    near = (box_iou(boxes[:, None], boxes) > limits.same_box) & same_kind
+    kept: list[int] = []
+    for index in _best_first(regions):
+        if not near[index, kept].any():
+            kept.append(index)
+    return [regions[index] for index in sorted(kept)]
+
+
+def drop_repeated_captions(limits: Filter, regions: list[Region]) -> list[Region]:
+    """At most `repeats_in_image` regions with one caption, best scores first; text is exempt."""
+    if limits.repeats_in_image is None:
+        return regions
+    counts: Counter[str] = Counter()
+    kept = []
+    for index in _best_first(regions):
+        if regions[index].kind != "ocr":
+            text = normalised(regions[index].caption)
+            counts[text] += 1
+            if counts[text] > limits.repeats_in_image:
+                continue
+        kept.append(index)
+    return [regions[index] for index in sorted(kept)]
+
+
+IMAGE_RULES: dict[str, Callable[[Filter, int, int], bool]] = {
+    "short side": long_enough,
+    "aspect": square_enough,
+}
+REGION_RULES: dict[str, Callable[[Filter, Region, int, int], bool]] = {
+    "aspect": box_square_enough,
+    "area": box_large_enough,
+    "text side": text_tall_enough,
+    "characters": short_enough,
+    "words": word_count_fits,
+    "script": region_in_script,
+}
+CHOICES: dict[str, Callable[[Filter, list[Region]], list[Region]]] = {
+    "same box": drop_same_boxes,
+    "repeated in image": drop_repeated_captions,
+}
+
+
+def normalised(text: str) -> str:
+    """A caption as repetitions are counted: its words, or what stands in place of words ("?!")."""
+    return " ".join(words(text)) or " ".join(text.split())
+
+
+def repeated(texts: Callable[[], Iterable[str]], most: int) -> frozenset[str]:
+    """Digests of the texts that occur more than `most` times. `texts` is called twice and gives the same both times.
+
+    Exact, and bounded in memory: the first pass counts into BUCKETS of hashes, the second only what falls into a
+    bucket with more than `most`, of which n texts fill at most n / most.
+    """
+    buckets = np.zeros(BUCKETS, np.uint32)
+    for text in texts():
+        buckets[_bucket(_digest(text))] += 1
+    full = buckets > most
+    counts = Counter(digest for text in texts() if full[_bucket(digest := _digest(text))])
+    return frozenset(digest for digest, number in counts.items() if number > most)
+
+
+@lru_cache(maxsize=65536)
+def script(letter: str) -> str:
+    """The script of a letter: the first word of its Unicode name."""
+    return unicodedata.name(letter, "").partition(" ")[0]
+
+
+@lru_cache(maxsize=1)
+def known_scripts() -> frozenset[str]:
+    """The scripts of all letters."""
+    return frozenset(script(letter) for letter in map(chr, range(sys.maxunicode + 1)) if letter.isalpha())
+
+
+def _captions(rows: datasets.Dataset) -> Iterator[str]:
+    for row in rows.select_columns(["regions"]):
+        yield from _region_captions(row)
+
+
+def _region_captions(row: dict[str, Any]) -> Iterator[str]:
+    """The regions' captions, normalised, without texts and what is no caption."""
+    for region in row["regions"] or []:
+        if isinstance(region["caption"], str) and region["kind"] != "ocr":
+            yield normalised(region["caption"])
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=12).hexdigest()
+
+
+def _bucket(digest: str) -> int:
+    return int(digest[:8], 16) % BUCKETS
+
+
+def _is_new(seen: sqlite3.Connection, image: Any) -> bool:
+    """Whether a picture's bytes have not been seen; one that can't be read is a fault, later."""
+    try:
+        digest = hashlib.blake2b(_content(image), digest_size=16).digest()
+    except DataFault:
+        return True
+    return seen.execute("INSERT OR IGNORE INTO pictures VALUES (?)", (digest,)).rowcount > 0
+
+
+def _content(image: Any) -> bytes:
+    """The encoded bytes of an entry of the column `image`. Raises DataFault of kind `image`."""
+    if isinstance(image, dict) and image.get("bytes"):
+        return image["bytes"]
+    path = image.get("path") if isinstance(image, dict) else None
+    if not path or not os.path.isfile(path):  # to open a FIFO or a device could take for ever
+        raise DataFault("image", f"image must be encoded bytes or the path of a file, got path {path!r:.80}")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataFault("image", f"image {path!r:.80} can't be read: {error}") from None
+    if len(content) > MAX_BYTES:
+        raise DataFault("image", f"image {path!r:.80} has more than the limit of {MAX_BYTES} bytes")
+    return content
+
+
+def _exempt(limits: Filter, region: Region) -> bool:
+    return region.kind == "ocr" and not limits.ocr_boxes
+
+
+def _sides(region: Region, width: int, height: int) -> tuple[float, float]:
+    """Width and height of a box in pixels."""
+    x1, y1, x2, y2 = region.box
+    return (x2 - x1) * width, (y2 - y1) * height
+
+
+def _best_first(regions: list[Region]) -> list[int]:
+    """Places by score, highest first; those without one come last, in their order."""
+    return sorted(
+        range(len(regions)), key=lambda i: -math.inf if regions[i].score is None else regions[i].score, reverse=True
+    )
