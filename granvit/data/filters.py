@@ -333,7 +333,7 @@ def _captions(rows: datasets.Dataset) -> Iterator[str]:
 def _region_captions(row: dict[str, Any]) -> Iterator[str]:
     """The regions' captions, normalised, without texts and what is no caption."""
     for region in row["regions"] or []:
-        if isinstance(region["caption"], str) and region["kind"] != "ocr":
+        if region and isinstance(region["caption"], str) and region["kind"] != "ocr":
             yield normalised(region["caption"])
 
 

@@ -46,7 +46,7 @@ def folder(tmp_path):
         row("twice", region(), region((0.1, 0.1, 0.5, 0.51), "A red ball!")),
         row(EVIL, region(caption=EVIL), region(other, "x" * 100_000), region((0, 0, 1, 1), "‮שלום\0 🙂" + "̈" * 500)),
         row("text", region((0, 0, 1, 0.1), "Total 12.50", "ocr")),
-        row("boxes", region((0, 0, 2, 1)), region((0.5, 0.5, 0.5, 0.9)), region(caption=" "), region()),
+        row("boxes", region((0, 0, 2, 1)), region((0.5, 0.5, 0.5, 0.9)), region(caption=" "), region(), None),
         row("broken", region(), content=b"no picture"),
         row("nothing"),
         row("tiny", region((0.5, 0.5, 0.5001, 0.5001))),
@@ -62,7 +62,8 @@ def test_numbers(folder, workers, monkeypatch):
     numbers = count(folder, "train", range(9), workers).numbers()
     wanted = {
         "rows": 9, "good": 7, "faulty": 3, "captioned": 1, "boxes_outside": 1, "boxes_empty": 1,
-        "faults": {"box": 2, "region_caption": 1, "image": 1, "empty_row": 1}, "regions": {"natural": 10, "ocr": 1},
+        "faults": {"box": 2, "region_caption": 1, "regions": 1, "image": 1, "empty_row": 1},
+        "regions": {"natural": 10, "ocr": 1},
         "repeated_ids": 1, "repeated_pictures": 1, "repeated_boxes": 1, "repeated_captions_in_image": 1,
     }  # fmt: skip
     assert {name: numbers[name] for name in wanted} == wanted

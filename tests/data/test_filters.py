@@ -160,13 +160,21 @@ def test_equal_pictures_and_excluded_ids(run):
 
 
 def test_what_is_broken_is_counted(run):
-    bad = [region(caption=" "), region((0, 0, 2, 1)), region((0.5, 0.5, 0.5, 0.6))]
+    bad = [region(caption=" "), region((0, 0, 2, 1)), region((0.5, 0.5, 0.5, 0.6)), None]
     rows = [row("good", region(), *bad), row("broken", region(), content=b"no picture")]
     rows += [row("lying", region(), content=picture((10, 10))), row("", region()), row("good", region())]
     rows += [row("nothing", content=picture())]
     summary, kept = run(rows, unique_pictures=True, repeats=9, **OFF)
     assert kept == {"good": ["a red ball"]}
-    assert summary.faults == {"box": 2, "region_caption": 1, "image": 1, "size": 1, "id": 2, "empty_row": 1}
+    assert summary.faults == {
+        "box": 2,
+        "region_caption": 1,
+        "regions": 1,
+        "image": 1,
+        "size": 1,
+        "id": 2,
+        "empty_row": 1,
+    }
 
 
 def test_two_processes_give_the_same(run, tmp_path):

@@ -39,8 +39,9 @@ from granvit.eval.evaluation import answer
 from granvit.eval.metrics import rouge_l
 
 PARTS = ("cycle_iou", "said_rouge_l", "found_iou", "caption_gain", "box_gain")
-OTHERS = 4
-"""Boxes and captions of other images that a region's own are weighed against."""
+OTHERS = 8
+"""Boxes and captions of other images that a region's own are weighed against. On a sample set of another seed 2, 4
+and 8 gave areas of 0.85, 0.88 and 0.92 for captions of other images, in 15, 20 and 29 seconds."""
 IMAGES = 64
 """As many images are in memory at a time; the others' boxes and captions come from among them."""
 LONGEST = 300
