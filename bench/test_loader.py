@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.batches import PackLoader
 from granvit.data.loader import GranDataset
-from granvit.data.sample import SceneConfig, cached_sample
+from granvit.data.sample import SceneConfig, build_sample, cached_sample
 from granvit.data.schema import parse_row
 from granvit.model.tiny import TinyLLM, TinyVision, build_tiny
 from granvit_kernels import fit_grid, pack_patches
@@ -92,3 +92,16 @@ def test_loader(compare, data, patches):
     providers = {"granvit": ours, "transformers in a DataLoader": theirs}
     ratios = compare("loader", f"up to {patches} patches", workload, providers, rounds=5)
     assert ratios["transformers in a DataLoader"] >= 3
+
+
+def test_generator(compare, benchmark, tmp_path):
+    """The sample set is drawn and written by one process, at 512 pixels."""
+    folders = (tmp_path / str(index) for index in range(100))
+    made = 256
+
+    def draw() -> None:
+        build_sample(next(folders), made, workers=0, scenes=SceneConfig(long_side=512))
+
+    workload = f"{made} pictures of the sample set, scenes of 512 pixels"
+    compare("sample_set", "one process", workload, {"granvit": draw}, rounds=5)
+    assert made / benchmark.stats.stats.median >= 100

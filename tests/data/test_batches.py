@@ -15,6 +15,7 @@ from PIL import Image
 from granvit.data.batches import PackLoader
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.loader import GranDataset
+from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES
 from granvit.data.shards import RowWriter
 from granvit.data.streaming import StreamLoader
@@ -62,6 +63,19 @@ def test_an_epoch_shows_every_image_once_in_full_sequences(gran, processor):
     for batch in batches:
         assert [tuple(image.shape) for image in batch.packed.images] == [tuple(s.image.shape) for s in batch.samples]
         assert len(batch.regions) == sum(len(sample.regions) for sample in batch.samples)
+
+
+def test_the_sample_set_fills_sequences(tmp_path, processor):
+    build_sample(tmp_path / "sample", 300, workers=0)
+    one = loader(GranDataset(tmp_path / "sample"), processor, capacity=8192, packs=1, questions=6, window=512)
+    packs = list(one.lanes[0])
+    lengths = one.lengths
+    used = [
+        sum(lengths.image[row] + sum(lengths.question[lengths.starts[row] + n] for n in asked) for row, asked in pack)
+        for pack in packs
+    ]
+    assert sorted(row for pack in packs for row, _ in pack) == list(range(len(one.dataset)))
+    assert len(packs) >= 3 and sum(used[:-1]) / (len(used) - 1) >= 0.97 * 8192 and max(used) <= 8192
 
 
 def test_images_are_the_rows_own_also_from_another_process(gran, processor):
