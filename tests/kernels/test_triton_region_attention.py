@@ -3,6 +3,7 @@ test_aot.py; on a GPU: test_gpu.py."""
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,6 +155,14 @@ def test_images_without_regions_and_regions_out_of_order():
 )
 def test_keys_and_values_of_any_strides(view):
     check([(3, 4), (2, 5)], BOXES[:3], [0, 1, 1], view=view)
+
+
+def test_heads_farther_apart_than_32_bits_count():
+    def far(x):
+        storage = torch.from_numpy(np.empty(2**31 + x.numel(), np.float16))  # 4 GiB of addresses, a few pages of memory
+        return storage.as_strided(x.shape, (x.shape[2], 2**31, 1)).copy_(x)
+
+    check([(3, 4)], BOXES[:1], [0], dtype=torch.float16, view=far)
 
 
 def test_more_regions_than_a_block_of_columns():
