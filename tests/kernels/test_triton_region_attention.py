@@ -180,6 +180,14 @@ def test_logits_of_any_size():
     assert torch.equal(output, torch.ones_like(output)) and lse.item() == pytest.approx(200 * 72, rel=1e-6)
 
 
+def test_products_are_chosen_without_what_triton_3_3_lacks(monkeypatch):
+    """torch 2.7 brings it. The interpreter must not multiply bfloat16's raw bits there either."""
+    import triton as compiler
+
+    monkeypatch.delattr(compiler, "knobs")
+    assert triton._arithmetic(torch.bfloat16)["DOT"] == compiler.language.float32
+
+
 coordinate = st.one_of(
     st.floats(-3, 9, width=32), st.floats(-(2.0**100), 2.0**100, width=32), st.integers(-2, 8).map(float)
 )
