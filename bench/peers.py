@@ -87,8 +87,9 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
     """
 
     def maps(group: Group) -> Tensor:
-        pixels = group.batch(tokens).unflatten(1, (group.height, group.width))
-        return pixels.permute(0, 3, 1, 2).to(torch.promote_types(tokens.dtype, torch.float32)).contiguous()
+        pixels = group.batch(tokens).unflatten(1, (group.height, group.width)).permute(0, 3, 1, 2)
+        # Order and dtype in one pass.
+        return pixels.to(torch.promote_types(tokens.dtype, torch.float32), memory_format=torch.contiguous_format)
 
     def bags(merge: bool) -> Callable:
         index, weight = corners(regions)
@@ -101,10 +102,16 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
     def torchvision() -> Callable:
         from torchvision.ops import roi_align
 
-        each = groups(regions)
+        def numbered(group: Group) -> Tensor:
+            """Boxes as the kernel reads them, [K, 5]: from a list of tensors, an image each, every call would make them
+            anew, by two launches an image."""
+            image = torch.arange(len(group.boxes), device=group.boxes.device).repeat_interleave(group.boxes.shape[1])
+            return torch.cat([image[:, None], group.boxes.flatten(0, 1)], 1)
+
+        each = [(group, numbered(group)) for group in groups(regions)]
 
         def run() -> Tensor:
-            found = [roi_align(maps(g), list(g.boxes), BINS, 1.0, 2, aligned=True) for g in each]
+            found = [roi_align(maps(group), boxes, BINS, 1.0, 2, aligned=True) for group, boxes in each]
             return torch.cat(found).permute(0, 2, 3, 1).to(tokens.dtype, memory_format=torch.contiguous_format)
 
         return run

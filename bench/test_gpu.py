@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -68,19 +68,26 @@ def bandwidth() -> float:
     return 2 * source.numel() / float(np.median([seconds(lambda: target.copy_(source)) for _ in range(ROUNDS)]))
 
 
-def replay(run: Callable) -> Callable:
-    """The call as a CUDA graph."""
+def replay(make: Callable) -> Callable:
+    """The call that make() gives as a CUDA graph. Made on the stream of the capture: autograd runs a backward on the
+    stream of its forward, and one of another stream can't be captured."""
     if DRY:
-        return run
+        return make()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        run = make()
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    with torch.cuda.graph(graph, stream=stream):
+        output = run()
+
+    def again(keep: Callable = run) -> Tensor:  # the graph has the addresses of what `run` holds
+        graph.replay()
+        return output
+
+    return again
 
 
 # ---- the rows ----
@@ -117,20 +124,23 @@ def save(row: dict) -> None:
 
 @pytest.fixture
 def compare(benchmark) -> Callable:
-    """compare(operator, mode, workload, nbytes, ours, peers, check): times, writes the rows, asserts the aims.
+    """compare(operator, mode, workload, nbytes, ours, peers, check, captured=None): times, writes the rows, asserts
+    the aims.
 
     ours: a function of nothing. peers: {name: make}, make() giving such a function. check(output, name): raises where
-    a peer's output is not ours.
+    a peer's output is not ours. captured: makes `ours` for the CUDA graph, where it holds a graph of autograd.
     """
 
-    def compare(operator, mode, workload, nbytes, ours, peers, check):
+    def compare(operator, mode, workload, nbytes, ours, peers, check, captured=None):
         letter = workload.split(",")[0]
         if any(
             row["commit"] == commit() and key(row)[:3] == (operator, mode, workload) and row["provider"] == "granvit"
             for row in kept()
         ):
             pytest.skip("measured at this commit")
-        providers = {"granvit": ours, "granvit, CUDA graph": replay(ours)}
+        graph = "granvit, CUDA graph"
+        providers = {"granvit": ours, graph: replay(captured or (lambda: ours))}
+        check(providers[graph](), graph)  # a graph that captured nothing would be the fastest of all
         common = {"operator": operator, "mode": mode, "workload": workload, "bytes": nbytes, **machine()}
         for name, make in peers.items():
             try:
@@ -208,8 +218,8 @@ def test_roi_gather(compare, workload, channels, mode):
     made = regions(workload, DEVICE, **FEW)
     tokens = randn(made.layout.num_tokens, channels, dtype=DTYPE, device=DEVICE).requires_grad_(mode == "backward")
 
-    def ours() -> Tensor:
-        return roi_gather(tokens, made.layout, made.boxes, made.image_index)
+    def ours(leaf: Tensor = tokens) -> Tensor:
+        return roi_gather(leaf, made.layout, made.boxes, made.image_index)
 
     output = ours()
     check = close(1e-3 if DRY else 0.06)(output.detach())
@@ -221,18 +231,23 @@ def test_roi_gather(compare, workload, channels, mode):
         grad = randn(*output.shape, dtype=DTYPE, device=DEVICE)
         nbytes = (tokens.numel() + output.numel()) * tokens.itemsize
 
-        def backward(make: Callable) -> Callable:
+        def backward(make: Callable, leaf: Tensor = tokens) -> Callable:
             def made_backward() -> Callable:
                 found = make()()
                 check(found, "forward")
-                return lambda: torch.autograd.grad(found, tokens, grad.view_as(found), retain_graph=True)[0]
+                return lambda: torch.autograd.grad(found, leaf, grad.view_as(found), retain_graph=True)[0]
 
             return made_backward
+
+        def captured() -> Callable:
+            leaf = tokens.detach().requires_grad_()  # autograd's node of `tokens` is of another stream
+            return backward(lambda: partial(ours, leaf), leaf)()
 
         run = backward(lambda: ours)()
         check_backward = close(1e-3 if DRY else 0.25)(run())
         peers = {name: backward(make) for name, make in peers.items()}
-        compare("roi_gather", mode, f"{workload}, {channels} channels", nbytes, run, peers, check_backward)
+        name = f"{workload}, {channels} channels"
+        compare("roi_gather", mode, name, nbytes, run, peers, check_backward, captured)
         return
     with torch.no_grad():
         compare("roi_gather", mode, f"{workload}, {channels} channels", nbytes, ours, peers, check)

@@ -18,6 +18,7 @@ from workloads import randn, regions
 from granvit_kernels import launch, region_attention, roi_gather
 
 DTYPE = torch.bfloat16
+WIDTHS = (768, 1152)
 
 CANDIDATES: dict[str, dict[str, tuple]] = {
     "roi_gather_forward": {"block_c": (128, 256, 512, 1024), "warps": (1, 2, 4)},
@@ -70,11 +71,12 @@ def main() -> None:
     launch.tuned = tuned
 
     best: dict[str, dict[str, dict]] = {}
-    for channels in (768, 1152):
-        runs = [run for workload in ("A", "C") for run in calls(workload, channels)]
-        for kernel, fields in CANDIDATES.items():
-            mine = [run for run in runs if run.__name__ == ("gather" if "roi_gather" in kernel else "attend")]
-
+    runs = {width: [run for workload in ("A", "C") for run in calls(workload, width)] for width in WIDTHS}
+    for kernel, fields in CANDIDATES.items():
+        gather = "roi_gather" in kernel
+        # region_attention's keys don't tell numbers of heads apart: one choice for all widths.
+        for widths in [(width,) for width in WIDTHS] if gather else [WIDTHS]:
+            mine = [run for width in widths for run in runs[width] if (run.__name__ == "gather") == gather]
             trial.clear()
             asked.clear()
             usual = cost(mine)
@@ -84,7 +86,7 @@ def main() -> None:
                 trial[kernel] = dict(zip(fields, values, strict=True))
                 found = min(found, (cost(mine), trial[kernel]), key=lambda pair: pair[0])
             trial.clear()
-            print(kernel, channels, f"{1e6 * usual:.0f} -> {1e6 * found[0]:.0f} us", found[1], flush=True)
+            print(kernel, *widths, f"{1e6 * usual:.0f} -> {1e6 * found[0]:.0f} us", found[1], flush=True)
             if found[1] is not None and found[0] < 0.97 * usual:
                 for key in keys:
                     best.setdefault(kernel, {})[launch.key_text(key)] = found[1]

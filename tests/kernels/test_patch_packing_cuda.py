@@ -6,6 +6,7 @@ That the kernels follow the formula is held in test_patch_packing.py, over the e
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,6 +137,27 @@ def test_says_which_gpus_are_too_old(monkeypatch):
         launch.device_why_not.cache_clear()
         assert cuda.why_not(torch.device("cuda", 0), torch.float32) == reason
     launch.device_why_not.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(None in map(shutil.which, ("nvcc", "cmake", "ninja")), reason="needs nvcc, cmake and ninja")
+@pytest.mark.parametrize(
+    ("release", "codes"),
+    [("11.5", []), ("11.8", ["80"]), ("12.4", ["80", "90a"]), ("12.8", ["80", "90a", "100"])],
+)
+def test_builds_with_an_older_nvcc_what_it_knows(release, codes, tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
+    older = tmp_path / "nvcc"
+    real = shutil.which("nvcc")
+    told = f'[ "$*" = --version ] && echo "tools, release {release}, V{release}.1" && exit'
+    older.write_text(f'#!/bin/sh\n{told}\nexec {real} "$@"\n')
+    older.chmod(0o755)
+    command = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DNVCC={older}"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command += ["-DGRANVIT_OUTPUT_NAME=_native.so", f"-DGRANVIT_OUTPUT_DIR={tmp_path}"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"code=\[?sm_(\w+)", (tmp_path / "build" / "build.ninja").read_text())
+    assert found == codes and ("the CUDA kernels are left out" in told) == (not codes)
 
 
 @pytest.mark.slow

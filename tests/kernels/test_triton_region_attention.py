@@ -3,6 +3,7 @@ test_aot.py; on a GPU: test_gpu.py."""
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -156,6 +157,14 @@ def test_keys_and_values_of_any_strides(view):
     check([(3, 4), (2, 5)], BOXES[:3], [0, 1, 1], view=view)
 
 
+def test_heads_farther_apart_than_32_bits_count():
+    def far(x):
+        storage = torch.from_numpy(np.empty(2**31 + x.numel(), np.float16))  # 4 GiB of addresses, a few pages of memory
+        return storage.as_strided(x.shape, (x.shape[2], 2**31, 1)).copy_(x)
+
+    check([(3, 4)], BOXES[:1], [0], dtype=torch.float16, view=far)
+
+
 def test_more_regions_than_a_block_of_columns():
     grids = [(6, 6), (3, 3)]
     check(grids, [BOXES[i % 5] for i in range(40)], [i % 2 for i in range(40)], queries=5, heads=1, coverage=True)
@@ -169,6 +178,14 @@ def test_logits_of_any_size():
     place = layout.grids, layout.cu_seqlens, torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([0])
     output, lse = triton.forward(query, key, value, *place, 1.0, False)
     assert torch.equal(output, torch.ones_like(output)) and lse.item() == pytest.approx(200 * 72, rel=1e-6)
+
+
+def test_products_are_chosen_without_what_triton_3_3_lacks(monkeypatch):
+    """torch 2.7 brings it. The interpreter must not multiply bfloat16's raw bits there either."""
+    import triton as compiler
+
+    monkeypatch.delattr(compiler, "knobs")
+    assert triton._arithmetic(torch.bfloat16)["DOT"] == compiler.language.float32
 
 
 coordinate = st.one_of(

@@ -180,8 +180,9 @@ class _Call:
         # Not query.stride(0): one region counts as contiguous with any stride.
         region_stride = math.prod(query.shape[1:]) if query.dim() == 4 else 0
         strides = [*self.key.stride()[:2], *self.value.stride()[:2]]
-        # Triton sees that 16 divides an argument, and no smaller number; a vector of a head of 72 needs 8.
-        unit = math.gcd(16, *strides)
+        # Triton sees that 16 divides an argument, and no smaller number; a vector of a head of 72 needs 8. Where
+        # one needs 64 bits all go whole: what is left of it would pass as 32, and its product with the unit overflow.
+        unit = math.gcd(16, *strides) if max(strides) < 2**31 else 1
         self.strides = (region_stride, *(stride // unit for stride in strides))
         most = 16 if query.dtype == torch.float32 else 64  # a block's queries; more make more programs
         self.block_k = min(max(power_of_two(self.queries), 16), most)
@@ -209,9 +210,9 @@ def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     import triton.language as tl
 
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    # The interpreter multiplies bfloat16's raw bits, without a word.
-    dot = tl.float32 if triton.knobs.runtime.interpret else types[dtype]
-    return dict(DOT=dot)
+    # The interpreter multiplies bfloat16's raw bits, without a word. Not triton.knobs: torch 2.7's Triton has none.
+    compiled = isinstance(_kernels().forward_walk, triton.JITFunction)
+    return dict(DOT=types[dtype] if compiled else tl.float32)
 
 
 @functools.cache
