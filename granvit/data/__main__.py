@@ -203,7 +203,12 @@ def audit(
 
 
 def _ids(file: Path | None) -> list[str]:
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file else []
+    if file is None:
+        return []
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
 
 
 COMMANDS = {
