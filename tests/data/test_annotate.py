@@ -156,14 +156,31 @@ def test_what_a_model_says_is_checked():
 
 
 @pytest.mark.parametrize(
+    "models",
+    [
+        {"ocr": Nonsense([Line((0, 0, 9, 9), None, 0.9)])},
+        {"ocr": Nonsense([Line((0, 0, 9), "x", 0.9)])},
+        {"ocr": Nonsense(["x"])},
+        {"detector": Nonsense([Detection((0, 0, 40, 40), 7, 0.9)])},
+        {"detector": Nonsense([Detection((0, 0, 40, 40), "a", 0.9)]), "captioner": Nonsense(None)},
+        {"describer": Nonsense(None)},
+    ],
+)
+def test_what_is_no_result_is_the_pictures_fault(models):
+    found = Annotator(**models)({"image": [Image.new("RGB", (100, 50))]})
+    assert found["regions"] == [[]] and found["faults"][0].startswith("model: Nonsense: ")
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({}, "nothing to do"),
         ({"ocr": "rapidocr", "captioner": "x"}, "needs a --detector"),
         ({"ocr": "rapidocr", "captions": True}, "needs a --captioner"),
         ({"ocr": "tesseract"}, "'tesseract' can't be loaded"),
-        ({"ocr": "no.such.module:Class"}, "can't be loaded: No module named"),
+        ({"ocr": "no.such.module:Class"}, "can't be loaded: ModuleNotFoundError: No module named"),
         ({"detector": "json:NoClass"}, "has no attribute 'NoClass'"),
+        ({"ocr": "datetime:date"}, "can't be loaded: TypeError"),
     ],
 )
 def test_flags_that_make_no_sense(tmp_path, flags, message):
