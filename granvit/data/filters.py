@@ -349,7 +349,7 @@ def _content(image: Any) -> bytes:
     content, path = (image.get(key) for key in ("bytes", "path")) if isinstance(image, dict) else (None, None)
     if content and isinstance(content, bytes):
         return content
-    if not path or not isinstance(path, str) or not os.path.isfile(path):  # to open a FIFO or a device could take for ever
+    if not isinstance(path, str) or not os.path.isfile(path):  # to open a FIFO or a device could take for ever
         raise DataFault("image", f"image must be encoded bytes or the path of a file, got path {path!r:.80}")
     try:
         with open(path, "rb") as file:

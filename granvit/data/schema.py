@@ -112,8 +112,8 @@ def parse_row(
     is not looked at, and the sample's image is a blank of the row's width and height. With it, the picture
     must have that width and height.
 
-    Raises DataFault of kind `id`, `caption`, `regions`, `empty_row`, `source`, `licence`, `size` or of `decode_image` or
-    `parse_region`.
+    Raises DataFault of kind `id`, `caption`, `regions`, `empty_row`, `source`, `licence`, `size` or of `decode_image`
+    or `parse_region`.
     """
     import torch
 
