@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import threading
 from abc import ABC, abstractmethod
@@ -371,6 +372,7 @@ def _make_shards(
 def _start_worker(source: Source, work: Path, shard_rows: int) -> None:
     global _worker
     _worker = (source, work, shard_rows)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the caller says it
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:  # one that is killed can't tell its workers, and they would wait for ever

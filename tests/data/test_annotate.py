@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -231,6 +232,23 @@ def test_killed_again_and_again(plugins, tmp_path):
     build(Annotate(str(folder), ocr=f"{HERE}:Reader"), tmp_path / "undisturbed")
     assert read_all(out) == read_all(tmp_path / "undisturbed")
     assert not list(out.glob(".*"))
+
+
+def test_ctrl_c_is_one_line_and_goes_on(plugins, tmp_path):
+    folder, out = pictures(tmp_path / "in", 60), tmp_path / "out"
+    command = [sys.executable, "-m", "granvit.data", "annotate", str(folder), "--ocr", f"{HERE}:Reader"]
+    command += ["--output", str(out), "--workers", "2", "--shard-rows", "4"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in a background don't
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
+    )
+    while process.poll() is None and len(list(out.glob(".unfinished/0*.json"))) < 5:  # by then both processes work
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "stopped\n" and process.returncode == 130
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert len(read_all(out)) == 60
 
 
 def read_all(output) -> list:
