@@ -86,7 +86,7 @@ def annotate(
 
     Args:
         source: The pictures and the models.
-        output: A new or an empty folder, or one in which this very command was stopped.
+        output: A new or an empty folder, one with other splits, or one in which this very command was stopped.
         split: Name of the split that is written.
         fault_budget: Share of images that may have faults before nothing is published.
         workers: Processes, each with its own models; None: one a core.
@@ -108,7 +108,7 @@ def filter(  # noqa: A001
 
     Args:
         source: The dataset and the rules.
-        output: A new or an empty folder, or one in which this very command was stopped.
+        output: A new or an empty folder, one with other splits, or one in which this very command was stopped.
         exclude: File with one id a line; rows of these ids are left out.
         fault_budget: Share of images that may have faults before nothing is published.
         workers: Processes; None: one a core.
@@ -203,7 +203,12 @@ def audit(
 
 
 def _ids(file: Path | None) -> list[str]:
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file else []
+    if file is None:
+        return []
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from None
 
 
 COMMANDS = {
@@ -212,7 +217,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 1 after one line on stderr that says what is wrong."""
+    """Runs a command; returns the exit status: 0, 1 after one line on stderr that says what is wrong, or 130 after
+    Ctrl-C."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -225,6 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", markup=False, style="red")
         return 1
+    except KeyboardInterrupt:
+        console.print("stopped", style="red")
+        return 130
     return 0
 
 

@@ -46,7 +46,7 @@ class FaultLog:
         self._seen.add((row, str(fault)))
         self.counts[fault.kind] += 1
         self.faulty.add(row)
-        log.warning("%s: %s", name, fault)
+        log.warning("%s", _printable(f"{name}: {fault}"))
 
     def check(self) -> None:
         """Raises FaultBudgetExceeded if there are more rows with faults than the budget allows."""
@@ -57,3 +57,8 @@ class FaultLog:
         """One line: how many rows have faults, and how many faults of which kind there are."""
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.most_common())
         return f"{len(self.faulty)} of {self.rows} {self.unit}s have faults" + (f" ({kinds})" if kinds else "")
+
+
+def _printable(text: str) -> str:
+    """On one line, and nothing that a terminal obeys: names are other people's."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -97,7 +97,7 @@ def state(location: str) -> str:
         if os.path.isdir(location):
             return "folder"
         if not os.path.isfile(location):
-            raise ValueError(f"no file at {location}")
+            raise ValueError(f"no file or folder at {location}")
         found = os.stat(location)
         return f"{found.st_size} {found.st_mtime_ns}"
     try:

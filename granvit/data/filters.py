@@ -118,17 +118,7 @@ class Filter(Source):
                 found = sorted(stock.intersection(map(_digest, _region_captions(row)))) if stock else []
                 yield Record(row["id"], name, [number, found, self.unique_pictures and not _is_new(seen, row["image"])])
 
-    def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
-        for record in records:
-            try:
-                row = self._row(record, notes)
-            except DataFault as fault:
-                notes.fault(record, fault)
-                continue
-            if row is not None:
-                yield row
-
-    def _row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
+    def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
         """A record's row without what the rules reject, None where that is all of it."""
         number, stock, repeats_a_picture = record.data
         row = open_rows(self.data, self.split)[number]
@@ -151,7 +141,7 @@ class Filter(Source):
         check_size(*size, decode_image(content))
         return {
             "id": record.id,
-            "image": {"bytes": content, "path": os.path.basename(row["image"].get("path") or "") or None},
+            "image": {"bytes": content, "path": os.path.basename(str(row["image"].get("path") or "")) or None},
             "width": size[0],
             "height": size[1],
             "caption": sample.caption,
@@ -333,7 +323,7 @@ def _captions(rows: datasets.Dataset) -> Iterator[str]:
 def _region_captions(row: dict[str, Any]) -> Iterator[str]:
     """The regions' captions, normalised, without texts and what is no caption."""
     for region in row["regions"] or []:
-        if region and isinstance(region["caption"], str) and region["kind"] != "ocr":
+        if isinstance(region, dict) and isinstance(region.get("caption"), str) and region.get("kind") != "ocr":
             yield normalised(region["caption"])
 
 
@@ -356,10 +346,10 @@ def _is_new(seen: sqlite3.Connection, image: Any) -> bool:
 
 def _content(image: Any) -> bytes:
     """The encoded bytes of an entry of the column `image`. Raises DataFault of kind `image`."""
-    if isinstance(image, dict) and image.get("bytes"):
-        return image["bytes"]
-    path = image.get("path") if isinstance(image, dict) else None
-    if not path or not os.path.isfile(path):  # to open a FIFO or a device could take for ever
+    content, path = (image.get(key) for key in ("bytes", "path")) if isinstance(image, dict) else (None, None)
+    if content and isinstance(content, bytes):
+        return content
+    if not isinstance(path, str) or not os.path.isfile(path):  # to open a FIFO or a device could take for ever
         raise DataFault("image", f"image must be encoded bytes or the path of a file, got path {path!r:.80}")
     try:
         with open(path, "rb") as file:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 import numpy as np
 
 # Scripts without spaces between words, a character a word: kana and Chinese characters with their extensions.
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"(?!\W)[{_CJK}]|[^\W_{_CJK}]+")
+# Accents and vowel signs, which belong to their letter and are no \w: else "कि" and "का" were one word.
+_MARKS = "".join(mark for mark in map(chr, range(0x300, 0x11FFF)) if unicodedata.category(mark) in ("Mn", "Mc"))
+_WORD = re.compile(rf"(?!\W)[{_CJK}]|[^\W_{_CJK}](?:[^\W_{_CJK}]|[{_MARKS}])*")
 
 
 def words(text: str) -> list[str]:

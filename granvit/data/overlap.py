@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +117,7 @@ def nearest(first: np.ndarray, second: np.ndarray | None, distance: int, threads
         hit = np.flatnonzero(place >= 0)
         return np.stack([hit + start, place[hit], best[hit]], axis=1)
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # numpy lets go of the interpreter's lock
+    with ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1)) as pool:  # numpy lets go of the interpreter's lock
         starts = range(0, len(first), _BLOCK[0])
         found = list(progress(pool.map(search, starts), "Comparing", len(starts)))
     return np.concatenate([np.zeros((0, 3), np.int64), *found]).astype(np.int64)
@@ -231,9 +233,12 @@ def process_map(workers: int | None, tasks: int) -> Iterator[Callable[..., Itera
     if processes < 2:
         yield map
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a word: the caller says it
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), signal.signal, quiet) as pool:
         try:
             yield pool.map
+        except BrokenProcessPool as error:
+            raise ValueError("a worker process died, for want of memory perhaps; fewer --workers need less") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -108,7 +108,12 @@ class ParquetRows:
             self._open[index] = _open(self.files[index])
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-        return self._open[index].read_row_group(inside, columns=columns, use_threads=False)
+        try:
+            table = self._open[index].read_row_group(inside, columns=columns, use_threads=False)
+            table.validate(full=True)  # that strings are UTF-8, among other things
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{self.files[index]}: row group {inside} can't be read: {error}") from error
+        return table
 
 
 def _open(file: str) -> pq.ParquetFile:

@@ -62,10 +62,11 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class DataFault(ValueError):
-    """Something in a row that can't be used. `kind` is a short name that faults are counted under."""
+    """Something in a row that can't be used. `kind` is a short name that faults are counted under. Of a message, which
+    may quote what is wrong, 500 characters are kept."""
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= 500 else f"{message[:500]} …")
         self.kind = kind
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:  # by default it would be made of its message alone
@@ -111,8 +112,8 @@ def parse_row(
     is not looked at, and the sample's image is a blank of the row's width and height. With it, the picture
     must have that width and height.
 
-    Raises DataFault of kind `id`, `caption`, `regions`, `empty_row`, `size` or of `decode_image` or
-    `parse_region`.
+    Raises DataFault of kind `id`, `caption`, `regions`, `empty_row`, `source`, `licence`, `size` or of `decode_image`
+    or `parse_region`.
     """
     import torch
 
@@ -136,6 +137,9 @@ def parse_row(
             drop(named)
     if not regions and caption is None:
         raise DataFault("empty_row", "neither a caption nor a usable region")
+    for name in ("source", "licence"):
+        if not isinstance(row.get(name) or "", str):
+            raise DataFault(name, f"{name} must be null or a string, got {row[name]!r:.80}")
     width, height = row.get("width"), row.get("height")
     if not all(isinstance(side, int) and side >= 1 for side in (width, height)):
         raise DataFault("size", f"width and height must be integers >= 1, got {width!r} and {height!r}")
@@ -234,9 +238,9 @@ def _image_file(image: Any) -> io.BytesIO | str:
     if isinstance(image, bytes):
         return io.BytesIO(image)
     if isinstance(image, Mapping):
-        if image.get("bytes"):
+        if image.get("bytes") and isinstance(image["bytes"], bytes):
             return io.BytesIO(image["bytes"])
-        if image.get("path"):
+        if image.get("path") and isinstance(image["path"], str):
             if not os.path.isfile(image["path"]):  # to open a FIFO or a device could take for ever
                 raise DataFault("image", f"path must be that of a regular file, got {image['path']!r}")
             return image["path"]

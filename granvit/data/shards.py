@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import threading
 from abc import ABC, abstractmethod
@@ -194,26 +195,32 @@ def build_dataset(
     with _work_folder(output_dir, split) as work:
         _claim(work, described, output_dir)
         if not (work / "index.sqlite").exists():
-            _index(source, work, frozenset(exclude))
+            try:
+                _index(source, work, frozenset(exclude))
+            except sqlite3.OperationalError as error:  # the disk is full
+                raise OSError(f"{work} can't be written: {error}") from error
         indexed = json.loads((work / "index.json").read_text())
         faults = FaultLog(indexed["read"], fault_budget, source.unit)
         summary = Summary(source.unit, indexed["read"], dropped=Counter(indexed["dropped"]))
         _add_faults(faults, indexed["faults"])
         failing = []
-        for shard in _make_shards(source, work, indexed["records"], shard_rows, workers, title):
+        records = 0 if _hopeless(faults) else indexed["records"]
+        for shard in _make_shards(source, work, records, shard_rows, workers, title):
             found = json.loads((work / f"{shard:05d}.json").read_text())
             _add_faults(faults, found["faults"])
             summary.kept += found["kept"]
             summary.regions += found["regions"]
             summary.dropped.update(found["dropped"])
             failing += [shard] if found["faults"] else []
-            if len(faults.faulty) > max(faults.allowed, NAMED_FAULTS):
+            if _hopeless(faults):
                 break
         summary.faults, summary.faulty = faults.counts, len(faults.faulty)
         try:
             faults.check()
             if not summary.kept:
-                raise ValueError(f"there is no usable {source.unit}: {faults.summary()}")
+                rules = ", ".join(f"{rule} {number}" for rule, number in summary.dropped.most_common())
+                left_out = f"; left out: {rules}" if rules else ""
+                raise ValueError(f"there is no usable {source.unit}: {faults.summary()}{left_out}")
         except ValueError:
             for shard in failing:  # to be made anew: what was missing may be there the next time
                 (work / f"{shard:05d}.json").unlink()
@@ -365,6 +372,7 @@ def _make_shards(
 def _start_worker(source: Source, work: Path, shard_rows: int) -> None:
     global _worker
     _worker = (source, work, shard_rows)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the caller says it
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:  # one that is killed can't tell its workers, and they would wait for ever
@@ -469,7 +477,13 @@ Boxes are relative xyxy after EXIF orientation.
 
 def _add_faults(log: FaultLog, faults: Iterable[tuple[str, str, str, str]]) -> None:
     for key, name, kind, message in faults:
+        if _hopeless(log):
+            break
         log.add(key, name, DataFault(kind, message))
+
+
+def _hopeless(log: FaultLog) -> bool:
+    return len(log.faulty) > max(log.allowed, NAMED_FAULTS)
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -156,14 +157,31 @@ def test_what_a_model_says_is_checked():
 
 
 @pytest.mark.parametrize(
+    "models",
+    [
+        {"ocr": Nonsense([Line((0, 0, 9, 9), None, 0.9)])},
+        {"ocr": Nonsense([Line((0, 0, 9), "x", 0.9)])},
+        {"ocr": Nonsense(["x"])},
+        {"detector": Nonsense([Detection((0, 0, 40, 40), 7, 0.9)])},
+        {"detector": Nonsense([Detection((0, 0, 40, 40), "a", 0.9)]), "captioner": Nonsense(None)},
+        {"describer": Nonsense(None)},
+    ],
+)
+def test_what_is_no_result_is_the_pictures_fault(models):
+    found = Annotator(**models)({"image": [Image.new("RGB", (100, 50))]})
+    assert found["regions"] == [[]] and found["faults"][0].startswith("model: Nonsense: ")
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({}, "nothing to do"),
         ({"ocr": "rapidocr", "captioner": "x"}, "needs a --detector"),
         ({"ocr": "rapidocr", "captions": True}, "needs a --captioner"),
         ({"ocr": "tesseract"}, "'tesseract' can't be loaded"),
-        ({"ocr": "no.such.module:Class"}, "can't be loaded: No module named"),
+        ({"ocr": "no.such.module:Class"}, "can't be loaded: ModuleNotFoundError: No module named"),
         ({"detector": "json:NoClass"}, "has no attribute 'NoClass'"),
+        ({"ocr": "datetime:date"}, "can't be loaded: TypeError"),
     ],
 )
 def test_flags_that_make_no_sense(tmp_path, flags, message):
@@ -214,6 +232,23 @@ def test_killed_again_and_again(plugins, tmp_path):
     build(Annotate(str(folder), ocr=f"{HERE}:Reader"), tmp_path / "undisturbed")
     assert read_all(out) == read_all(tmp_path / "undisturbed")
     assert not list(out.glob(".*"))
+
+
+def test_ctrl_c_is_one_line_and_goes_on(plugins, tmp_path):
+    folder, out = pictures(tmp_path / "in", 60), tmp_path / "out"
+    command = [sys.executable, "-m", "granvit.data", "annotate", str(folder), "--ocr", f"{HERE}:Reader"]
+    command += ["--output", str(out), "--workers", "2", "--shard-rows", "4"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in a background don't
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
+    )
+    while process.poll() is None and len(list(out.glob(".unfinished/0*.json"))) < 5:  # by then both processes work
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "stopped\n" and process.returncode == 130
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert len(read_all(out)) == 60
 
 
 def read_all(output) -> list:

@@ -104,6 +104,8 @@ def test_command_line_with_a_model(folder, tiny, tmp_path, capsys):
     html = (tmp_path / "out" / "index.html").read_text()
     assert "doubts most" in html and "<script>alert" not in html
     assert main([*command, "--model", str(tmp_path / "no")]) == 1
+    assert main([*command[:2], "--images", "0", "--output", str(tmp_path / "none")]) == 1
+    assert "error: images must be >= 1, got 0" in capsys.readouterr().err
     assert main(command) == 1  # it has something in it
     assert "error: output must be a new or an empty folder" in capsys.readouterr().err
 

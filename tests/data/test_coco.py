@@ -158,7 +158,7 @@ def test_command_line(folder, capsys):
     assert "left out: excluded" in shown and "rows written" in shown
     command = ["convert", "coco", instances, "--images", str(folder / "no"), "--output", str(folder / "other")]
     assert main(command) == 1
-    assert "error: no file at" in capsys.readouterr().err
+    assert "error: no file or folder at" in capsys.readouterr().err
 
 
 def test_a_remote_source(folder):
@@ -214,3 +214,11 @@ def test_memory_is_bounded(tmp_path):
     count, grown, *_ = map(float, done.stdout.split())
     assert count == number
     assert grown < 100, f"{done.stdout}: 200,000 images may take 100 MiB"
+
+
+def test_a_file_of_nothing_but_faults_is_told_in_little(folder, caplog, monkeypatch):
+    monkeypatch.setattr("granvit.data.shards.NAMED_FAULTS", 20)
+    instances = write(folder, [image(1), *[0] * 1000], [annotation(1, 1, [0, 0, 9, 9])])
+    with pytest.raises(ValueError, match="21 of 1001 images have faults"):
+        convert(Coco(instances, str(folder / "images")), folder / "out", fault_budget=0.01)
+    assert len(caplog.messages) == 21

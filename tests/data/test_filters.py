@@ -4,6 +4,8 @@ import io
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -175,6 +177,38 @@ def test_what_is_broken_is_counted(run):
         "id": 2,
         "empty_row": 1,
     }
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"regions": "text"}, {"regions": ["text"]}, {"regions": [1]}, {"regions": [{"box": [0.0, 0.0, 1.0, 1.0]}]},
+        {"image": {"bytes": "text", "path": None}}, {"image": {"bytes": None, "path": 3}}, {"licence": {"a": 1}},
+    ],
+)  # fmt: skip
+def test_columns_of_other_types_are_faults_to_every_command(tmp_path, odd, caplog):
+    (tmp_path / "in").mkdir()
+    datasets.Dataset.from_list([row("a", region()) | odd]).to_parquet(tmp_path / "in" / "train.parquet")
+    with pytest.raises(ValueError, match="there is no usable image: 1 of 1 images have faults"):
+        build_dataset(
+            Filter(str(tmp_path / "in"), repeats=1, unique_pictures=True, **OFF), tmp_path / "out", workers=0,
+            fault_budget=1,
+        )  # fmt: skip
+    assert main(["audit", str(tmp_path / "in"), "--output", str(tmp_path / "audit"), "--workers", "0"]) == 0
+    assert main(["overlap", *[str(tmp_path / "in")] * 2, "--other-split", "train", "--workers", "0"]) == 0
+
+
+def test_a_file_with_a_broken_row_group_is_named(tmp_path):
+    text = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    table = pa.Table.from_pylist([row("a", region())], FEATURES.arrow_schema)
+    pq.write_table(table.set_column(4, "caption", text), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train.parquet: row group 0 can't be read: .*UTF8"):
+        build_dataset(Filter(str(tmp_path), **OFF), tmp_path / "out", workers=0)
+
+
+def test_nothing_left_says_why(run):
+    with pytest.raises(ValueError, match="there is no usable image: 0 of 1 images .*; left out: short side image 1"):
+        run([row("a", region())], short_side=9000)
 
 
 def test_two_processes_give_the_same(run, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 
 import pytest
 from PIL import Image
@@ -168,4 +169,36 @@ def test_command_line(file, tmp_path, capsys):
     assert "error: split must be a name of letters" in capsys.readouterr().err
     assert not (tmp_path / "evil").exists() and not (tmp_path / "deep").exists()
     assert main(["convert", "jsonl", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "o")]) == 1
-    assert "error: no file at" in capsys.readouterr().err
+    assert "error: no file or folder at" in capsys.readouterr().err
+
+
+def test_hostile_lines_cost_little_and_are_told_in_little(file, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("granvit.data.sources.jsonl.MAX_LINE", 1_000_000)
+    keys = ",".join(f'"k{number}":0' for number in range(50_000))
+    write(
+        file,
+        f'{{{keys},"k49999":0}}',  # to count each key takes minutes
+        line(id="keys", **{f"k{number}": 1 for number in range(50_000)}),
+        line(id="long", caption=" " * 1_000_100),
+        line(id="exact", caption="a" * (999_999 - len(json.dumps(line(id="exact", caption=""))))),
+        line(id="box", regions=[REGION, REGION | {"box": [0] * 50_000}]),
+    )
+    started = time.monotonic()
+    summary = convert_jsonl(file, tmp_path / "out", fault_budget=1)
+    assert time.monotonic() - started < 20
+    assert (summary.read, summary.kept) == (5, 2)
+    assert summary.faults == {"json": 2, "unknown_key": 1, "box": 1}
+    assert "repeated key 'k49999'" in caplog.text and ":3: a line has more than the limit" in caplog.text
+    assert max(map(len, caplog.messages)) < 1000
+
+
+def test_ids_to_exclude_as_windows_writes_them(file, tmp_path, capsys):
+    write(file, line(id="a"), line(id="b"))
+    ids = tmp_path / "ids.txt"
+    ids.write_bytes("\ufeffa\r\n".encode())
+    command = ["convert", "jsonl", str(file), "--exclude", str(ids), "--workers", "0"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert GranDataset(tmp_path / "out").rows["id"] == ["b"]
+    ids.write_bytes(b"\xff\xfea")
+    assert main([*command, "--output", str(tmp_path / "other")]) == 1
+    assert "ids.txt is no text in UTF-8" in capsys.readouterr().err

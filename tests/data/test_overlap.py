@@ -1,6 +1,7 @@
 """A picture is found again after another JPEG quality or size, and no other picture, nor its mirror image."""
 
 import io
+import os
 
 import datasets
 import numpy as np
@@ -11,7 +12,7 @@ from granvit.data import overlap
 from granvit.data.__main__ import main
 from granvit.data.filters import Filter
 from granvit.data.loader import GranDataset
-from granvit.data.overlap import DISTANCE, find_overlap, nearest, picture_hash, write_ids
+from granvit.data.overlap import DISTANCE, find_overlap, nearest, picture_hash, process_map, write_ids
 from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES, decode_image
 from granvit.data.shards import build_dataset
@@ -158,6 +159,12 @@ def test_command_line_and_what_takes_its_ids(two, tmp_path, capsys):
     exclude = ids.read_text().splitlines()
     assert build_dataset(source, tmp_path / "out", workers=0, fault_budget=1, exclude=exclude).dropped["excluded"] == 3
     assert main(["overlap", *two, "--distance", "300"]) == 1
+    assert main(["overlap", *two, "--workers", "-1"]) == 0
     assert "distance must be in" in capsys.readouterr().err
     assert main(["overlap", *two, "--other-split", "train"]) == 1
     assert main(["overlap", *two, "--output", str(tmp_path / "no" / "ids")]) == 1
+
+
+def test_a_process_that_dies_is_told_in_one_line():
+    with pytest.raises(ValueError, match="a worker process died"), process_map(2, 2) as run:
+        list(run(os._exit, [1, 1]))

@@ -298,7 +298,7 @@ def test_a_huge_page_is_rendered_smaller_and_no_sheet_is_a_fault():
 def test_settings_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="dpi must lie in"):
         build(Pdf(str(tmp_path), dpi=0), tmp_path / "out")
-    with pytest.raises(ValueError, match="no file at"):
+    with pytest.raises(ValueError, match="no file or folder at"):
         build(Pdf(str(tmp_path / "none")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

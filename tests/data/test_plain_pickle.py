@@ -105,6 +105,7 @@ HOSTILE = {
     "huge bytes": fresh(b"\x8e" + struct.pack("<Q", 2**40)),
     "a huge string": fresh(b"\x8d" + struct.pack("<Q", 2**62)),
     "a huge integer": fresh(b"\x8b\xff\xff\xff\x7f"),
+    "an integer of 2000 bytes": fresh(b"\x8b" + struct.pack("<I", 2000) + b"\x7f" * 2000),
     "a negative length": b"T\xff\xff\xff\xff.",
     "many digits": b"L" + b"9" * 5000 + b"L\n.",
     "an array larger than its bytes": pickle.dumps(np.arange(4)).replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85"),

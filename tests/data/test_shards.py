@@ -286,3 +286,13 @@ def test_a_second_split_joins_the_first(tmp_path):
     (tmp_path / "out" / "notes.txt").touch()
     with pytest.raises(ValueError, match="new or an empty folder, got"):
         build_dataset(Numbers(2), tmp_path / "out", "val", workers=0)
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("granvit.data.shards._index", full)
+    with pytest.raises(OSError, match=f"{WORK} can't be written: database or disk is full"):
+        build_dataset(Numbers(2), tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()

@@ -108,4 +108,12 @@ def test_command_line_and_a_remote_source(folder, capsys):
     command = ["convert", "voc", f"{there}/Annotations", "--images", f"{there}/JPEGImages", "--workers", "0"]
     assert main([*command, "--output", str(folder / "out")]) == 0
     assert main(["convert", "voc", str(folder / "no"), "--images", str(folder), "--output", str(folder / "o")]) == 1
-    assert "error: no file at" in capsys.readouterr().err
+    assert "error: no file or folder at" in capsys.readouterr().err
+
+
+def test_a_file_name_gives_the_terminal_no_orders(folder, caplog):
+    write(folder, annotation(thing((1, 1, 9, 9))))
+    write(folder, "no xml", name="\x1b[2J\n")
+    convert(source(folder), folder / "out")
+    [message] = caplog.messages
+    assert r"\x1b[2J\n.xml: no readable VOC annotation" in message and message.isprintable()

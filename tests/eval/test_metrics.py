@@ -47,6 +47,7 @@ def test_words_of_ascii_are_those_of_rouge_score(text):
 def test_words_of_other_scripts():
     assert words("Naïve café") == ["naïve", "café"]
     assert words("Красный круг, ένας 한국 사람") == ["красный", "круг", "ένας", "한국", "사람"]
+    assert words("हिन्दी, कि का! cafe\u0301 \u2764\ufe0f") == ["हिन्दी", "कि", "का", "cafe\u0301"]
     assert words("红色2圆。カ・ナ x_y") == ["红", "色", "2", "圆", "カ", "ナ", "x", "y"]
     assert rouge_l("красный большой круг", "красный круг") == pytest.approx(4 / 5)
     assert rouge_l("红色的圆", "红圆") == pytest.approx(4 / 6)

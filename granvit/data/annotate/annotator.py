@@ -135,7 +135,7 @@ class Annotator:
     def _annotate(self, found: list[_Found]) -> None:
         pictures = [one.picture for one in found]
         if self.ocr:
-            for one, lines in _results(self.ocr, found, pictures):
+            for one, lines in _results(self.ocr, found, pictures, _lines):
                 for line in lines:
                     if line.score < self.ocr_score:
                         one.dropped.append("line under the least score")
@@ -143,7 +143,7 @@ class Annotator:
                         one.add(line.box, line.text, "ocr", line.score)
         if self.detector:
             objects = []
-            for one, detections in _results(self.detector, found, pictures):
+            for one, detections in _results(self.detector, found, pictures, _detections):
                 for detection in detections:
                     if detection.score < self.detector_score:
                         one.dropped.append("object under the least score")
@@ -155,14 +155,14 @@ class Annotator:
                 self._add_objects(some)
         if self.describer:
             bare = [one for one in found if one.caption is None]
-            for one, caption in _results(self.describer, bare, [one.picture for one in bare]):
+            for one, caption in _results(self.describer, bare, [one.picture for one in bare], _text):
                 one.caption = " ".join(caption.split()) or None
 
     def _add_objects(self, objects: list[tuple[_Found, Detection]]) -> None:
         named = [((one, detection), detection.label) for one, detection in objects]
         if self.captioner:
             crops = [one.picture.crop(_crop(one.picture, detection.box)) for one, detection in objects]
-            named = _results(self.captioner, objects, crops)
+            named = _results(self.captioner, objects, crops, _text)
         for (one, detection), caption in named:
             if caption.strip():
                 one.add(detection.box, caption, "natural", detection.score)
@@ -190,24 +190,49 @@ def _chunks(rows: Iterator[tuple[Any, Any, Any]]) -> Iterator[list[_Found]]:
         yield chunk
 
 
-def _results(model: Callable[[list[Image]], list[Any]], owners: list[Any], pictures: list[Image]) -> list[Any]:
-    """(owner, its picture's result), but for pictures that the model can't take: what owns them gets a fault."""
+def _results(
+    model: Callable[[list[Image]], list[Any]],
+    owners: list[Any],
+    pictures: list[Image],
+    checked: Callable[[Any], Any],
+) -> list[Any]:
+    """(owner, its picture's result), but for pictures that the model can't take, or for which it returns what is not
+    `checked`: what owns them gets a fault."""
     if not pictures:
         return []
     try:
-        results = list(model(pictures))
+        results = [checked(result) for result in model(pictures)]
     except NoModel:
         raise
     except Exception as error:  # whatever a model raises for one picture of a million
         if len(pictures) > 1:
             pairs = zip(owners, pictures, strict=True)
-            return [result for owner, picture in pairs for result in _results(model, [owner], [picture])]
+            return [result for owner, picture in pairs for result in _results(model, [owner], [picture], checked)]
         found = owners[0] if isinstance(owners[0], _Found) else owners[0][0]
         found.faults.append(DataFault("model", f"{type(model).__name__}: {type(error).__name__}: {error}"))
         return []
     if len(results) != len(pictures):
         raise ValueError(f"{type(model).__name__} returned {len(results)} results for {len(pictures)} images")
     return list(zip(owners, results, strict=True))
+
+
+def _lines(lines: Any) -> list[Line]:
+    return [Line(_box(line.box), _text(line.text), float(line.score)) for line in lines]
+
+
+def _detections(found: Any) -> list[Detection]:
+    return [Detection(_box(one.box), _text(one.label), float(one.score)) for one in found]
+
+
+def _box(box: Any) -> Box:
+    x1, y1, x2, y2 = map(float, box)
+    return x1, y1, x2, y2
+
+
+def _text(text: Any) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"expected a string, got {text!r:.80}")
+    return text
 
 
 def _crop(picture: Image, box: Box) -> tuple[int, int, int, int] | None:

@@ -137,8 +137,8 @@ def load(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name!r} can't be loaded: {error}") from error
+    except Exception as error:  # whatever a module of somebody's raises
+        raise ValueError(f"{name!r} can't be loaded: {type(error).__name__}: {error}") from error
 
 
 @cache

@@ -90,11 +90,10 @@ class Annotate(Source):
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
         if _is_dataset(self.images):
-            ids = rows = _rows(self.images, self.from_split)
-            for column in set(rows.column_names) - {"id"}:
-                ids = ids.remove_columns(column)
+            rows = _rows(self.images, self.from_split)
+            ids = rows.select_columns(["id"]) if "id" in rows.column_names else None
             for index in range(len(rows)):
-                row_id = ids[index]["id"] if ids.column_names else index
+                row_id = index if ids is None else ids[index]["id"]
                 name = f"{self.images}[{self.from_split}][{index}]"
                 if isinstance(row_id, (str, int)) and str(row_id) and is_unicode(str(row_id)):
                     yield Record(str(row_id), name, index)
@@ -150,13 +149,14 @@ class Annotate(Source):
             return row | {"image": {"bytes": content, "path": record.data.rpartition("/")[2]}}
         stored = _rows(self.images, self.from_split)[record.data]
         image, caption, regions = stored["image"], stored.get("caption"), stored.get("regions")
-        if not isinstance(image, dict) or not image.get("bytes"):  # a path could name any file of this machine
+        content = image.get("bytes") if isinstance(image, dict) else None
+        if not content or not isinstance(content, bytes):  # a path could name any file of this machine
             raise DataFault("image", "a row must hold its picture's bytes")
         if caption is not None and not (isinstance(caption, str) and caption.strip()):
             raise DataFault("caption", f"caption must be null or a string with text in it, got {caption!r:.80}")
         if regions is not None and not isinstance(regions, list):
             raise DataFault("regions", f"regions must be a list, got {type(regions).__name__}")
-        image = {"bytes": image["bytes"], "path": (image.get("path") or "").rpartition("/")[2] or None}
+        image = {"bytes": content, "path": str(image.get("path") or "").rpartition("/")[2] or None}
         noted = {name: stored[name] for name in ("source", "licence") if isinstance(stored.get(name), str)}
         return row | noted | {"image": image, "caption": caption, "regions": regions}
 

@@ -48,6 +48,9 @@ def audit(
     from granvit.data.audit.plots import draw_plots
     from granvit.data.audit.statistics import count
 
+    for name, number in (("images", images), ("checked_images", checked_images)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be >= 1, got {number}")
     with whole_folder(output) as folder:
         rows = open_rows(str(data), split)
         if model is not None:  # what is wrong with it is said before the work

@@ -6,6 +6,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +109,10 @@ def build_sample(
     make = partial(_make, seed=seed, scenes=scenes)
     # Fork, since children only draw: they need nothing of the parent's threads and devices, which is what
     # fork can't carry over. They start here, before the progress bar's thread does.
-    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) if processes > 1 else None
+    executor = None
+    if processes > 1:
+        quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a word, and whatever lock it holds
+        executor = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), signal.signal, quiet)
     try:
         chunks = {split: (executor.map if executor else map)(make, todo) for split, todo in tasks.items()}
         console = Console(stderr=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tyro.conf import Positional
 
@@ -34,6 +34,8 @@ _KEYS = {  # key: (types, what a fault says is accepted)
 }
 _REGION_KEYS = {"box", "caption", "kind", "score"}
 
+MAX_LINE = 10_000_000  # bytes
+
 
 @dataclass(frozen=True)
 class Jsonl(Source):
@@ -48,8 +50,8 @@ class Jsonl(Source):
         return [self.file]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
-        with open_file(self.file) as lines:
-            for number, line in enumerate(lines, 1):
+        with open_file(self.file) as file:
+            for number, line in enumerate(_lines(file), 1):
                 if not line.strip():
                     continue
                 name = f"{self.file}:{number}"
@@ -80,8 +82,19 @@ class Jsonl(Source):
         }
 
 
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines; of one of more than MAX_LINE bytes, so many and one more."""
+    while line := file.readline(MAX_LINE + 1):
+        rest = line
+        while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE + 1)
+        yield line
+
+
 def _parse(line: bytes) -> dict[str, Any]:
     """A line's object, checked but for its regions and its picture."""
+    if len(line) > MAX_LINE:
+        raise DataFault("json", f"a line has more than the limit of {MAX_LINE} bytes")
     data = parse_json(line)
     if not isinstance(data, dict):
         raise DataFault("json", f"a line must be an object, got {type(data).__name__}")

@@ -89,6 +89,8 @@ def _run(content: bytes) -> Any:
         if steps > MAX_STEPS:
             raise ValueError(f"it takes more than {MAX_STEPS} steps")
         if name in _VALUES:
+            if isinstance(value, int) and value.bit_length() > 10_000:  # too many digits to be shown
+                raise ValueError("it holds an integer of more than 10,000 bits")
             stack.append(value)
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[value] = stack[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,8 @@ def parse_json(content: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DataFault("json", f"repeated key {next(key for key in keys if keys.count(key) > 1)!r}")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise DataFault("json", f"repeated key {key!r:.80}")
     return data
 
 
