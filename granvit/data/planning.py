@@ -22,6 +22,8 @@ PATIENCE = 8
 """So many times an image waits at most."""
 MIX = 8
 """So many neighbouring row groups are shuffled together."""
+CHUNK = 1024
+"""So many rows are handed on at a time."""
 
 
 @dataclass(frozen=True)
@@ -100,29 +102,34 @@ class Order:
     """In which order a lane sees rows.
 
     groups: rows of each run that lies together (`GranDataset.groups`). Every row comes once an epoch, in one lane.
+    Runs so long that lanes could not share them evenly are dealt out in pieces.
     """
 
     def __init__(self, groups: np.ndarray, lanes: int, seed: int) -> None:
-        self.ends = np.cumsum(groups)
-        self.starts, self.lanes, self.seed = self.ends - groups, lanes, seed
+        rows = int(np.sum(groups))
+        pieces = -(-groups // max(1, rows // (lanes * MIX)))
+        starts = np.repeat(np.cumsum(groups) - groups, pieces)
+        number = np.arange(len(starts)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self.starts = starts + number * np.repeat(groups, pieces) // np.repeat(pieces, pieces)
+        self.ends = np.append(self.starts[1:], rows)
+        self.lanes, self.seed = lanes, seed
+        self._single = len(self.starts) == rows  # each row alone: shuffled already
         self._groups = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.starts))
 
     def rows(self, lane: int, epoch: int) -> Iterator[np.ndarray]:
-        """int64 arrays of row numbers: all that the lane has in this epoch, in its order."""
-        mine = self._groups(epoch)[lane :: self.lanes]
-        single = len(self.starts) and int(self.ends[-1]) == len(self.starts)  # each row alone: shuffled already
-        for number, start in enumerate(range(0, len(mine), MIX if not single else _ALONE)):
-            if single:
-                yield self.starts[mine[start : start + _ALONE]]
+        """int64 arrays of at most CHUNK row numbers: all that the lane has in this epoch, in its order."""
+        # Another lane is the first in each epoch: where there are fewer groups than lanes, all have some in time.
+        mine = self._groups(epoch)[(lane + epoch) % self.lanes :: self.lanes]
+        for number, start in enumerate(range(0, len(mine), CHUNK if self._single else MIX)):
+            if self._single:
+                yield self.starts[mine[start : start + CHUNK]]
             else:
-                near = [np.arange(self.starts[g], self.ends[g]) for g in mine[start : start + MIX]]
-                yield np.random.default_rng([self.seed, epoch, lane, number]).permutation(np.concatenate(near))
-
-
-_ALONE = 1024  # rows handed on at a time where each lies alone
+                near = np.concatenate([np.arange(self.starts[g], self.ends[g]) for g in mine[start : start + MIX]])
+                mixed = np.random.default_rng([self.seed, epoch, lane, number]).permutation(near)
+                yield from (mixed[i : i + CHUNK] for i in range(0, len(mixed), CHUNK))
 
 
 class Lane:
@@ -182,7 +189,8 @@ def draw(
     owner = np.repeat(np.arange(len(rows)), counts)
     offset = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     number = np.repeat(starts[rows], counts) + offset
-    weight = np.array([weights[task] for task in lengths.tasks])[lengths.task[number]]
+    most = max(weights[task] for task in lengths.tasks)  # what is divided by is at most 1, so that tiny weights count
+    weight = np.array([weights[task] / most for task in lengths.tasks])[lengths.task[number]]
     chosen = (weight > 0) & (lengths.question[number] <= (capacity - lengths.image[rows])[owner])
     owner, offset, number = owner[chosen], offset[chosen], number[chosen]
     key = np.log(_uniform(number, seed, epoch)) / weight[chosen]
