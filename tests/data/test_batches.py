@@ -316,3 +316,63 @@ def test_a_streams_faults(processor):
     assert len(one.faults.faulty) == 10
     with pytest.raises(FaultBudgetExceeded):
         list(StreamLoader(stream(rows), processor, TASKS, capacity=400, packs=4, workers=0, fault_budget=0.001))
+
+
+def test_rows_of_tasks_that_are_not_asked_are_no_faults(processor):
+    rows = [row | ({"caption": "a scene", "regions": []} if i % 2 else {}) for i, row in enumerate(gran_rows(20))]
+    data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES))
+    one = PackLoader(data, processor, {"bbox2caption": 1.0, "global_caption": 0.0}, capacity=400, packs=2, epochs=1)
+    assert not one.faults.faulty
+    with pytest.raises(ValueError, match="no image with a question"):
+        loader(GranDataset(datasets.Dataset.from_list(rows, features=FEATURES).select([])), processor)
+    with pytest.raises(ValueError, match="finite weights"):
+        PackLoader(data, processor, {"bbox2caption": float("inf")})
+
+
+def test_a_budget_that_holds_in_one_epoch_holds_in_all(processor):
+    """A rank sees other rows in each epoch: the faulty ones it has seen are more than its share of one epoch's."""
+    rows = gran_rows(240)
+    for row in rows[::13]:
+        row["image"] = {"bytes": b"broken", "path": None}
+    data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES), fault_budget=0.1)
+    one = loader(data, processor, epochs=6, ranks=4)
+    assert sum(1 for _ in one) == one.steps
+    assert len(one.faults.faulty) > 7
+
+
+def test_a_state_of_other_lengths_order_or_tasks_is_refused(gran, many_rows, processor, tmp_path):
+    data = GranDataset(gran)
+    state = loader(data, processor).state_dict()
+    loader(GranDataset(gran), processor).load_state_dict(state)
+    longer = [*many_rows[:-1], many_rows[-1] | {"caption": "a far longer caption of it"}]
+    write_parquet(tmp_path / "set", many_rows)
+    others = [
+        loader(GranDataset(datasets.Dataset.from_list(longer, features=FEATURES)), processor),
+        loader(GranDataset(tmp_path / "set"), processor),
+        loader(data, processor, epochs=2),
+        PackLoader(data, processor, dict.fromkeys(TASKS, 1.0), capacity=400, packs=4, questions=3, window=24, epochs=1),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="another loader"):
+            other.load_state_dict(state)
+
+
+def test_iterating_leaves_the_random_numbers_of_training_alone(gran, processor):
+    before = torch.get_rng_state()
+    next(iter(loader(GranDataset(gran), processor)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "cache"))
+    first = loader(GranDataset(gran), processor).lengths
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", b"broken", whole[: len(whole) // 2], whole[:200] + b"\xff" * 40 + whole[240:]):
+        file.write_bytes(damaged)
+        assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
+        assert file.read_bytes() == whole
+    (tmp_path / "a file").write_bytes(b"")
+    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "a file"))
+    assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
+    assert "measured anew" in caplog.text and "can't be written" in caplog.text
