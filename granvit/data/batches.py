@@ -11,13 +11,12 @@ from functools import cached_property
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import measure
+from granvit.data.lengths import TOO_LONG, measure
 from granvit.data.loader import GranDataset
 from granvit.data.packing import PackedBatch, pack_questions
 from granvit.data.planning import Lane, Order, Pack
@@ -26,9 +25,6 @@ from granvit.data.schema import DataFault, Sample
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
-
-
-_NOTHING = 1 << 40  # tokens of what can't be asked
 
 
 @dataclass(frozen=True)
@@ -130,8 +126,7 @@ class PackLoader:
         self.dataset, self.processor, self.capacity, self.packs = dataset, processor, capacity, packs
         self.rank, self.ranks, self.workers = rank, ranks, workers
         self.lengths = measure(dataset, processor, sorted(tasks))
-        shortest = self._shortest(tasks)
-        if not (shortest <= capacity).any():
+        if not (self.lengths.shortest(tasks) <= capacity).any():
             raise ValueError(f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens")
         order = Order(dataset.groups, packs, seed)
         self.lanes = [
@@ -143,18 +138,8 @@ class PackLoader:
         self._known["checksum"] = self.lengths.checksum(dataset.groups)
         self.faults = FaultLog(len(dataset) // ranks, dataset.faults.budget)
         self._note(fault for fault in self.lengths.faults if fault[0] % ranks == rank)
-        too_long = np.flatnonzero((shortest > capacity) & (shortest < _NOTHING))
-        message = f"the image with its shortest question takes more than {capacity} tokens"
-        self._note((int(row), "capacity", message) for row in too_long if row % ranks == rank)
-
-    def _shortest(self, tasks: Mapping[str, float]) -> np.ndarray:
-        """int64 [N]: tokens of each image with its shortest question; of one without any, _NOTHING or more."""
-        lengths = self.lengths
-        asked = np.array([tasks[task] > 0 for task in lengths.tasks])[lengths.task]
-        shortest = np.full(len(lengths.image), _NOTHING, np.int64)
-        owner = np.repeat(np.arange(len(lengths.image)), np.diff(lengths.starts))
-        np.minimum.at(shortest, owner[asked], lengths.question[asked])
-        return shortest + lengths.image
+        too_long = self.lengths.too_long(tasks, capacity).tolist()
+        self._note((row, "capacity", TOO_LONG.format(capacity)) for row in too_long if row % ranks == rank)
 
     @cached_property
     def steps(self) -> int | None:
@@ -282,9 +267,10 @@ def _with_images(batch: Batch, images: list[Any]) -> Batch:
     return replace(batch, samples=samples, packed=replace(batch.packed, images=images))
 
 
-def beside(reader: Dataset, workers: int, **options: Any) -> Iterator[tuple[Batch, Any]]:
-    """(batch, rest) of each (`send`'s, rest) that a reader yields, read ahead in one process beside this one, so that
-    Python's lock is never held against the training step; its threads share what they have read. workers=0: here."""
+def beside(reader: Dataset, workers: int, **options: Any) -> Iterator[tuple[Batch | None, Any]]:
+    """(batch, rest) of each (`send`'s or None, rest) that a reader yields, read ahead in one process beside
+    this one, so that Python's lock is never held against the training step; its threads share what they have read.
+    workers=0: here."""
     loader = DataLoader(
         reader,
         batch_size=None,
@@ -295,7 +281,7 @@ def beside(reader: Dataset, workers: int, **options: Any) -> Iterator[tuple[Batc
         **options,
     )
     for sent, rest in loader:
-        yield _receive(*sent), rest
+        yield None if sent is None else _receive(*sent), rest
 
 
 def _quiet_tokenizers(_: int) -> None:

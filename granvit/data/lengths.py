@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHUNK = 512  # rows that are tokenised together
+_NOTHING = 1 << 40  # tokens of what can't be asked
+TOO_LONG = "the image with its shortest question takes more than {} tokens"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class Lengths:
     question: np.ndarray
     task: np.ndarray
     faults: list[tuple[int, str, str]]
+
+    def shortest(self, weights: Mapping[str, float]) -> np.ndarray:
+        """int64 [N]: tokens of each image with its shortest question of weight above 0; else _NOTHING or more."""
+        asked = np.array([weights[task] > 0 for task in self.tasks])[self.task]
+        shortest = np.full(len(self.image), _NOTHING, np.int64)
+        owner = np.repeat(np.arange(len(self.image)), np.diff(self.starts))
+        np.minimum.at(shortest, owner[asked], self.question[asked])
+        return shortest + self.image
+
+    def too_long(self, weights: Mapping[str, float], capacity: int) -> np.ndarray:
+        """int64: the rows with questions, of which none fits beside the image."""
+        shortest = self.shortest(weights)
+        return np.flatnonzero((shortest > capacity) & (shortest < _NOTHING))
 
     def checksum(self, *more: np.ndarray) -> int:
         """Of all numbers, and of further int64 arrays: what is planned from other lengths is another plan."""

@@ -15,6 +15,7 @@ from PIL import Image
 from granvit.data.batches import PackLoader
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.loader import GranDataset
+from granvit.data.planning import PATIENCE
 from granvit.data.schema import FEATURES
 from granvit.data.shards import RowWriter
 from granvit.data.streaming import StreamLoader
@@ -376,3 +377,47 @@ def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor,
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "a file"))
     assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
     assert "measured anew" in caplog.text and "can't be written" in caplog.text
+
+
+def test_a_stream_is_stopped_and_gone_on_with_at_every_step(many_rows, processor):
+    options = {"capacity": 400, "packs": 4, "questions": 3, "window": 24, "workers": 0}
+    every = {row["id"] for row in many_rows}
+
+    def going_on(state) -> StreamLoader:
+        one = StreamLoader(stream(many_rows), processor, TASKS, **options)
+        one.load_state_dict(state)
+        return one
+
+    whole, before = StreamLoader(stream(many_rows), processor, TASKS, **options), set()
+    for number, batch in enumerate(whole):
+        before |= {sample.id for sample in batch.samples}
+        if number % 4 == 2:
+            other = going_on(whole.state_dict())
+            middle = {sample.id for sample in next(iter(other)).samples}
+            after = {sample.id for batch in going_on(other.state_dict()) for sample in batch.samples}
+            assert before | middle | after == every
+            assert len(before & after) <= (PATIENCE + 2) * 24
+    assert number > 6 and other.state_dict()["rows"] > 0
+    assert len(before & after) < 120
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_of_nothing_but_faults_stops_too(processor, workers):
+    rows = [row | {"id": ""} for row in gran_rows(100)]
+    options = {"capacity": 400, "packs": 4, "workers": workers}
+    with pytest.raises(FaultBudgetExceeded, match="10 of 1000|32 of 1000"):
+        list(StreamLoader(stream(rows).repeat(None), processor, TASKS, **options))
+    whole = StreamLoader(stream(rows), processor, TASKS, fault_budget=1, **options)
+    assert list(whole) == [] and len(whole.faults.faulty) == 100
+
+
+def test_a_stream_counts_images_that_are_too_long(many_rows, processor):
+    one = StreamLoader(stream(many_rows), processor, TASKS, capacity=33, packs=4, workers=0, fault_budget=1)
+    ids = {sample.id for batch in one for sample in batch.samples}
+    assert one.faults.counts["capacity"] == 240 - len(ids) > 0
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"capacity": 0}, {"rank": 5}, {"packs": 3, "ranks": 2}])
+def test_a_stream_refuses_what_a_loader_refuses(many_rows, processor, wrong):
+    with pytest.raises(ValueError, match="must be"):
+        StreamLoader(stream(many_rows), processor, TASKS, **wrong)

@@ -208,7 +208,7 @@ def test_damage_elsewhere_in_exif_is_no_reason_to_stop():
     whole = encoded(Image.new("RGB", (40, 30)), "JPEG", exif=exif)
     start = whole.index(b"Exif") + 6
     kind = whole.index(bytes([1, 0, 0, 4]), start) + 3  # an integer that becomes a text, a fraction, ...
-    assert all(decode_image(whole[:kind] + bytes([k]) + whole[kind + 1 :]).size == (30, 40) for k in (1, 2, 5, 7))
+    assert all(decode_image(whole[:kind] + bytes([k]) + whole[kind + 1 :]).size == (30, 40) for k in (1, 2, 7))
     for place, value in itertools.product(range(start, start + 50), (0, 1, 5, 255)):
         try:
             decode_image(whole[:place] + bytes([value]) + whole[place + 1 :])
