@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -127,7 +128,11 @@ class PackLoader:
         self.rank, self.ranks, self.workers = rank, ranks, workers
         self.lengths = measure(dataset, processor, sorted(tasks))
         if not (self.lengths.shortest(tasks) <= capacity).any():
-            raise ValueError(f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens")
+            kinds = Counter(kind for _, kind, _ in self.lengths.faults)
+            faults = f"; faults: {dict(kinds)}" if kinds else ""
+            raise ValueError(
+                f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens{faults}"
+            )
         order = Order(dataset.groups, packs, seed)
         self.lanes = [
             Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)

@@ -421,3 +421,35 @@ def test_a_stream_counts_images_that_are_too_long(many_rows, processor):
 def test_a_stream_refuses_what_a_loader_refuses(many_rows, processor, wrong):
     with pytest.raises(ValueError, match="must be"):
         StreamLoader(stream(many_rows), processor, TASKS, **wrong)
+
+
+def test_a_file_that_changes_or_goes_is_named(tmp_path, many_rows, processor):
+    write_parquet(tmp_path / "set", many_rows, files=2)
+    data = GranDataset(tmp_path / "set")
+    one, two = loader(data, processor), loader(data, processor)
+    changed = tmp_path / "set" / "train-00001-of-00002.parquet"
+    data.rows._forget()  # nothing is open, as in another process
+    changed.write_bytes(changed.read_bytes() + b"PAR1")
+    with pytest.raises(ValueError, match="train-00001-of-00002.parquet has changed"):
+        list(one)
+    changed.unlink()
+    with pytest.raises(ValueError, match="no file at .*train-00001-of-00002.parquet"):
+        list(two)
+
+
+def test_a_remote_file_that_is_written_anew_is_another(tmp_path, many_rows):
+    import fsspec
+
+    write_parquet(tmp_path / "set", many_rows[:5], files=1)
+    memory, content = fsspec.filesystem("memory"), next((tmp_path / "set").iterdir()).read_bytes()
+    prints = []
+    for _ in range(2):
+        memory.pipe("/written/train.parquet", content)
+        prints.append(GranDataset("memory://written").fingerprint)
+    assert prints[0] != prints[1] == GranDataset("memory://written").fingerprint
+
+
+def test_rows_that_are_all_faulty_are_said_to_be(processor):
+    rows = [row | {"width": 0} for row in gran_rows(5)]
+    with pytest.raises(ValueError, match="no image with a question .*faults: {'size': 5}"):
+        loader(GranDataset(datasets.Dataset.from_list(rows, features=FEATURES)), processor)
