@@ -31,7 +31,7 @@ class ParquetRows:
 
     groups: int64 [G], rows of each row group, in order. fingerprint: tells these rows from others, and from what the
     files held before they changed.
-    Raises ValueError where a file is no Parquet or the files' columns differ, and in reading where a file that is opened
+    Raises ValueError where a file is no Parquet or the files' columns differ, and in reading where one that is opened
     again, or in another process, has changed or gone.
     """
 

@@ -453,3 +453,17 @@ def test_rows_that_are_all_faulty_are_said_to_be(processor):
     rows = [row | {"width": 0} for row in gran_rows(5)]
     with pytest.raises(ValueError, match="no image with a question .*faults: {'size': 5}"):
         loader(GranDataset(datasets.Dataset.from_list(rows, features=FEATURES)), processor)
+
+
+def test_a_batch_that_lost_every_image_trains_nothing(tiny):
+    model, processor = tiny()
+    rows = [row | {"image": {"bytes": b"broken", "path": None}} for row in gran_rows(6)]
+    data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES), fault_budget=1)
+    over = GranDataset(datasets.Dataset.from_list(gran_rows(3), features=FEATURES))
+    for one in (loader(data, processor, workers=2), loader(over, processor, rank=3, ranks=4)):
+        for batch in one:
+            assert not batch.samples and batch.packed.image_index.eq(-1).all()
+            loss = model(batch.packed).loss
+            loss.backward()
+            assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
