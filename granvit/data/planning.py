@@ -189,8 +189,9 @@ def draw(
     owner = np.repeat(np.arange(len(rows)), counts)
     offset = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     number = np.repeat(starts[rows], counts) + offset
-    most = max(weights[task] for task in lengths.tasks)  # what is divided by is at most 1, so that tiny weights count
-    weight = np.array([weights[task] / most for task in lengths.tasks])[lengths.task[number]]
+    most = max(weights[task] for task in lengths.tasks)
+    # What is divided by lies in [1e-300, 1], so that no weight, however small, makes all of its keys one.
+    weight = np.array([weights[t] and max(weights[t] / most, 1e-300) for t in lengths.tasks])[lengths.task[number]]
     chosen = (weight > 0) & (lengths.question[number] <= (capacity - lengths.image[rows])[owner])
     owner, offset, number = owner[chosen], offset[chosen], number[chosen]
     key = np.log(_uniform(number, seed, epoch)) / weight[chosen]

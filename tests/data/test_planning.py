@@ -135,3 +135,5 @@ def test_the_smallest_weights_are_weights_too():
     lengths = gran_like(300, 100)
     drawn = [draw(lengths, np.arange(300), dict.fromkeys(TASKS, w), 10_000, 0, 0) for w in (1.0, 5e-324)]
     assert [one.questions for one in drawn[0]] == [one.questions for one in drawn[1]]
+    apart = draw(lengths, np.arange(300), {"bbox2caption": 1e-300, "global_caption": 1e300}, 10_000, 0, 0)
+    assert [len(one.questions) for one in apart] == np.diff(lengths.starts).tolist()
