@@ -7,6 +7,7 @@ a lane does depends on no other, and whoever has a lane, whatever else it has, s
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -75,23 +76,23 @@ def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[l
 
 def _asked(one: Candidate, target: int, capacity: int) -> int:
     """How many questions an image has at `target`: at least one, and none that don't fit an empty sequence."""
-    return max(1, min(target, int(np.searchsorted(one.totals, capacity, side="right"))))
+    return max(1, min(target, bisect_right(one.totals, capacity)))
 
 
 def _tokens(one: Candidate, target: int, capacity: int) -> int:
-    return int(one.totals[_asked(one, target, capacity) - 1])
+    return one.totals[_asked(one, target, capacity) - 1]
 
 
 def _top_up(members: list[Candidate], capacity: int, target: int) -> tuple[int, Pack, list[Candidate]]:
     """A pack of these images at `target` questions, and as many more, one an image in turn, as fit; its tokens."""
     asked = [_asked(one, target, capacity) for one in members]
     pack = [(one.row, list(one.questions[:number])) for one, number in zip(members, asked, strict=True)]
-    used = sum(int(one.totals[number - 1]) for one, number in zip(members, asked, strict=True))
+    used = sum(one.totals[number - 1] for one, number in zip(members, asked, strict=True))
     deepest = max(len(one.questions) for one in members)
     for depth in range(min(asked), deepest):
         for one, number, (_, questions) in zip(members, asked, pack, strict=True):
             if number <= depth < len(one.questions):
-                length = int(one.totals[depth] - one.totals[depth - 1])
+                length = one.totals[depth] - one.totals[depth - 1]
                 if used + length <= capacity:
                     questions.append(one.questions[depth])
                     used += length
@@ -202,7 +203,7 @@ def draw(
     for row, first, last in zip(rows, cuts[:-1], cuts[1:], strict=True):
         if first < last:
             totals = lengths.image[row] + np.cumsum(lengths.question[number[first:last]])
-            found.append(Candidate(int(row), offset[first:last].tolist(), totals))
+            found.append(Candidate(int(row), offset[first:last].tolist(), totals.tolist()))
     return found
 
 
