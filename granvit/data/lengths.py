@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
@@ -103,14 +102,12 @@ def _save(path: Path, lengths: Lengths) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(lengths, name) for name in ("image", "starts", "question", "task")}
     # All ranks write it, on machines that may share the folder: each to a name of its own first.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", delete=False) as partial:
-        try:
-            np.savez(partial, faults=json.dumps(lengths.faults), **arrays)
-            partial.close()
-            os.replace(partial.name, path)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
+    partial = path.with_name(f".{path.stem}-{uuid4().hex}.npz")
+    try:
+        np.savez(partial, faults=json.dumps(lengths.faults), **arrays)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, tasks: Sequence[str]) -> Lengths:
