@@ -57,7 +57,9 @@ class StreamLoader:
         fault_budget: float = 0.01,
     ) -> None:
         check_arguments(tasks, rank, capacity=capacity, packs=packs, questions=questions, ranks=ranks, window=window)
-        stream = split_dataset_by_node(stream.cast_column("image", datasets.Image(decode=False)), rank, ranks)
+        if stream.features is not None:  # else nothing is decoded, or can be cast
+            stream = stream.cast_column("image", datasets.Image(decode=False))
+        stream = split_dataset_by_node(stream, rank, ranks)
         self._reader = _StreamReader(
             stream, processor, tasks, capacity, packs // ranks, questions, seed, window, workers
         )

@@ -467,3 +467,9 @@ def test_a_batch_that_lost_every_image_trains_nothing(tiny):
             loss.backward()
             assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_stream_without_known_features(many_rows, processor):
+    plain = datasets.IterableDataset.from_generator(lambda: iter(many_rows[:50]))
+    one = StreamLoader(plain, processor, TASKS, capacity=400, packs=4, workers=0)
+    assert sum(len(batch.samples) for batch in one) == 50

@@ -74,6 +74,11 @@ def test_parquet_in_memory_and_unsplit_sets_are_read(folder, tmp_path):
     assert len(GranDataset(tmp_path / "one")) == 5
 
 
+def test_a_format_of_tensors_is_no_hindrance():
+    set_ = datasets.Dataset.from_list(rows(3), features=FEATURES).with_format("torch")
+    assert GranDataset(set_)[2].regions[0].caption == "red ball"
+
+
 def test_a_dataset_streams(folder, tmp_path):
     stored = datasets.load_from_disk(str(folder))["train"]
     stored.to_parquet(str(tmp_path / "a.parquet"))
