@@ -43,7 +43,7 @@ class ParquetRows:
         self.column_names = footers[0].schema.to_arrow_schema().names
         for file, footer in zip(self.files, footers, strict=True):
             names = footer.schema.to_arrow_schema().names
-            if names != self.column_names:
+            if sorted(names) != sorted(self.column_names):
                 raise ValueError(f"{file} has the columns {names}, {self.files[0]} has {self.column_names}")
         counts = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
         self.groups = np.array([rows for file in counts for rows in file], dtype=np.int64)

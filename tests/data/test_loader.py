@@ -206,6 +206,17 @@ def test_columns_of_another_shape_are_faults():
     assert data[0].regions == () and dict(data.faults.counts) == {"regions": 1}
 
 
+def test_files_may_have_their_columns_in_another_order(tmp_path):
+    stored = datasets.Dataset.from_list(rows(4), features=FEATURES)
+    stored.to_parquet(str(tmp_path / "train-0.parquet"))
+    stored.select_columns(stored.column_names[::-1]).to_parquet(str(tmp_path / "train-1.parquet"))
+    data = GranDataset(tmp_path)
+    assert [data[i].id for i in range(8)] == [f"r{i}" for i in range(4)] * 2
+    stored.remove_columns("licence").to_parquet(str(tmp_path / "train-1.parquet"))
+    with pytest.raises(ValueError, match="train-1.parquet has the columns"):
+        GranDataset(tmp_path)
+
+
 def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):
     stored = datasets.Dataset.from_list(rows(12), features=FEATURES)
     stored.to_parquet(str(tmp_path / "a.parquet"), batch_size=3)
