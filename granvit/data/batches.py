@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import measure
+from granvit.data.lengths import TOO_LONG, measure
 from granvit.data.loader import GranDataset
 from granvit.data.packing import PackedBatch, pack_questions
 from granvit.data.planning import Lane, Order, Pack
@@ -44,6 +44,18 @@ class Batch:
             regions=self.regions.to(device),
             region_image=self.region_image.to(device),
         )
+
+
+def check_arguments(tasks: Mapping[str, float], rank: int, **least: int) -> None:
+    """Raises ValueError where what PackLoader and StreamLoader are both given makes no sense."""
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    packs, ranks = least["packs"], least["ranks"]
+    if packs % ranks or not 0 <= rank < ranks:
+        raise ValueError(f"packs must be a multiple of ranks, rank below it; got {packs} packs, rank {rank} of {ranks}")
+    if not all(0 <= weight < math.inf for weight in tasks.values()) or not any(tasks.values()):
+        raise ValueError(f"tasks must map names to finite weights >= 0, one above 0, got {dict(tasks)}")
 
 
 def collate(
@@ -79,7 +91,8 @@ class PackLoader:
     Which images and questions stand in which sequence is a function of the data, the arguments and `seed` alone
     (see granvit.data.planning): this rank of `ranks` gets sequences rank, rank + ranks, ... of every batch, and all
     ranks as many batches. A row whose picture turns out to be faulty leaves its slot empty; it is logged and counted in
-    `faults`, as is a row that nothing can be asked of.
+    `faults`, as is an image too long for `capacity` with its shortest question. Rows without a question of these tasks
+    are left out, which is no fault.
 
     tasks: weights of the tasks whose questions are drawn. questions: as many an image are aimed at; sequences are
         filled with more or fewer. workers: threads that read and decode, in a process beside this one; 0: here.
@@ -90,7 +103,8 @@ class PackLoader:
     there, on any number of ranks, after planning, but not reading, what came before.
 
     Raises ValueError where packs is no multiple of ranks, nothing can be asked, or a state is of other arguments;
-    FaultBudgetExceeded, while it runs, when more than the dataset's budget of this rank's share of rows is faulty.
+    FaultBudgetExceeded, while it runs, when more than the dataset's budget of this rank's share of rows is faulty (of
+    the rows that it was given, once they are more).
     """
 
     def __init__(
@@ -109,43 +123,28 @@ class PackLoader:
         epochs: int | None = None,
         window: int = 512,
     ) -> None:
-        least = {"capacity": capacity, "packs": packs, "questions": questions, "ranks": ranks, "window": window}
-        for name, value in least.items():
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        if packs % ranks or not 0 <= rank < ranks:
-            raise ValueError(
-                f"packs must be a multiple of ranks, rank below it; got {packs} packs, rank {rank} of {ranks}"
-            )
-        if not tasks or not all(weight >= 0 for weight in tasks.values()) or not any(tasks.values()):
-            raise ValueError(f"tasks must map names to weights >= 0, one above 0, got {dict(tasks)}")
+        check_arguments(tasks, rank, capacity=capacity, packs=packs, questions=questions, ranks=ranks, window=window)
         self.dataset, self.processor, self.capacity, self.packs = dataset, processor, capacity, packs
         self.rank, self.ranks, self.workers = rank, ranks, workers
         self.lengths = measure(dataset, processor, sorted(tasks))
-        shortest = self._shortest(tasks)
-        if not (shortest <= capacity).any():
-            raise ValueError(f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens")
+        if not (self.lengths.shortest(tasks) <= capacity).any():
+            kinds = Counter(kind for _, kind, _ in self.lengths.faults)
+            faults = f"; faults: {dict(kinds)}" if kinds else ""
+            raise ValueError(
+                f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens{faults}"
+            )
         order = Order(dataset.groups, packs, seed)
         self.lanes = [
             Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)
         ]
         self.step = 0
         self._known = {"seed": seed, "packs": packs, "capacity": capacity, "questions": questions, "window": window}
-        self._known |= {"rows": len(dataset), "weights": [tasks[task] for task in self.lengths.tasks]}
+        self._known |= {"epochs": epochs, "rows": len(dataset), "tasks": {t: tasks[t] for t in self.lengths.tasks}}
+        self._known["checksum"] = self.lengths.checksum(dataset.groups)
         self.faults = FaultLog(len(dataset) // ranks, dataset.faults.budget)
         self._note(fault for fault in self.lengths.faults if fault[0] % ranks == rank)
-        too_long = np.flatnonzero((shortest > capacity) & (self.lengths.image > 0))
-        message = f"the image with its shortest question takes more than {capacity} tokens"
-        self._note((int(row), "capacity", message) for row in too_long if row % ranks == rank)
-
-    def _shortest(self, tasks: Mapping[str, float]) -> np.ndarray:
-        """int64 [N]: tokens of each image with its shortest question; of one without any, more than fit anywhere."""
-        lengths = self.lengths
-        asked = np.array([tasks[task] > 0 for task in lengths.tasks])[lengths.task]
-        shortest = np.full(len(lengths.image), np.iinfo(np.int32).max, np.int64)
-        owner = np.repeat(np.arange(len(lengths.image)), np.diff(lengths.starts))
-        np.minimum.at(shortest, owner[asked], lengths.question[asked])
-        return shortest + lengths.image
+        too_long = self.lengths.too_long(tasks, capacity).tolist()
+        self._note((row, "capacity", TOO_LONG.format(capacity)) for row in too_long if row % ranks == rank)
 
     @cached_property
     def steps(self) -> int | None:
@@ -168,17 +167,22 @@ class PackLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         reader = _Reader(self.dataset, self.processor, self.lengths.tasks, self.capacity, self.workers)
+        handed = 0  # rows; over epochs a rank sees more than its share of different ones
         for batch, faults in beside(reader, self.workers, sampler=_Steps(self)):
             self._note(faults)
+            handed += len(batch.samples) + len({row for row, *_ in faults})
+            self.faults.grow(min(handed, len(self.dataset)))
             self.faults.check()
             self.step += 1
             yield batch
 
     def plan(self) -> Iterator[list[Pack]]:
         """This rank's packs of each batch from `step` on; an empty pack where a lane is over."""
-        lanes = [islice(iter(lane), self.step, None) for lane in self.lanes[self.rank :: self.ranks]]
-        for _ in range(self.step, self.steps) if self.steps is not None else iter(int, 1):
-            yield [next(lane, []) for lane in lanes]
+        lanes, mine = self.lanes[self.rank :: self.ranks], slice(None)
+        if lanes[0].epochs is not None:  # the longest lane, whoever has it, tells where the end is
+            lanes, mine = self.lanes, slice(self.rank, None, self.ranks)
+        for packs in islice(zip_longest(*lanes, fillvalue=[]), self.step, None):
+            yield list(packs[mine])
 
     def _note(self, faults: Iterable[tuple[int, str, str]]) -> None:
         for row, kind, message in faults:
@@ -268,19 +272,21 @@ def _with_images(batch: Batch, images: list[Any]) -> Batch:
     return replace(batch, samples=samples, packed=replace(batch.packed, images=images))
 
 
-def beside(reader: Dataset, workers: int, **options: Any) -> Iterator[tuple[Batch, Any]]:
-    """(batch, rest) of each (`send`'s, rest) that a reader yields, read ahead in one process beside this one, so that
-    Python's lock is never held against the training step; its threads share what they have read. workers=0: here."""
+def beside(reader: Dataset, workers: int, **options: Any) -> Iterator[tuple[Batch | None, Any]]:
+    """(batch, rest) of each (`send`'s or None, rest) that a reader yields, read ahead in one process beside
+    this one, so that Python's lock is never held against the training step; its threads share what they have read.
+    workers=0: here."""
     loader = DataLoader(
         reader,
         batch_size=None,
         num_workers=1 if workers else 0,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_quiet_tokenizers,
+        generator=torch.Generator(),  # else each start draws a number of the training's own
         **options,
     )
     for sent, rest in loader:
-        yield _receive(*sent), rest
+        yield None if sent is None else _receive(*sent), rest
 
 
 def _quiet_tokenizers(_: int) -> None:

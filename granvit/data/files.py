@@ -90,6 +90,10 @@ def open_file(location: str) -> Iterator[IO[bytes]]:
         yield file
 
 
+# What local files, S3, Google's and Azure's stores, the hub and memory call size, date and version.
+_STATE = ("size", "mtime", "ETag", "LastModified", "etag", "last_modified", "updated", "blob_id", "created")
+
+
 def state(location: str) -> str:
     """What changes when a file does: its size and date, as far as they are known; of a folder nothing is told.
     Raises ValueError where there is neither."""
@@ -105,7 +109,7 @@ def state(location: str) -> str:
         info = system.info(path)
     except _UNREADABLE as error:
         raise ValueError(f"{location} can't be read: {error}") from error
-    return " ".join(str(info.get(key, "")) for key in ("size", "mtime", "ETag", "LastModified"))
+    return " ".join(str(info.get(key, "")) for key in _STATE)
 
 
 def list_files(folder: str, suffixes: tuple[str, ...]) -> list[str]:

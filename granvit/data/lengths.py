@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+import logging
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,7 +25,11 @@ from granvit.machine import cache_folder
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
 
+log = logging.getLogger(__name__)
+
 _CHUNK = 512  # rows that are tokenised together
+_NOTHING = 1 << 40  # tokens of what can't be asked
+TOO_LONG = "the image with its shortest question takes more than {} tokens"
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,26 @@ class Lengths:
     task: np.ndarray
     faults: list[tuple[int, str, str]]
 
+    def shortest(self, weights: Mapping[str, float]) -> np.ndarray:
+        """int64 [N]: tokens of each image with its shortest question of weight above 0; else _NOTHING or more."""
+        asked = np.array([weights[task] > 0 for task in self.tasks])[self.task]
+        shortest = np.full(len(self.image), _NOTHING, np.int64)
+        owner = np.repeat(np.arange(len(self.image)), np.diff(self.starts))
+        np.minimum.at(shortest, owner[asked], self.question[asked])
+        return shortest + self.image
+
+    def too_long(self, weights: Mapping[str, float], capacity: int) -> np.ndarray:
+        """int64: the rows with questions, of which none fits beside the image."""
+        shortest = self.shortest(weights)
+        return np.flatnonzero((shortest > capacity) & (shortest < _NOTHING))
+
+    def checksum(self, *more: np.ndarray) -> int:
+        """Of all numbers, and of further int64 arrays: what is planned from other lengths is another plan."""
+        found = 0
+        for array in (self.image, self.starts, self.question, self.task, *more):
+            found = zlib.crc32(np.ascontiguousarray(array), found)
+        return found
+
 
 def image_length(sample: Sample, processor: GranViTProcessor) -> int:
     """Tokens of a sample's image part."""
@@ -54,17 +82,32 @@ def measure(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[s
     dataset, tokenizer and settings apart.
     """
     path = cache_folder() / f"lengths-{_fingerprint(dataset, processor, tasks)}.npz"
-    if path.exists():
+    try:
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in ("image", "starts", "question", "task")}
             return Lengths(tuple(tasks), faults=[tuple(f) for f in json.loads(str(found["faults"]))], **arrays)
+    except FileNotFoundError:
+        pass
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+        log.warning("lengths are measured anew, as %s can't be read: %s", path, error)
     lengths = _measure(dataset, processor, tuple(tasks))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    arrays = {name: getattr(lengths, name) for name in ("image", "starts", "question", "task")}
-    np.savez(partial, faults=json.dumps(lengths.faults), **arrays)
-    partial.replace(path)
+    try:
+        _save(path, lengths)
+    except OSError as error:
+        log.warning("lengths will be measured again next time, as %s can't be written: %s", path, error)
     return lengths
+
+
+def _save(path: Path, lengths: Lengths) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: getattr(lengths, name) for name in ("image", "starts", "question", "task")}
+    # All ranks write it, on machines that may share the folder: each to a name of its own first.
+    partial = path.with_name(f".{path.stem}-{uuid4().hex}.npz")
+    try:
+        np.savez(partial, faults=json.dumps(lengths.faults), **arrays)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, tasks: Sequence[str]) -> Lengths:
@@ -85,7 +128,7 @@ def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, ta
 
 
 def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...]) -> Lengths:
-    parts, faults = [], []
+    parts, faults = [lengths_of([], processor, tasks)], []
     console = Console(stderr=True)
     chunks = range(0, len(dataset), _CHUNK)
     for start in track(chunks, "Measuring questions", console=console, disable=not console.is_terminal):

@@ -58,7 +58,7 @@ class GranDataset:
             self.groups, self.fingerprint = rows.groups, rows.fingerprint
         else:
             # decode=False: a broken image must come as bytes to us, not as an exception out of `datasets`.
-            rows = rows.cast_column("image", datasets.Image(decode=False))
+            rows = rows.with_format(None).cast_column("image", datasets.Image(decode=False))
             self.groups, self.fingerprint = np.ones(len(rows), np.int64), rows._fingerprint
         self.rows, self._texts = rows, rows.remove_columns("image")
         self.split = split

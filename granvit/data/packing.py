@@ -120,7 +120,8 @@ def pack_questions(
             )
     if plan is None:
         plan = plan_packing(lengths, capacity)
-    rows, width = len(plan), max((sum(lengths[i] for i in row) for row in plan), default=0)
+    # At least one token, of padding: a batch may have lost all of its images, and models take no empty sequences.
+    rows, width = len(plan), max([min(len(plan), 1), *(sum(lengths[i] for i in row) for row in plan)])
     ids = np.full((rows, width), processor.tokenizer.pad_token_id, dtype=np.int64)
     positions, question_index = np.zeros_like(ids), np.zeros_like(ids)
     labels, image_index = np.full_like(ids, IGNORE), np.full_like(ids, -1)

@@ -31,22 +31,23 @@ class ParquetRows:
 
     groups: int64 [G], rows of each row group, in order. fingerprint: tells these rows from others, and from what the
     files held before they changed.
-    Raises ValueError where a file is no Parquet or the files' columns differ.
+    Raises ValueError where a file is no Parquet or the files' columns differ, and in reading where one that is opened
+    again, or in another process, has changed or gone.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
         self.files = list(files)
         with ThreadPoolExecutor(READERS) as pool:
             footers = list(pool.map(_footer, self.files))
-            states = list(pool.map(state, self.files))
+            self._states = list(pool.map(state, self.files))
         self.column_names = footers[0].schema.to_arrow_schema().names
         for file, footer in zip(self.files, footers, strict=True):
             names = footer.schema.to_arrow_schema().names
-            if names != self.column_names:
+            if sorted(names) != sorted(self.column_names):
                 raise ValueError(f"{file} has the columns {names}, {self.files[0]} has {self.column_names}")
         counts = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
         self.groups = np.array([rows for file in counts for rows in file], dtype=np.int64)
-        known = "\n".join(f"{file} {state}" for file, state in zip(self.files, states, strict=True))
+        known = "\n".join(f"{file} {state}" for file, state in zip(self.files, self._states, strict=True))
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
         self._places = [(f, g) for f, file in enumerate(counts) for g in range(len(file))]
         self._ends = np.cumsum(self.groups)
@@ -105,7 +106,10 @@ class ParquetRows:
     def _read(self, group: int, columns: list[str] | None) -> pa.Table:
         index, inside = self._places[group]
         if index not in self._open:
-            self._open[index] = _open(self.files[index])
+            file = self.files[index]
+            if state(file) != self._states[index]:
+                raise ValueError(f"{file} has changed since the dataset was opened")
+            self._open[index] = _open(file)
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
         try:

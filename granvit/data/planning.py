@@ -7,6 +7,7 @@ a lane does depends on no other, and whoever has a lane, whatever else it has, s
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,6 +23,8 @@ PATIENCE = 8
 """So many times an image waits at most."""
 MIX = 8
 """So many neighbouring row groups are shuffled together."""
+CHUNK = 1024
+"""So many rows are handed on at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +76,23 @@ def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[l
 
 def _asked(one: Candidate, target: int, capacity: int) -> int:
     """How many questions an image has at `target`: at least one, and none that don't fit an empty sequence."""
-    return max(1, min(target, int(np.searchsorted(one.totals, capacity, side="right"))))
+    return max(1, min(target, bisect_right(one.totals, capacity)))
 
 
 def _tokens(one: Candidate, target: int, capacity: int) -> int:
-    return int(one.totals[_asked(one, target, capacity) - 1])
+    return one.totals[_asked(one, target, capacity) - 1]
 
 
 def _top_up(members: list[Candidate], capacity: int, target: int) -> tuple[int, Pack, list[Candidate]]:
     """A pack of these images at `target` questions, and as many more, one an image in turn, as fit; its tokens."""
     asked = [_asked(one, target, capacity) for one in members]
     pack = [(one.row, list(one.questions[:number])) for one, number in zip(members, asked, strict=True)]
-    used = sum(int(one.totals[number - 1]) for one, number in zip(members, asked, strict=True))
+    used = sum(one.totals[number - 1] for one, number in zip(members, asked, strict=True))
     deepest = max(len(one.questions) for one in members)
     for depth in range(min(asked), deepest):
         for one, number, (_, questions) in zip(members, asked, pack, strict=True):
             if number <= depth < len(one.questions):
-                length = int(one.totals[depth] - one.totals[depth - 1])
+                length = one.totals[depth] - one.totals[depth - 1]
                 if used + length <= capacity:
                     questions.append(one.questions[depth])
                     used += length
@@ -100,29 +103,34 @@ class Order:
     """In which order a lane sees rows.
 
     groups: rows of each run that lies together (`GranDataset.groups`). Every row comes once an epoch, in one lane.
+    Runs so long that lanes could not share them evenly are dealt out in pieces.
     """
 
     def __init__(self, groups: np.ndarray, lanes: int, seed: int) -> None:
-        self.ends = np.cumsum(groups)
-        self.starts, self.lanes, self.seed = self.ends - groups, lanes, seed
+        rows = int(np.sum(groups))
+        pieces = -(-groups // max(1, rows // (lanes * MIX)))
+        starts = np.repeat(np.cumsum(groups) - groups, pieces)
+        number = np.arange(len(starts)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self.starts = starts + number * np.repeat(groups, pieces) // np.repeat(pieces, pieces)
+        self.ends = np.append(self.starts[1:], rows)
+        self.lanes, self.seed = lanes, seed
+        self._single = len(self.starts) == rows  # each row alone: shuffled already
         self._groups = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.starts))
 
     def rows(self, lane: int, epoch: int) -> Iterator[np.ndarray]:
-        """int64 arrays of row numbers: all that the lane has in this epoch, in its order."""
-        mine = self._groups(epoch)[lane :: self.lanes]
-        single = len(self.starts) and int(self.ends[-1]) == len(self.starts)  # each row alone: shuffled already
-        for number, start in enumerate(range(0, len(mine), MIX if not single else _ALONE)):
-            if single:
-                yield self.starts[mine[start : start + _ALONE]]
+        """int64 arrays of at most CHUNK row numbers: all that the lane has in this epoch, in its order."""
+        # Another lane is the first in each epoch: where there are fewer groups than lanes, all have some in time.
+        mine = self._groups(epoch)[(lane + epoch) % self.lanes :: self.lanes]
+        for number, start in enumerate(range(0, len(mine), CHUNK if self._single else MIX)):
+            if self._single:
+                yield self.starts[mine[start : start + CHUNK]]
             else:
-                near = [np.arange(self.starts[g], self.ends[g]) for g in mine[start : start + MIX]]
-                yield np.random.default_rng([self.seed, epoch, lane, number]).permutation(np.concatenate(near))
-
-
-_ALONE = 1024  # rows handed on at a time where each lies alone
+                near = np.concatenate([np.arange(self.starts[g], self.ends[g]) for g in mine[start : start + MIX]])
+                mixed = np.random.default_rng([self.seed, epoch, lane, number]).permutation(near)
+                yield from (mixed[i : i + CHUNK] for i in range(0, len(mixed), CHUNK))
 
 
 class Lane:
@@ -182,7 +190,9 @@ def draw(
     owner = np.repeat(np.arange(len(rows)), counts)
     offset = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     number = np.repeat(starts[rows], counts) + offset
-    weight = np.array([weights[task] for task in lengths.tasks])[lengths.task[number]]
+    most = max(weights[task] for task in lengths.tasks)
+    # What is divided by lies in [1e-300, 1], so that no weight, however small, makes all of its keys one.
+    weight = np.array([weights[t] and max(weights[t] / most, 1e-300) for t in lengths.tasks])[lengths.task[number]]
     chosen = (weight > 0) & (lengths.question[number] <= (capacity - lengths.image[rows])[owner])
     owner, offset, number = owner[chosen], offset[chosen], number[chosen]
     key = np.log(_uniform(number, seed, epoch)) / weight[chosen]
@@ -193,7 +203,7 @@ def draw(
     for row, first, last in zip(rows, cuts[:-1], cuts[1:], strict=True):
         if first < last:
             totals = lengths.image[row] + np.cumsum(lengths.question[number[first:last]])
-            found.append(Candidate(int(row), offset[first:last].tolist(), totals))
+            found.append(Candidate(int(row), offset[first:last].tolist(), totals.tolist()))
     return found
 
 

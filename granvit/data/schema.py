@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Features, Image, Sequence, Value
-from PIL import ExifTags, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PILImage
 
 if TYPE_CHECKING:
@@ -57,6 +58,17 @@ grids."""
 
 BOX_TOLERANCE = 1e-3
 """A box may leave [0, 1] by this much (rounding of other people's converters) and is cut to the image."""
+
+_TURNS = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -109,8 +121,8 @@ def parse_row(
 
     Without `drop`, the first fault is raised. With it, faults of single regions are handed to `drop`, those
     regions are left out, and only what makes the whole row useless is raised. Without `decode`, the picture
-    is not looked at, and the sample's image is a blank of the row's width and height. With it, the picture
-    must have that width and height.
+    is not looked at, and the sample's image is a blank of the row's width and height, which must be possible. With it,
+    the picture must have that width and height.
 
     Raises DataFault of kind `id`, `caption`, `regions`, `empty_row`, `source`, `licence`, `size` or of `decode_image`
     or `parse_region`.
@@ -148,6 +160,7 @@ def parse_row(
         check_size(width, height, picture)
         image = torch.from_numpy(np.array(picture))
     else:
+        _check_shape(width, height, max_pixels)
         image = torch.zeros((), dtype=torch.uint8).expand(height, width, 3)
     return Sample(
         id=row_id,
@@ -210,16 +223,12 @@ def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
             raise DataFault("image", f"not an image in one of the formats {', '.join(FORMATS)}") from None
         except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
             raise DataFault("image", f"can't be opened: {error}") from None
-    width, height = opened.size
-    if width * height > max_pixels:
-        raise DataFault("image_pixels", f"{width}x{height} is more than the limit of {max_pixels} pixels")
-    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataFault(
-            "image_shape", f"{width}x{height}: sides must be >= {MIN_SIDE} and their ratio <= {MAX_ASPECT:g}"
-        )
+    _check_shape(*opened.size, max_pixels)
     try:
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies in any case
-        return _to_rgb(ImageOps.exif_transpose(opened) if turned else opened)
+        opened.load()  # a TIFF is turned by this, and then has no orientation any more
+        # ImageOps.exif_transpose writes all of EXIF anew too, and fails where any other tag of it is damaged.
+        turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+        return _to_rgb(opened if turn is None else opened.transpose(turn))
     # Pillow's decoders raise these and more on hostile files; one bad file must not end a run.
     except (
         OSError,
@@ -230,8 +239,18 @@ def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
         KeyError,
         OverflowError,
         EOFError,
+        struct.error,
     ) as error:
         raise DataFault("image", f"can't be decoded: {error}") from None
+
+
+def _check_shape(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise DataFault("image_pixels", f"{width}x{height} is more than the limit of {max_pixels} pixels")
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataFault(
+            "image_shape", f"{width}x{height}: sides must be >= {MIN_SIDE} and their ratio <= {MAX_ASPECT:g}"
+        )
 
 
 def _image_file(image: Any) -> io.BytesIO | str:

@@ -13,9 +13,9 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 
-from granvit.data.batches import Batch, Sent, assemble, beside, send
+from granvit.data.batches import Batch, Sent, assemble, beside, check_arguments, send
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import lengths_of
+from granvit.data.lengths import TOO_LONG, lengths_of
 from granvit.data.planning import Candidate, Pack, draw, fill
 from granvit.data.schema import DataFault, Sample, parse_row
 
@@ -31,8 +31,10 @@ class StreamLoader:
     Each rank takes its share of the stream (`split_dataset_by_node`), in the stream's order: shuffle it before. Ranks
     may end at different steps; `stream.repeat(None)` has no end.
 
-    Resuming is best effort: `state_dict` holds the stream's own state from before the oldest image that waited for
-    its pack, so nothing is lost, up to `window` images may come twice, and the number of ranks must stay.
+    Resuming is best effort: `state_dict` holds the stream's own state from before the oldest image that waited for its
+    pack. So nothing is lost, images that were handed out since that one was read come twice (some windows full; at most
+    PATIENCE + 2), and the number of ranks must stay. What lay in the buffer of the stream's own `shuffle`, though, is
+    lost, as `datasets` says: shuffle its shards alone (buffer_size=1) where that matters.
 
     fault_budget: the share of the rows read so far, of 1000 at least, that may have faults.
     Other arguments and errors: see `PackLoader`.
@@ -54,9 +56,10 @@ class StreamLoader:
         window: int = 512,
         fault_budget: float = 0.01,
     ) -> None:
-        if packs % ranks:
-            raise ValueError(f"packs must be a multiple of ranks, got {packs} and {ranks}")
-        stream = split_dataset_by_node(stream.cast_column("image", datasets.Image(decode=False)), rank, ranks)
+        check_arguments(tasks, rank, capacity=capacity, packs=packs, questions=questions, ranks=ranks, window=window)
+        if stream.features is not None:  # else nothing is decoded, or can be cast
+            stream = stream.cast_column("image", datasets.Image(decode=False))
+        stream = split_dataset_by_node(stream, rank, ranks)
         self._reader = _StreamReader(
             stream, processor, tasks, capacity, packs // ranks, questions, seed, window, workers
         )
@@ -76,7 +79,8 @@ class StreamLoader:
             self.faults.grow(rows)
             self.faults.check()
             self._reader.state = state
-            yield batch
+            if batch is not None:
+                yield batch
 
 
 class _StreamReader(IterableDataset):
@@ -99,7 +103,7 @@ class _StreamReader(IterableDataset):
         self.window, self.threads = window, threads
         self.state: dict[str, Any] = {"rows": 0, "chunk": 0, "stream": None}
 
-    def __iter__(self) -> Iterator[tuple[Sent, Any]]:
+    def __iter__(self) -> Iterator[tuple[Sent | None, Any]]:
         first = self.state["rows"]
         if self.state["stream"] is not None:
             self.stream.load_state_dict(self.state["stream"])
@@ -109,11 +113,15 @@ class _StreamReader(IterableDataset):
         waiting: list[Candidate] = []
         ready: list[Pack] = []
         faults: list[tuple[int, str, str, str]] = []
+        before = self.state["stream"]  # the stream itself knows it only once it has been read from
         for chunk in count(self.state["chunk"]):
-            began.append({"rows": first, "chunk": chunk, "stream": self.stream.state_dict()})
+            began.append({"rows": first, "chunk": chunk, "stream": before})
             read = dict(enumerate(islice(stream, _CHUNK), first))
             samples = [_annotations(number, row, faults) for number, row in read.items()]
             lengths = lengths_of(samples, self.processor, list(self.tasks))
+            before = self.stream.state_dict()
+            for number in (first + lengths.too_long(self.tasks, self.capacity)).tolist():
+                faults.append((number, _name(number, read[number]), "capacity", TOO_LONG.format(self.capacity)))
             for one in draw(lengths, np.arange(len(read)), self.tasks, self.capacity, self.seed, chunk):
                 waiting.append(replace(one, row=first + one.row))
                 rows[first + one.row] = read[first + one.row]
@@ -136,6 +144,9 @@ class _StreamReader(IterableDataset):
                 while len(began) > 1 and began[1]["rows"] <= min(rows, default=first):
                     began.popleft()
                 yield send(batch), (faults, first, began[0])
+                faults = []
+            if faults:  # no batch may ever come to take them along
+                yield None, (faults, first, began[0])
                 faults = []
             if not read:
                 return

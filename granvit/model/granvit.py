@@ -309,7 +309,9 @@ class GranViT(PreTrainedModel, GenerationMixin):
             features, layout = self.encode(batch.images)
             regions = self.region_embeds(features, layout, batch.boxes, batch.box_image_index)
             logits, targets = self.answer_logits(batch, self.image_embeds(features, layout), regions)
-            return CausalLMOutputWithPast(loss=F.cross_entropy(logits.float(), targets), logits=logits)
+            # Of no answers, which is what a rank's batch has whose pictures are all faulty, the mean would be NaN.
+            loss = F.cross_entropy(logits.float(), targets) if len(targets) else logits.float().sum()
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
         embeds = self.embed_ids(input_ids) if inputs_embeds is None else inputs_embeds
         cache = kwargs.get(CACHE)
         if attention_mask is None and cache is None:  # None would let transformers look for packed sequences

@@ -15,6 +15,7 @@ from PIL import Image
 from granvit.data.batches import PackLoader
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.loader import GranDataset
+from granvit.data.planning import PATIENCE
 from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES
 from granvit.data.shards import RowWriter
@@ -330,3 +331,159 @@ def test_a_streams_faults(processor):
     assert len(one.faults.faulty) == 10
     with pytest.raises(FaultBudgetExceeded):
         list(StreamLoader(stream(rows), processor, TASKS, capacity=400, packs=4, workers=0, fault_budget=0.001))
+
+
+def test_rows_of_tasks_that_are_not_asked_are_no_faults(processor):
+    rows = [row | ({"caption": "a scene", "regions": []} if i % 2 else {}) for i, row in enumerate(gran_rows(20))]
+    data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES))
+    one = PackLoader(data, processor, {"bbox2caption": 1.0, "global_caption": 0.0}, capacity=400, packs=2, epochs=1)
+    assert not one.faults.faulty
+    with pytest.raises(ValueError, match="no image with a question"):
+        loader(GranDataset(datasets.Dataset.from_list(rows, features=FEATURES).select([])), processor)
+    with pytest.raises(ValueError, match="finite weights"):
+        PackLoader(data, processor, {"bbox2caption": float("inf")})
+
+
+def test_a_budget_that_holds_in_one_epoch_holds_in_all(processor):
+    """A rank sees other rows in each epoch: the faulty ones it has seen are more than its share of one epoch's."""
+    rows = gran_rows(240)
+    for row in rows[::13]:
+        row["image"] = {"bytes": b"broken", "path": None}
+    data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES), fault_budget=0.1)
+    one = loader(data, processor, epochs=6, ranks=4)
+    assert sum(1 for _ in one) == one.steps
+    assert len(one.faults.faulty) > 7
+
+
+def test_a_state_of_other_lengths_order_or_tasks_is_refused(gran, many_rows, processor, tmp_path):
+    data = GranDataset(gran)
+    state = loader(data, processor).state_dict()
+    loader(GranDataset(gran), processor).load_state_dict(state)
+    longer = [*many_rows[:-1], many_rows[-1] | {"caption": "a far longer caption of it"}]
+    write_parquet(tmp_path / "set", many_rows)
+    others = [
+        loader(GranDataset(datasets.Dataset.from_list(longer, features=FEATURES)), processor),
+        loader(GranDataset(tmp_path / "set"), processor),
+        loader(data, processor, epochs=2),
+        PackLoader(data, processor, dict.fromkeys(TASKS, 1.0), capacity=400, packs=4, questions=3, window=24, epochs=1),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="another loader"):
+            other.load_state_dict(state)
+
+
+def test_iterating_leaves_the_random_numbers_of_training_alone(gran, processor):
+    before = torch.get_rng_state()
+    next(iter(loader(GranDataset(gran), processor)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "cache"))
+    first = loader(GranDataset(gran), processor).lengths
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", b"broken", whole[: len(whole) // 2], whole[:200] + b"\xff" * 40 + whole[240:]):
+        file.write_bytes(damaged)
+        assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
+        assert file.read_bytes() == whole
+    (tmp_path / "a file").write_bytes(b"")
+    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "a file"))
+    assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
+    assert "measured anew" in caplog.text and "can't be written" in caplog.text
+
+
+def test_a_stream_is_stopped_and_gone_on_with_at_every_step(many_rows, processor):
+    options = {"capacity": 400, "packs": 4, "questions": 3, "window": 24, "workers": 0}
+    every = {row["id"] for row in many_rows}
+
+    def going_on(state) -> StreamLoader:
+        one = StreamLoader(stream(many_rows), processor, TASKS, **options)
+        one.load_state_dict(state)
+        return one
+
+    whole, before = StreamLoader(stream(many_rows), processor, TASKS, **options), set()
+    for number, batch in enumerate(whole):
+        before |= {sample.id for sample in batch.samples}
+        if number % 4 == 2:
+            other = going_on(whole.state_dict())
+            middle = {sample.id for sample in next(iter(other)).samples}
+            after = {sample.id for batch in going_on(other.state_dict()) for sample in batch.samples}
+            assert before | middle | after == every
+            assert len(before & after) <= (PATIENCE + 2) * 24
+    assert number > 6 and other.state_dict()["rows"] > 0
+    assert len(before & after) < 120
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_of_nothing_but_faults_stops_too(processor, workers):
+    rows = [row | {"id": ""} for row in gran_rows(100)]
+    options = {"capacity": 400, "packs": 4, "workers": workers}
+    with pytest.raises(FaultBudgetExceeded, match="10 of 1000|32 of 1000"):
+        list(StreamLoader(stream(rows).repeat(None), processor, TASKS, **options))
+    whole = StreamLoader(stream(rows), processor, TASKS, fault_budget=1, **options)
+    assert list(whole) == [] and len(whole.faults.faulty) == 100
+
+
+def test_a_stream_counts_images_that_are_too_long(many_rows, processor):
+    one = StreamLoader(stream(many_rows), processor, TASKS, capacity=33, packs=4, workers=0, fault_budget=1)
+    ids = {sample.id for batch in one for sample in batch.samples}
+    assert one.faults.counts["capacity"] == 240 - len(ids) > 0
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"capacity": 0}, {"rank": 5}, {"packs": 3, "ranks": 2}])
+def test_a_stream_refuses_what_a_loader_refuses(many_rows, processor, wrong):
+    with pytest.raises(ValueError, match="must be"):
+        StreamLoader(stream(many_rows), processor, TASKS, **wrong)
+
+
+def test_a_file_that_changes_or_goes_is_named(tmp_path, many_rows, processor):
+    write_parquet(tmp_path / "set", many_rows, files=2)
+    data = GranDataset(tmp_path / "set")
+    one, two = loader(data, processor), loader(data, processor)
+    changed = tmp_path / "set" / "train-00001-of-00002.parquet"
+    data.rows._forget()  # nothing is open, as in another process
+    changed.write_bytes(changed.read_bytes() + b"PAR1")
+    with pytest.raises(ValueError, match="train-00001-of-00002.parquet has changed"):
+        list(one)
+    changed.unlink()
+    with pytest.raises(ValueError, match="no file at .*train-00001-of-00002.parquet"):
+        list(two)
+
+
+def test_a_remote_file_that_is_written_anew_is_another(tmp_path, many_rows):
+    import fsspec
+
+    write_parquet(tmp_path / "set", many_rows[:5], files=1)
+    memory, content = fsspec.filesystem("memory"), next((tmp_path / "set").iterdir()).read_bytes()
+    prints = []
+    for _ in range(2):
+        memory.pipe("/written/train.parquet", content)
+        prints.append(GranDataset("memory://written").fingerprint)
+    assert prints[0] != prints[1] == GranDataset("memory://written").fingerprint
+
+
+def test_rows_that_are_all_faulty_are_said_to_be(processor):
+    rows = [row | {"width": 0} for row in gran_rows(5)]
+    with pytest.raises(ValueError, match="no image with a question .*faults: {'size': 5}"):
+        loader(GranDataset(datasets.Dataset.from_list(rows, features=FEATURES)), processor)
+
+
+def test_a_batch_that_lost_every_image_trains_nothing(tiny):
+    model, processor = tiny()
+    rows = [row | {"image": {"bytes": b"broken", "path": None}} for row in gran_rows(6)]
+    data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES), fault_budget=1)
+    over = GranDataset(datasets.Dataset.from_list(gran_rows(3), features=FEATURES))
+    for one in (loader(data, processor, workers=2), loader(over, processor, rank=3, ranks=4)):
+        for batch in one:
+            assert not batch.samples and batch.packed.image_index.eq(-1).all()
+            loss = model(batch.packed).loss
+            loss.backward()
+            assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_stream_without_known_features(many_rows, processor):
+    plain = datasets.IterableDataset.from_generator(lambda: iter(many_rows[:50]))
+    one = StreamLoader(plain, processor, TASKS, capacity=400, packs=4, workers=0)
+    assert sum(len(batch.samples) for batch in one) == 50

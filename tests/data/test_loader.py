@@ -74,6 +74,11 @@ def test_parquet_in_memory_and_unsplit_sets_are_read(folder, tmp_path):
     assert len(GranDataset(tmp_path / "one")) == 5
 
 
+def test_a_format_of_tensors_is_no_hindrance():
+    set_ = datasets.Dataset.from_list(rows(3), features=FEATURES).with_format("torch")
+    assert GranDataset(set_)[2].regions[0].caption == "red ball"
+
+
 def test_a_dataset_streams(folder, tmp_path):
     stored = datasets.load_from_disk(str(folder))["train"]
     stored.to_parquet(str(tmp_path / "a.parquet"))
@@ -199,6 +204,17 @@ def test_columns_of_another_shape_are_faults():
     made = [row | {"regions": ["boxes"], "caption": "a scene"} for row in rows(3)]
     data = GranDataset(datasets.Dataset.from_list(made), fault_budget=1)
     assert data[0].regions == () and dict(data.faults.counts) == {"regions": 1}
+
+
+def test_files_may_have_their_columns_in_another_order(tmp_path):
+    stored = datasets.Dataset.from_list(rows(4), features=FEATURES)
+    stored.to_parquet(str(tmp_path / "train-0.parquet"))
+    stored.select_columns(stored.column_names[::-1]).to_parquet(str(tmp_path / "train-1.parquet"))
+    data = GranDataset(tmp_path)
+    assert [data[i].id for i in range(8)] == [f"r{i}" for i in range(4)] * 2
+    stored.remove_columns("licence").to_parquet(str(tmp_path / "train-1.parquet"))
+    with pytest.raises(ValueError, match="train-1.parquet has the columns"):
+        GranDataset(tmp_path)
 
 
 def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):

@@ -110,3 +110,30 @@ def test_rows_without_questions_or_room_are_left_out():
                       np.array([60, 20, 30, 5], np.int32), np.array([0, 1, 0, 0], np.int8), [])  # fmt: skip
     drawn = draw(lengths, np.arange(4), WEIGHTS, 100, 0, 0)
     assert [(one.row, one.questions) for one in drawn] == [(1, [1]), (2, [0])]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+@pytest.mark.parametrize("groups", [[2, 0], [3, 0, 1, 0], [1000, 1000], [5], [1], [0, 1, 0, 700, 3], [222] * 9, [0]])
+def test_few_empty_and_huge_row_groups_are_dealt_out_evenly(groups, lanes):
+    order = Order(np.array(groups), lanes, seed=1)
+    for epoch in range(3):
+        parts = [list(order.rows(lane, epoch)) for lane in range(lanes)]
+        counts = [sum(map(len, part)) for part in parts]
+        assert sorted(np.concatenate([rows for part in parts for rows in [[], *part]])) == list(range(sum(groups)))
+        assert max(counts) - min(counts) <= 1 + sum(groups) / lanes / 4
+        assert all(len(rows) <= 1024 for part in parts for rows in part)
+
+
+def test_a_lane_without_end_finds_rows_where_there_are_fewer_than_lanes():
+    lengths = gran_like(3, 100)
+    order = Order(np.array([3]), 8, seed=0)
+    firsts = [next(iter(Lane(lengths, order, lane, WEIGHTS, 1000, 6, 2))) for lane in range(8)]
+    assert {row for pack in firsts for row, _ in pack} == {0, 1, 2}
+
+
+def test_the_smallest_weights_are_weights_too():
+    lengths = gran_like(300, 100)
+    drawn = [draw(lengths, np.arange(300), dict.fromkeys(TASKS, w), 10_000, 0, 0) for w in (1.0, 5e-324)]
+    assert [one.questions for one in drawn[0]] == [one.questions for one in drawn[1]]
+    apart = draw(lengths, np.arange(300), {"bbox2caption": 1e-300, "global_caption": 1e300}, 10_000, 0, 0)
+    assert [len(one.questions) for one in apart] == np.diff(lengths.starts).tolist()

@@ -1,11 +1,12 @@
 """Rows are checked: every fault has its kind and says what is wrong."""
 
 import io
+import itertools
 import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from granvit.data import schema
 from granvit.data.schema import DataFault, decode_image, parse_region, parse_row
@@ -190,3 +191,39 @@ def test_exif_orientation_is_honoured():
     decoded = np.asarray(decode_image(encoded(Image.fromarray(pixels), exif=exif)))
     assert decoded.shape == (20, 10, 3)
     assert decoded[:5].min() == 255 and decoded[5:].max() == 0
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_every_orientation_is_turned_as_pillow_does_it(form):
+    pixels = Image.fromarray(np.arange(16 * 8 * 3, dtype=np.uint8).reshape(16, 8, 3))
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = encoded(pixels, form, exif=exif)
+        with Image.open(io.BytesIO(turned)) as opened:
+            assert np.array_equal(decode_image(turned), ImageOps.exif_transpose(opened))
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_damage_elsewhere_in_exif_is_no_reason_to_stop():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100] = 6, 40
+    whole = encoded(Image.new("RGB", (40, 30)), "JPEG", exif=exif)
+    start = whole.index(b"Exif") + 6
+    kind = whole.index(bytes([1, 0, 0, 4]), start) + 3  # an integer that becomes a text, a fraction, ...
+    assert all(decode_image(whole[:kind] + bytes([k]) + whole[kind + 1 :]).size == (30, 40) for k in (1, 2, 7))
+    for place, value in itertools.product(range(start, start + 50), (0, 1, 5, 255)):
+        try:
+            decode_image(whole[:place] + bytes([value]) + whole[place + 1 :])
+        except DataFault as fault:
+            assert fault.kind == "image"
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "kind"),
+    [(10**18, 3, "image_pixels"), (2**63 - 1, 2**63 - 1, "image_pixels"), (20_000, 10, "image_shape")],
+)
+def test_impossible_sizes_are_seen_without_the_picture(width, height, kind):
+    with pytest.raises(DataFault) as caught:
+        parse_row(row(width=width, height=height), decode=False)
+    assert caught.value.kind == kind
