@@ -41,7 +41,7 @@ from granvit.data.files import state
 from granvit.data.schema import FEATURES, DataFault
 from granvit.data.writer import check_split
 
-WORK = ".unfinished"
+WORK, FINISHED = ".unfinished", ".finished"
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.parquet")
 """What a split's files are called."""
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 64, 16_000_000
@@ -264,7 +264,7 @@ def _check_free(output_dir: Path, split: str) -> None:
     shards = {name: match[1] for name in found if (match := SHARD.fullmatch(name))}
     if split in shards.values():
         raise ValueError(f"output must be a new or an empty folder, or lack the split {split!r}, got {output_dir}")
-    if set(found) - set(shards) - {"README.md"} or (found and not shards):
+    if set(found) - set(shards) - {"README.md", FINISHED} or (found and not shards):
         raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
 
 
@@ -445,7 +445,8 @@ def _publish(output_dir: Path, work: Path, split: str, summary: Summary, describ
         if shard.exists():
             shard.rename(output_dir / f"{split}-{index:05d}-of-{len(full):05d}.parquet")
     _write_card(output_dir, split, summary, described["source"].removeprefix("granvit.data."))
-    gone = output_dir / ".finished"
+    gone = output_dir / FINISHED
+    shutil.rmtree(gone, ignore_errors=True)
     work.rename(gone)
     shutil.rmtree(gone)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree as shutil_rmtree
 
 import datasets
 import pyarrow.parquet as pq
@@ -296,3 +297,13 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"{WORK} can't be written: database or disk is full"):
         build_dataset(Numbers(2), tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_killed_at_the_very_end_another_split_still_joins(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, **_: None if path.name == ".finished" else shutil_rmtree(path, **_))
+        build_dataset(Numbers(5), tmp_path / "out", "train", workers=0)
+    assert (tmp_path / "out" / ".finished").exists()
+    build_dataset(Numbers(3), tmp_path / "out", "test", workers=0)
+    assert [len(GranDataset(tmp_path / "out", split)) for split in ("train", "test")] == [5, 3]
+    assert not (tmp_path / "out" / ".finished").exists()
