@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +16,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import TOO_LONG, measure
+from granvit.data.lengths import TOO_LONG, measure, quiet_tokenizers
 from granvit.data.loader import GranDataset
 from granvit.data.packing import PackedBatch, pack_questions
+from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Order, Pack
 from granvit.data.prompts import Question
 from granvit.data.schema import DataFault, Sample
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
+
+
+LANE_BYTES = 384 << 20
+"""Of row groups that are kept for each lane: those of a window, and those that are mixed for the next."""
+NAMED_FAULTS = 1000
+"""Faulty rows over the budget that are named before a loader gives up."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ class PackLoader:
         self.lanes = [
             Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)
         ]
+        if isinstance(dataset.rows, ParquetRows):  # every lane has row groups of its own in use
+            dataset.rows.keep(LANE_BYTES * packs // ranks)
         self.step = 0
         self._known = {"seed": seed, "packs": packs, "capacity": capacity, "questions": questions, "window": window}
         self._known |= {"epochs": epochs, "rows": len(dataset), "tasks": {t: tasks[t] for t in self.lengths.tasks}}
@@ -187,6 +195,8 @@ class PackLoader:
     def _note(self, faults: Iterable[tuple[int, str, str]]) -> None:
         for row, kind, message in faults:
             self.faults.add(row, self.dataset.name(row), DataFault(kind, message))
+            if len(self.faults.faulty) > self.faults.allowed + NAMED_FAULTS:
+                self.faults.check()
 
 
 class _Steps(Sampler):
@@ -281,13 +291,9 @@ def beside(reader: Dataset, workers: int, **options: Any) -> Iterator[tuple[Batc
         batch_size=None,
         num_workers=1 if workers else 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_quiet_tokenizers,
+        worker_init_fn=quiet_tokenizers,
         generator=torch.Generator(),  # else each start draws a number of the training's own
         **options,
     )
     for sent, rest in loader:
         yield None if sent is None else _receive(*sent), rest
-
-
-def _quiet_tokenizers(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # they warn after a fork, and threads are ours to count

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 from zipfile import BadZipFile
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.loader import GranDataset
 from granvit.data.schema import DataFault, Region, Sample
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHUNK = 512  # rows that are tokenised together
+_WORTH = 4096  # rows that are worth a process more
 _NOTHING = 1 << 40  # tokens of what can't be asked
 TOO_LONG = "the image with its shortest question takes more than {} tokens"
 
@@ -52,9 +56,11 @@ class Lengths:
     def shortest(self, weights: Mapping[str, float]) -> np.ndarray:
         """int64 [N]: tokens of each image with its shortest question of weight above 0; else _NOTHING or more."""
         asked = np.array([weights[task] > 0 for task in self.tasks])[self.task]
+        length = np.where(asked, self.question, np.int64(_NOTHING))
         shortest = np.full(len(self.image), _NOTHING, np.int64)
-        owner = np.repeat(np.arange(len(self.image)), np.diff(self.starts))
-        np.minimum.at(shortest, owner[asked], self.question[asked])
+        some = np.flatnonzero(np.diff(self.starts))  # reduceat takes an empty stretch for one of a single number
+        if len(some):
+            shortest[some] = np.minimum.reduceat(length, self.starts[some])
         return shortest + self.image
 
     def too_long(self, weights: Mapping[str, float], capacity: int) -> np.ndarray:
@@ -78,30 +84,41 @@ def image_length(sample: Sample, processor: GranViTProcessor) -> int:
 def measure(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[str]) -> Lengths:
     """The lengths of a dataset, read from the cache where they were measured before.
 
-    The first time every row's text is read and tokenised, with a progress bar. The cache (`cache_folder`) knows
+    The first time every row's text is read and tokenised, by a process a core where there are many, with a progress
+    bar; of several processes on one machine (ranks) one does it and the others wait. The cache (`cache_folder`) knows
     dataset, tokenizer and settings apart.
     """
     path = cache_folder() / f"lengths-{_fingerprint(dataset, processor, tasks)}.npz"
+    if (lengths := _cached(path, tasks)) is not None:
+        return lengths
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (lengths := _cached(path, tasks)) is None:
+                lengths = _measure(dataset, processor, tuple(tasks))
+                _save(path, lengths)
+            return lengths
+    except OSError as error:
+        log.warning("lengths will be measured again next time, as %s can't be written: %s", path, error)
+        return lengths if lengths is not None else _measure(dataset, processor, tuple(tasks))
+
+
+def _cached(path: Path, tasks: Sequence[str]) -> Lengths | None:
     try:
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in ("image", "starts", "question", "task")}
             return Lengths(tuple(tasks), faults=[tuple(f) for f in json.loads(str(found["faults"]))], **arrays)
     except FileNotFoundError:
-        pass
+        return None
     except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
         log.warning("lengths are measured anew, as %s can't be read: %s", path, error)
-    lengths = _measure(dataset, processor, tuple(tasks))
-    try:
-        _save(path, lengths)
-    except OSError as error:
-        log.warning("lengths will be measured again next time, as %s can't be written: %s", path, error)
-    return lengths
+        return None
 
 
 def _save(path: Path, lengths: Lengths) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(lengths, name) for name in ("image", "starts", "question", "task")}
-    # All ranks write it, on machines that may share the folder: each to a name of its own first.
+    # Machines that share the folder may write at once: each to a name of its own first.
     partial = path.with_name(f".{path.stem}-{uuid4().hex}.npz")
     try:
         np.savez(partial, faults=json.dumps(lengths.faults), **arrays)
@@ -128,25 +145,57 @@ def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, ta
 
 
 def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...]) -> Lengths:
-    parts, faults = [lengths_of([], processor, tasks)], []
+    chunks = [range(start, min(start + _CHUNK, len(dataset))) for start in range(0, len(dataset), _CHUNK)]
+    workers = min(os.cpu_count() or 1, len(dataset) // _WORTH)
+    reader = _Measured(dataset, processor, tasks)
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=chunks,
+        num_workers=workers if workers > 1 else 0,
+        collate_fn=_as_it_is,
+        worker_init_fn=quiet_tokenizers,
+        generator=torch.Generator(),  # else each start draws a number of the training's own
+    )
     console = Console(stderr=True)
-    chunks = range(0, len(dataset), _CHUNK)
-    for start in track(chunks, "Measuring questions", console=console, disable=not console.is_terminal):
-        samples = []
-        for row in range(start, min(start + _CHUNK, len(dataset))):
-            samples.append(_annotations(dataset, row, lambda f, row=row: faults.append((row, f.kind, str(f)))))
-        parts.append(lengths_of(samples, processor, tasks))
+    bar = track(loader, "Measuring questions", len(chunks), console=console, disable=not console.is_terminal)
+    found = [reader[range(0)], *bar]
+    parts = [part for part, _ in found]
     arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("image", "question", "task")}
     counts = np.concatenate([np.diff(part.starts) for part in parts])
+    faults = [fault for _, several in found for fault in several]
     return Lengths(tasks, starts=np.concatenate([[0], np.cumsum(counts)]), faults=faults, **arrays)
 
 
-def _annotations(dataset: GranDataset, row: int, note: Callable[[DataFault], None]) -> Sample | None:
-    try:
-        return dataset.read(row, note, decode=False)
-    except DataFault as fault:
-        note(fault)
-        return None
+class _Measured(Dataset):
+    """Rows in; their lengths, and the faults that can be seen without the pictures, out."""
+
+    def __init__(self, dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...]) -> None:
+        self.dataset, self.processor, self.tasks = dataset, processor, tasks
+
+    def __getitem__(self, rows: range) -> tuple[Lengths, list[tuple[int, str, str]]]:
+        faults: list[tuple[int, str, str]] = []
+
+        def annotations(row: int) -> Sample | None:
+            def note(fault: DataFault) -> None:
+                faults.append((row, fault.kind, str(fault)))
+
+            try:
+                return self.dataset.read(row, note, decode=False)
+            except DataFault as fault:
+                note(fault)
+                return None
+
+        return lengths_of([annotations(row) for row in rows], self.processor, self.tasks), faults
+
+
+def _as_it_is(found: Any) -> Any:
+    return found
+
+
+def quiet_tokenizers(_: int) -> None:
+    """For a DataLoader's workers: tokenizers warn after a fork, and their threads are not wanted beside processes."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _fingerprint(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[str]) -> str:

@@ -52,10 +52,11 @@ class ParquetRows:
         self._places = [(f, g) for f, file in enumerate(counts) for g in range(len(file))]
         self._ends = np.cumsum(self.groups)
         self._columns: list[str] | None = None  # all
+        self._limit = KEPT_BYTES
         self._forget()
 
     def _forget(self) -> None:
-        self._lock, self._process = threading.Lock(), os.getpid()
+        self._lock, self._process = threading.RLock(), os.getpid()
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._kept = 0
@@ -72,7 +73,8 @@ class ParquetRows:
 
     def __getitem__(self, key: int | str) -> Any:
         if isinstance(key, str):
-            return [value for g in range(len(self.groups)) for value in self._read(g, [key])[key].to_pylist()]
+            with self._here():
+                return [value for g in range(len(self.groups)) for value in self._read(g, [key])[key].to_pylist()]
         if not 0 <= key < len(self):
             raise IndexError(f"row {key} of {len(self)}")
         group = int(np.searchsorted(self._ends, key, side="right"))
@@ -90,18 +92,26 @@ class ParquetRows:
         other.column_names = other._columns = list(names)
         return other
 
+    def keep(self, size: int) -> None:
+        """Keep row groups of so many bytes, if that is more than is kept so far."""
+        self._limit = max(self._limit, size)
+
     def _group(self, group: int) -> pa.Table:
-        if self._process != os.getpid():  # forked: offsets of open files are shared with the parent
-            self._forget()
-        with self._lock:
+        with self._here():
             if group in self._tables:
                 self._tables.move_to_end(group)
             else:
                 self._tables[group] = self._read(group, self._columns)
                 self._kept += self._tables[group].nbytes
-                while self._kept > KEPT_BYTES and len(self._tables) > 1:
+                while self._kept > self._limit and len(self._tables) > 1:
                     self._kept -= self._tables.popitem(last=False)[1].nbytes
             return self._tables[group]
+
+    def _here(self) -> threading.RLock:
+        """The lock of this process, which has opened nothing yet if it was forked: files' offsets would be shared."""
+        if self._process != os.getpid():
+            self._forget()
+        return self._lock
 
     def _read(self, group: int, columns: list[str] | None) -> pa.Table:
         index, inside = self._places[group]

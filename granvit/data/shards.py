@@ -226,6 +226,7 @@ def build_dataset(
                 (work / f"{shard:05d}.json").unlink()
             if not indexed["records"]:
                 (work / "index.sqlite").unlink()
+            (work / "refused").touch()
             raise
         _publish(output_dir, work, split, summary, described)
     return summary
@@ -276,7 +277,11 @@ def _claim(work: Path, described: dict[str, Any], output_dir: Path) -> None:
         return
     begun = json.loads(path.read_text())
     differing = [key for key in described if begun.get(key) != described[key]]
-    if differing:
+    if differing == ["inputs"] and (work / "refused").exists():  # the source was mended: all begins anew
+        for made in work.glob("[0-9i]*"):
+            made.unlink()
+        _write(path, json.dumps(described))
+    elif differing:
         shown = "; ".join(f"{key}: {begun.get(key)!r:.300} there, {described[key]!r:.300} now" for key in differing)
         raise ValueError(
             f"{output_dir} holds unfinished work on something else ({shown}); choose another output or delete it"

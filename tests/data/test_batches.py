@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from granvit.data.batches import PackLoader
+from granvit.data.batches import LANE_BYTES, PackLoader
 from granvit.data.faults import FaultBudgetExceeded
+from granvit.data.lengths import _measure
 from granvit.data.loader import GranDataset
 from granvit.data.planning import PATIENCE
 from granvit.data.sample import build_sample
@@ -258,7 +259,7 @@ def test_lengths_are_measured_once_and_anew_for_other_data(gran, processor, monk
     monkeypatch.undo()
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path))
     loader(GranDataset(gran.select(range(100))), processor)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
 PRINTER = """
@@ -381,7 +382,7 @@ def test_iterating_leaves_the_random_numbers_of_training_alone(gran, processor):
 def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "cache"))
     first = loader(GranDataset(gran), processor).lengths
-    (file,) = (tmp_path / "cache").iterdir()
+    (file,) = (tmp_path / "cache").glob("*.npz")
     whole = file.read_bytes()
     for damaged in (b"", b"broken", whole[: len(whole) // 2], whole[:200] + b"\xff" * 40 + whole[240:]):
         file.write_bytes(damaged)
@@ -447,7 +448,7 @@ def test_a_file_that_changes_or_goes_is_named(tmp_path, many_rows, processor):
     with pytest.raises(ValueError, match="train-00001-of-00002.parquet has changed"):
         list(one)
     changed.unlink()
-    with pytest.raises(ValueError, match="no file at .*train-00001-of-00002.parquet"):
+    with pytest.raises(ValueError, match="no file or folder at .*train-00001-of-00002.parquet"):
         list(two)
 
 
@@ -487,3 +488,19 @@ def test_a_stream_without_known_features(many_rows, processor):
     plain = datasets.IterableDataset.from_generator(lambda: iter(many_rows[:50]))
     one = StreamLoader(plain, processor, TASKS, capacity=400, packs=4, workers=0)
     assert sum(len(batch.samples) for batch in one) == 50
+
+
+def test_lengths_are_measured_by_several_processes_alike(gran, processor, monkeypatch):
+    alone = _measure(GranDataset(gran), processor, ("bbox2caption", "global_caption"))
+    monkeypatch.setattr("granvit.data.lengths._WORTH", 60)
+    monkeypatch.setattr("granvit.data.lengths._CHUNK", 50)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    several = _measure(GranDataset(gran), processor, ("bbox2caption", "global_caption"))
+    assert several.checksum() == alone.checksum() and len(several.image) == len(gran)
+
+
+def test_a_loader_keeps_its_lanes_row_groups(tmp_path, many_rows, processor):
+    write_parquet(tmp_path / "set", many_rows)
+    data = GranDataset(tmp_path / "set")
+    loader(data, processor, packs=8, ranks=2)
+    assert data.rows._limit == 4 * LANE_BYTES

@@ -202,3 +202,18 @@ def test_ids_to_exclude_as_windows_writes_them(file, tmp_path, capsys):
     ids.write_bytes(b"\xff\xfea")
     assert main([*command, "--output", str(tmp_path / "other")]) == 1
     assert "ids.txt is no text in UTF-8" in capsys.readouterr().err
+
+
+def test_a_mended_file_begins_anew(file, tmp_path):
+    write(file, line(id="a"), line(id="b"), "{", "{")
+    with pytest.raises(FaultBudgetExceeded):
+        convert_jsonl(file, tmp_path / "out")
+    write(file, line(id="a"), line(id="b"), line(id="c"), line(id="d"))
+    assert convert_jsonl(file, tmp_path / "out").kept == 4
+    assert len(GranDataset(tmp_path / "out")) == 4
+    write(file, line(id="a"), "{", "{")
+    with pytest.raises(FaultBudgetExceeded):
+        convert_jsonl(file, tmp_path / "other")
+    write(file, line(id="a"))
+    with pytest.raises(ValueError, match="holds unfinished work on something else .*split: 'train' there"):
+        convert_jsonl(file, tmp_path / "other", split="test")

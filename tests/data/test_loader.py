@@ -226,5 +226,5 @@ def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):
     original = data.rows._read
     monkeypatch.setattr(data.rows, "_read", lambda group, columns: read.append(group) or original(group, columns))
     assert [data[i].id for i in (0, 11, 1, 2)] == ["r0", "r11", "r1", "r2"] and read == [0, 3]
-    monkeypatch.setattr("granvit.data.parquet.KEPT_BYTES", 1)
+    monkeypatch.setattr(data.rows, "_limit", 1)
     assert [data[i].id for i in (3, 0, 1, 4)] == ["r3", "r0", "r1", "r4"] and read == [0, 3, 1, 0, 1]
