@@ -1,8 +1,8 @@
 """The loader alone, from encoded pictures to patches and token ids, beside transformers' processor in a DataLoader.
 
 Both read the same rows of the sample set at 512 pixels, decode every picture, bring it to at most `patches` patches,
-normalise it and tokenise six questions of each image, with two processes or threads for it, and hand on float32
-patches. The peer pads, as its processor does; ours packs. A process's start is timed on both sides.
+normalise it and tokenise six questions of each image, with two processes for it, and hand on float32 patches. The peer
+pads, as its processor does; ours packs. A process's start is timed on both sides.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_loader(compare, data, patches):
     tokens = {"images": 0, "all": 0}
 
     def ours() -> None:
-        loader = PackLoader(data, processor, TASKS, capacity=8192, packs=1, questions=QUESTIONS, workers=2)
+        loader = PackLoader(data, processor, TASKS, capacity=8192, packs=4, questions=QUESTIONS, workers=2)
         left = IMAGES
         tokens.update(images=0, all=0)
         for batch in loader:

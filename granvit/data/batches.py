@@ -11,14 +11,15 @@ from functools import cached_property
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import TOO_LONG, measure, quiet_tokenizers
+from granvit.data.lengths import TOO_LONG, as_it_is, measure, quiet_tokenizers
 from granvit.data.loader import GranDataset
-from granvit.data.packing import PackedBatch, pack_questions
+from granvit.data.packing import PackedBatch, Part, pack_parts, write_parts
 from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Order, Pack
 from granvit.data.prompts import Question
@@ -64,28 +65,45 @@ def check_arguments(tasks: Mapping[str, float], rank: int, **least: int) -> None
         raise ValueError(f"tasks must map names to finite weights >= 0, one above 0, got {dict(tasks)}")
 
 
-def collate(
-    samples: list[Sample],
-    asked: list[list[Question]],
-    processor: GranViTProcessor,
-    capacity: int,
-    plan: list[list[int]] | None = None,
-) -> Batch:
-    """Pack samples and their questions, into the sequences of `plan` if there is one (see `pack_questions`).
+@dataclass
+class Read:
+    """Sequences on their way to a batch: plan has for each the places of its images in samples, asked and parts; None:
+    they are still to be planned."""
+
+    plan: list[list[int]] | None
+    samples: list[Sample]
+    asked: list[list[Question]]
+    parts: list[Part]
+
+
+def collate(samples: list[Sample], asked: list[list[Question]], processor: GranViTProcessor, capacity: int) -> Batch:
+    """Pack samples and their questions into sequences of at most `capacity` tokens (see `pack_questions`)."""
+    return join([Read(None, samples, asked, write_parts(samples, asked, processor))], processor, capacity)
+
+
+def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int) -> Batch:
+    """The batch of what was read, sequences of the reads in turn.
 
     Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call.
     """
+    samples = [sample for read in reads for sample in read.samples]
+    asked = [questions for read in reads for questions in read.asked]
+    parts = [part for read in reads for part in read.parts]
     order = sorted(range(len(samples)), key=lambda i: samples[i].image.shape[0] / samples[i].image.shape[1])
-    place = {i: new for new, i in enumerate(order)}
-    if plan is not None:
-        plan = [[place[i] for i in row] for row in plan]
-    samples = [samples[i] for i in order]
-    packed = pack_questions(samples, [asked[i] for i in order], processor, capacity, plan)
+    place = np.argsort(order)
+    firsts = np.cumsum([0, *(len(read.samples) for read in reads)])
+    plans = [
+        [[int(place[first + i]) for i in row] for row in read.plan]
+        for read, first in zip(reads, firsts, strict=False)
+        if read.plan is not None
+    ]
+    plan = [row for several in zip_longest(*plans) for row in several if row is not None] if plans else None
+    samples, asked, parts = ([one[i] for i in order] for one in (samples, asked, parts))
     boxes = [region.box for sample in samples for region in sample.regions]
     owner = [i for i, sample in enumerate(samples) for _ in sample.regions]
     return Batch(
         samples,
-        packed,
+        pack_parts(samples, asked, parts, processor, capacity, plan),
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(owner, dtype=torch.int64),
     )
@@ -101,7 +119,8 @@ class PackLoader:
     are left out, which is no fault.
 
     tasks: weights of the tasks whose questions are drawn. questions: as many an image are aimed at; sequences are
-        filled with more or fewer. workers: threads that read and decode, in a process beside this one; 0: here.
+        filled with more or fewer. workers: processes beside this one that read and decode, each for lanes of its own,
+        and where there are fewer lanes than that, threads in them; 0: here.
     epochs: passes over the data after which iteration ends (the last batches then have empty sequences); None: never.
     window: images a sequence's place chooses among.
 
@@ -174,14 +193,21 @@ class PackLoader:
         self.step = state["step"]
 
     def __iter__(self) -> Iterator[Batch]:
-        reader = _Reader(self.dataset, self.processor, self.lengths.tasks, self.capacity, self.workers)
+        processes = min(self.workers, self.packs // self.ranks)
+        threads = -(-self.workers // max(1, processes))
+        reader = _Reader(self.dataset, self.processor, self.lengths.tasks, threads)
+        reads: list[Read] = []
         handed = 0  # rows; over epochs a rank sees more than its share of different ones
-        for batch, faults in beside(reader, self.workers, sampler=_Steps(self)):
+        for read, faults in beside(reader, processes, sampler=_Steps(self, max(1, processes))):
             self._note(faults)
-            handed += len(batch.samples) + len({row for row, *_ in faults})
+            handed += len(read.samples) + len({row for row, *_ in faults})
+            reads.append(read)
+            if len(reads) < processes:
+                continue
             self.faults.grow(min(handed, len(self.dataset)))
             self.faults.check()
             self.step += 1
+            batch, reads = join(reads, self.processor, self.capacity), []
             yield batch
 
     def plan(self) -> Iterator[list[Pack]]:
@@ -200,41 +226,40 @@ class PackLoader:
 
 
 class _Steps(Sampler):
-    """The plan of each step, as what the reader is asked for."""
+    """What each process reads of each step, in turn: process p's are lanes p, p + processes, ... of this rank, so that
+    a row group is read by one of them."""
 
-    def __init__(self, loader: PackLoader) -> None:
-        self._loader = loader
+    def __init__(self, loader: PackLoader, processes: int) -> None:
+        self._loader, self._processes = loader, processes
 
     def __iter__(self) -> Iterator[list[Pack]]:
-        return self._loader.plan()
+        for packs in self._loader.plan():
+            yield from (packs[process :: self._processes] for process in range(self._processes))
 
 
 class _Reader(Dataset):
-    """Packs in; a batch, without its images, and the faults that were found out."""
+    """Packs in; what was read for them, and the faults that were found, out."""
 
-    def __init__(
-        self, dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...], capacity: int, threads: int
-    ) -> None:
-        self.dataset, self.processor, self.tasks = dataset, processor, tasks
-        self.capacity, self.threads = capacity, threads
+    def __init__(self, dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...], threads: int) -> None:
+        self.dataset, self.processor, self.tasks, self.threads = dataset, processor, tasks, threads
 
     def __getitem__(self, packs: list[Pack]) -> tuple[Sent, list[tuple[int, str, str]]]:
-        batch, noted = assemble(packs, self._read, self.processor, self.tasks, self.capacity, self.threads)
-        return send(batch), [(row, fault.kind, str(fault)) for row, fault in noted]
+        read, noted = read_packs(packs, self._read, self.processor, self.tasks, self.threads)
+        return send(read), [(row, fault.kind, str(fault)) for row, fault in noted]
 
     def _read(self, row: int, note: Callable[[DataFault], None]) -> Sample:
         return self.dataset.read(row, note)
 
 
-def assemble(
+def read_packs(
     packs: list[Pack],
     read: Callable[[int, Callable[[DataFault], None]], Sample],
     processor: GranViTProcessor,
     tasks: Sequence[str],
-    capacity: int,
     threads: int,
-) -> tuple[Batch, list[tuple[int, DataFault]]]:
-    """The batch of planned packs, and the faults of its rows. A row that `read` refuses leaves its slot empty."""
+) -> tuple[Read, list[tuple[int, DataFault]]]:
+    """Planned packs, read and tokenised, and the faults of their rows. A row that `read` refuses leaves its slot
+    empty."""
     rows = [row for pack in packs for row, _ in pack]
     noted: list[tuple[int, DataFault]] = []
 
@@ -259,38 +284,41 @@ def assemble(
                 samples.append(one)
                 written = processor.questions(one, tasks)
                 asked.append([written[number] for number in numbers])
-    return collate(samples, asked, processor, capacity, plan), sorted(noted, key=lambda one: one[0])
+    found = Read(plan, samples, asked, write_parts(samples, asked, processor))
+    return found, sorted(noted, key=lambda one: one[0])
 
 
 # Between processes every tensor costs a file descriptor: images travel as one.
-Sent = tuple[Tensor, list[tuple[int, ...]], Batch]
+Sent = tuple[Tensor, list[tuple[int, ...]], Read]
 
 
-def send(batch: Batch) -> Sent:
-    images = [sample.image for sample in batch.samples]
-    flat = torch.cat([image.reshape(-1) for image in images]) if images else torch.empty(0, dtype=torch.uint8)
-    return flat, [tuple(image.shape) for image in images], _with_images(batch, [None] * len(images))
+def send(read: Read) -> Sent:
+    images = [sample.image for sample in read.samples]
+    flat = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is not None:  # straight into memory that is shared, instead of a copy to it
+        flat = flat.new(flat.untyped_storage()._new_shared(sum(image.numel() for image in images), device="cpu"))
+    if images:
+        torch.cat([image.reshape(-1) for image in images], out=flat)
+    blank = [replace(sample, image=None) for sample in read.samples]
+    return flat, [tuple(image.shape) for image in images], replace(read, samples=blank)
 
 
-def _receive(flat: Tensor, shapes: list[tuple[int, ...]], batch: Batch) -> Batch:
+def _receive(flat: Tensor, shapes: list[tuple[int, ...]], read: Read) -> Read:
     pixels = flat.split([math.prod(shape) for shape in shapes])
-    return _with_images(batch, [one.view(shape) for one, shape in zip(pixels, shapes, strict=True)])
+    images = [one.view(shape) for one, shape in zip(pixels, shapes, strict=True)]
+    samples = [replace(sample, image=image) for sample, image in zip(read.samples, images, strict=True)]
+    return replace(read, samples=samples)
 
 
-def _with_images(batch: Batch, images: list[Any]) -> Batch:
-    samples = [replace(sample, image=image) for sample, image in zip(batch.samples, images, strict=True)]
-    return replace(batch, samples=samples, packed=replace(batch.packed, images=images))
-
-
-def beside(reader: Dataset, workers: int, **options: Any) -> Iterator[tuple[Batch | None, Any]]:
-    """(batch, rest) of each (`send`'s or None, rest) that a reader yields, read ahead in one process beside
-    this one, so that Python's lock is never held against the training step; its threads share what they have read.
-    workers=0: here."""
+def beside(reader: Dataset, processes: int, **options: Any) -> Iterator[tuple[Read | None, Any]]:
+    """(read, rest) of each (`send`'s or None, rest) that a reader yields, read ahead in as many processes in turn, so
+    that Python's lock is never held against the training step; 0: in this one."""
     loader = DataLoader(
         reader,
         batch_size=None,
-        num_workers=1 if workers else 0,
-        prefetch_factor=4 if workers else None,
+        num_workers=processes,
+        prefetch_factor=4 if processes else None,
+        collate_fn=as_it_is,
         worker_init_fn=quiet_tokenizers,
         generator=torch.Generator(),  # else each start draws a number of the training's own
         **options,

@@ -153,7 +153,7 @@ def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str
         batch_size=None,
         sampler=chunks,
         num_workers=workers if workers > 1 else 0,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         worker_init_fn=quiet_tokenizers,
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
@@ -189,7 +189,8 @@ class _Measured(Dataset):
         return lengths_of([annotations(row) for row in rows], self.processor, self.tasks), faults
 
 
-def _as_it_is(found: Any) -> Any:
+def as_it_is(found: Any) -> Any:
+    """For a DataLoader, which would make tensors of arrays and of numbers."""
     return found
 
 

@@ -70,9 +70,7 @@ class PackedBatch:
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
                 moved[field.name] = value.to(device, non_blocking=non_blocking)
-        return replace(
-            self, images=[image.to(device, non_blocking=non_blocking) for image in self.images], **moved
-        )
+        return replace(self, images=[image.to(device, non_blocking=non_blocking) for image in self.images], **moved)
 
     def attention(self) -> torch.Tensor:
         """bool [B, 1, L, L]: whether the row's token may attend to the column's. Padding attends to itself,
@@ -110,7 +108,18 @@ def pack_questions(
     """
     if len(samples) != len(questions):
         raise ValueError(f"questions: got {len(questions)} lists for {len(samples)} samples")
-    parts = _write_parts(samples, questions, processor)
+    return pack_parts(samples, questions, write_parts(samples, questions, processor), processor, capacity, plan)
+
+
+def pack_parts(
+    samples: Sequence[Sample],
+    questions: Sequence[Sequence[Question]],
+    parts: Sequence[Part],
+    processor: GranViTProcessor,
+    capacity: int,
+    plan: Sequence[Sequence[int]] | None = None,
+) -> PackedBatch:
+    """What `pack_questions` does once the parts are written (`write_parts`), which takes most of its time."""
     lengths = [len(part.ids) for part in parts]
     for sample, length, asked in zip(samples, lengths, questions, strict=True):
         if length > capacity:
@@ -158,7 +167,7 @@ def pack_questions(
 
 
 @dataclass
-class _Part:
+class Part:
     """One image with its questions; all arrays int64 [length]."""
 
     ids: np.ndarray
@@ -167,9 +176,10 @@ class _Part:
     question_index: np.ndarray
 
 
-def _write_parts(
+def write_parts(
     samples: Sequence[Sample], questions: Sequence[Sequence[Question]], processor: GranViTProcessor
-) -> list[_Part]:
+) -> list[Part]:
+    """The parts of a batch, tokenised. Raises ValueError as `pack_questions` does, but for capacity."""
     flat = [question for asked in questions for question in asked]
     for question in flat:
         if not question.answer.strip():
@@ -193,7 +203,7 @@ def _write_parts(
         numbers = np.repeat(np.arange(len(lengths) + 1), [len(head), *lengths])
         # Position of a token: its place, less the lengths of the questions between the image and its own.
         skipped = np.repeat(np.cumsum([0, 0, *lengths[:-1]])[: len(lengths) + 1], [len(head), *lengths])
-        parts.append(_Part(np.array(ids), np.arange(len(ids)) - skipped, np.array(labels), numbers))
+        parts.append(Part(np.array(ids), np.arange(len(ids)) - skipped, np.array(labels), numbers))
     return parts
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 
-from granvit.data.batches import Batch, Sent, assemble, beside, check_arguments, send
+from granvit.data.batches import Batch, Sent, beside, check_arguments, join, read_packs, send
 from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, lengths_of
 from granvit.data.planning import Candidate, Pack, draw, fill
@@ -73,14 +73,14 @@ class StreamLoader:
         self._reader.state = dict(state)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch, (faults, rows, state) in beside(self._reader, self._workers):
+        for read, (faults, rows, state) in beside(self._reader, min(self._workers, 1)):
             for row, name, kind, message in faults:
                 self.faults.add(row, name, DataFault(kind, message))
             self.faults.grow(rows)
             self.faults.check()
             self._reader.state = state
-            if batch is not None:
-                yield batch
+            if read is not None:
+                yield join([read], self._reader.processor, self._reader.capacity)
 
 
 class _StreamReader(IterableDataset):
@@ -132,18 +132,17 @@ class _StreamReader(IterableDataset):
             while len(ready) >= self.packs or (ready and not read):
                 now, ready = ready[: self.packs], ready[self.packs :]
                 names = {number: _name(number, rows[number]) for pack in now for number, _ in pack}
-                batch, noted = assemble(
+                found, noted = read_packs(
                     now,
                     lambda number, note: parse_row(rows.pop(number), drop=note),
                     self.processor,
                     list(self.tasks),
-                    self.capacity,
                     self.threads,
                 )
                 faults += [(number, names[number], fault.kind, str(fault)) for number, fault in noted]
                 while len(began) > 1 and began[1]["rows"] <= min(rows, default=first):
                     began.popleft()
-                yield send(batch), (faults, first, began[0])
+                yield send(found), (faults, first, began[0])
                 faults = []
             if faults:  # no batch may ever come to take them along
                 yield None, (faults, first, began[0])
