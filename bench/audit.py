@@ -20,10 +20,9 @@ import torch
 import transformers
 from rich.progress import track
 
-from granvit.data.audit import spread
 from granvit.data.audit.cycle import IMAGES, PARTS, Checked, auc, check_regions
 from granvit.data.audit.planting import VARIANTS, plant
-from granvit.data.loader import GranDataset
+from granvit.data.loader import GranDataset, spread
 from granvit.data.sample import cached_sample
 from granvit.eval.loading import load_model
 from granvit.machine import commit, device_name

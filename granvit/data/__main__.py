@@ -13,7 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from granvit.data.annotate.source import Annotate
 from granvit.data.filters import Filter
-from granvit.data.shards import build_dataset
+from granvit.data.shards import Summary, build_dataset
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
 from granvit.data.sources.labelme import Labelme
@@ -70,8 +70,7 @@ def convert(
         workers: Processes; None: one a core.
     """
     summary = build_dataset(source, output, split, workers, fault_budget=fault_budget, exclude=_ids(exclude))
-    console.print(f"wrote {output}", markup=False)
-    console.print(summary.table())
+    _built(output, summary)
 
 
 def annotate(
@@ -93,8 +92,7 @@ def annotate(
         shard_rows: Pictures a shard: as many as are done again after a stop, for each worker.
     """
     summary = build_dataset(source, output, split, workers, shard_rows, fault_budget, title="Annotating")
-    console.print(f"wrote {output}", markup=False)
-    console.print(summary.table())
+    _built(output, summary)
 
 
 def filter(  # noqa: A001
@@ -116,8 +114,7 @@ def filter(  # noqa: A001
     summary = build_dataset(
         source, output, source.split, workers, fault_budget=fault_budget, exclude=_ids(exclude), title="Filtering"
     )
-    console.print(f"wrote {output}", markup=False)
-    console.print(summary.table())
+    _built(output, summary)
 
 
 def overlap(
@@ -200,6 +197,11 @@ def audit(
     if model:
         console.print(f"{result['checked']:,} captions checked, {result['below']:,} fit other boxes better")
     console.print(f"wrote {output / 'index.html'}", markup=False)
+
+
+def _built(output: Path, summary: Summary) -> None:
+    console.print(f"wrote {output}", markup=False)
+    console.print(summary.table())
 
 
 def _ids(file: Path | None) -> list[str]:

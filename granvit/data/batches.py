@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import TOO_LONG, as_it_is, measure, quiet_tokenizers
+from granvit.data.lengths import TOO_LONG, as_it_is, measure, quiet_tokenizers, too_long
 from granvit.data.loader import GranDataset
 from granvit.data.packing import PackedBatch, Part, pack_parts, write_parts
 from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Order, Pack
 from granvit.data.prompts import Question
-from granvit.data.schema import DataFault, Sample
+from granvit.data.schema import DataFault, Sample, good_or_none
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
@@ -152,7 +152,8 @@ class PackLoader:
         self.dataset, self.processor, self.capacity, self.packs = dataset, processor, capacity, packs
         self.rank, self.ranks, self.workers = rank, ranks, workers
         self.lengths = measure(dataset, processor, sorted(tasks))
-        if not (self.lengths.shortest(tasks) <= capacity).any():
+        shortest = self.lengths.shortest(tasks)
+        if not (shortest <= capacity).any():
             kinds = Counter(kind for _, kind, _ in self.lengths.faults)
             faults = f"; faults: {dict(kinds)}" if kinds else ""
             raise ValueError(
@@ -170,8 +171,8 @@ class PackLoader:
         self._known["checksum"] = self.lengths.checksum(dataset.groups)
         self.faults = FaultLog(len(dataset) // ranks, dataset.faults.budget)
         self._note(fault for fault in self.lengths.faults if fault[0] % ranks == rank)
-        too_long = self.lengths.too_long(tasks, capacity).tolist()
-        self._note((row, "capacity", TOO_LONG.format(capacity)) for row in too_long if row % ranks == rank)
+        rows = too_long(shortest, capacity).tolist()
+        self._note((row, "capacity", TOO_LONG.format(capacity)) for row in rows if row % ranks == rank)
 
     @cached_property
     def steps(self) -> int | None:
@@ -264,11 +265,7 @@ def read_packs(
     noted: list[tuple[int, DataFault]] = []
 
     def sample(row: int) -> Sample | None:
-        try:
-            return read(row, lambda fault: noted.append((row, fault)))
-        except DataFault as fault:
-            noted.append((row, fault))
-            return None
+        return good_or_none(partial(read, row), lambda fault: noted.append((row, fault)))
 
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:

@@ -17,12 +17,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.loader import GranDataset
-from granvit.data.schema import DataFault, Region, Sample
+from granvit.data.parallel import progress
+from granvit.data.schema import DataFault, Region, Sample, good_or_none
 from granvit.machine import cache_folder
 
 if TYPE_CHECKING:
@@ -63,17 +62,17 @@ class Lengths:
             shortest[some] = np.minimum.reduceat(length, self.starts[some])
         return shortest + self.image
 
-    def too_long(self, weights: Mapping[str, float], capacity: int) -> np.ndarray:
-        """int64: the rows with questions, of which none fits beside the image."""
-        shortest = self.shortest(weights)
-        return np.flatnonzero((shortest > capacity) & (shortest < _NOTHING))
-
     def checksum(self, *more: np.ndarray) -> int:
         """Of all numbers, and of further int64 arrays: what is planned from other lengths is another plan."""
         found = 0
         for array in (self.image, self.starts, self.question, self.task, *more):
             found = zlib.crc32(np.ascontiguousarray(array), found)
         return found
+
+
+def too_long(shortest: np.ndarray, capacity: int) -> np.ndarray:
+    """int64: the rows with questions, of which none fits beside the image; shortest: `Lengths.shortest`."""
+    return np.flatnonzero((shortest > capacity) & (shortest < _NOTHING))
 
 
 def image_length(sample: Sample, processor: GranViTProcessor) -> int:
@@ -157,9 +156,7 @@ def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str
         worker_init_fn=quiet_tokenizers,
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
-    console = Console(stderr=True)
-    bar = track(loader, "Measuring questions", len(chunks), console=console, disable=not console.is_terminal)
-    found = [reader[range(0)], *bar]
+    found = [reader[range(0)], *progress(loader, "Measuring questions", len(chunks))]
     parts = [part for part, _ in found]
     arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("image", "question", "task")}
     counts = np.concatenate([np.diff(part.starts) for part in parts])
@@ -180,11 +177,7 @@ class _Measured(Dataset):
             def note(fault: DataFault) -> None:
                 faults.append((row, fault.kind, str(fault)))
 
-            try:
-                return self.dataset.read(row, note, decode=False)
-            except DataFault as fault:
-                note(fault)
-                return None
+            return good_or_none(lambda note: self.dataset.read(row, note, decode=False), note)
 
         return lengths_of([annotations(row) for row in rows], self.processor, self.tasks), faults
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 from granvit.data.faults import FaultLog
 from granvit.data.files import is_remote, join, list_files, parent
 from granvit.data.parquet import ParquetRows
-from granvit.data.schema import FEATURES, DataFault, Sample, parse_row
+from granvit.data.schema import FEATURES, DataFault, Sample, good_or_none, parse_row
 from granvit.data.shards import SHARD, WORK
 
 ACCEPTED = "a folder written by save_to_disk, or Parquet files (one, a folder or a URL of SPLIT*.parquet)"
@@ -86,15 +86,16 @@ class GranDataset:
 
     def _counted(self, index: int, decode: bool) -> Sample | None:
         found: list[DataFault] = []
-        sample = None
-        try:
-            sample = self.read(index, found.append, decode)
-        except DataFault as fault:
-            found.append(fault)
+        sample = good_or_none(lambda note: self.read(index, note, decode), found.append)
         for fault in found:
             self.faults.add(index, self.name(index), fault)
         self.faults.check()
         return sample
+
+
+def spread(number: int, limit: int | None) -> Sequence[int]:
+    """At most `limit` of the numbers below `number`, evenly."""
+    return range(number) if limit is None or limit >= number else [i * number // limit for i in range(limit)]
 
 
 @lru_cache(maxsize=4)

@@ -11,26 +11,19 @@ Search compares every picture with every other, in blocks: N * M / 2e8 seconds o
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from granvit.data.loader import open_rows
 from granvit.data.page import data_uri, render
+from granvit.data.parallel import process_map, progress
 from granvit.data.schema import DataFault, decode_image
 
 SIDE, LOW = 64, 16
@@ -226,23 +219,6 @@ def write_page(
     Path(path).write_text(html, encoding="utf-8")
 
 
-@contextmanager
-def process_map(workers: int | None, tasks: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map` over so many processes (None: one a core), or the builtin for fewer than two of either."""
-    processes = min(tasks, os.cpu_count() or 1 if workers is None else workers)
-    if processes < 2:
-        yield map
-        return
-    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a word: the caller says it
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), signal.signal, quiet) as pool:
-        try:
-            yield pool.map
-        except BrokenProcessPool as error:
-            raise ValueError("a worker process died, for want of memory perhaps; fewer --workers need less") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _hash_rows(data: str, split: str, chosen: range) -> tuple[list[np.ndarray | None], Counter[str]]:
     rows, missing, codes = open_rows(data, split), Counter(), []
     for number in chosen:
@@ -261,9 +237,3 @@ def _picture(data: str | Path, split: str, row: int) -> str | None:
         return data_uri(decode_image(open_rows(str(data), split)[row]["image"]), 240)
     except DataFault:
         return None
-
-
-def progress(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
-    """The steps, with a progress bar where stderr is a terminal."""
-    console = Console(stderr=True)
-    return track(steps, title, total=total, console=console, disable=not console.is_terminal)

@@ -172,6 +172,17 @@ def parse_row(
     )
 
 
+def good_or_none(
+    read: Callable[[Callable[[DataFault], None]], Sample], note: Callable[[DataFault], None]
+) -> Sample | None:
+    """The sample that `read(note)` returns (see `parse_row`), None where it raises a DataFault, which is noted too."""
+    try:
+        return read(note)
+    except DataFault as fault:
+        note(fault)
+        return None
+
+
 def parse_region(region: Mapping[str, Any]) -> Region:
     """One entry of `regions`, checked.
 
@@ -263,9 +274,7 @@ def _image_file(image: Any) -> io.BytesIO | str:
             if not os.path.isfile(image["path"]):  # to open a FIFO or a device could take for ever
                 raise DataFault("image", f"path must be that of a regular file, got {image['path']!r}")
             return image["path"]
-    raise DataFault(
-        "image", f"image must be encoded bytes or a path, got {type(image).__name__} without either"
-    )
+    raise DataFault("image", f"image must be encoded bytes or a path, got {type(image).__name__} without either")
 
 
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
@@ -288,11 +297,7 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 def is_number(value: Any) -> bool:
     """Whether it is a number that is finite in float32, as which it is stored. NaN compares as False."""
-    return (
-        isinstance(value, (int, float, np.floating))
-        and not isinstance(value, bool)
-        and abs(value) <= _FLOAT32_MAX
-    )
+    return isinstance(value, (int, float, np.floating)) and not isinstance(value, bool) and abs(value) <= _FLOAT32_MAX
 
 
 def _is_text(value: Any) -> bool:

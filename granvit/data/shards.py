@@ -183,7 +183,7 @@ def build_dataset(
     kind = type(source)
     described = {
         "source": f"{kind.__module__}.{kind.__qualname__}",
-        "settings": json.loads(json.dumps(_settings(source), default=str)),
+        "settings": json.loads(json.dumps(asdict(source), default=str)),
         "inputs": {location: state(location) for location in source.inputs()},
         "split": split,
         "shard_rows": shard_rows,
@@ -230,10 +230,6 @@ def build_dataset(
             raise
         _publish(output_dir, work, split, summary, described)
     return summary
-
-
-def _settings(source: Source) -> dict[str, Any]:
-    return asdict(source)  # type: ignore[call-overload]  # sources are dataclasses
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from torch.utils.data import IterableDataset
 
 from granvit.data.batches import Batch, Sent, beside, check_arguments, join, read_packs, send
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import TOO_LONG, lengths_of
+from granvit.data.lengths import TOO_LONG, lengths_of, too_long
 from granvit.data.planning import Candidate, Pack, draw, fill
-from granvit.data.schema import DataFault, Sample, parse_row
+from granvit.data.schema import DataFault, Sample, good_or_none, parse_row
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
@@ -120,7 +120,7 @@ class _StreamReader(IterableDataset):
             samples = [_annotations(number, row, faults) for number, row in read.items()]
             lengths = lengths_of(samples, self.processor, list(self.tasks))
             before = self.stream.state_dict()
-            for number in (first + lengths.too_long(self.tasks, self.capacity)).tolist():
+            for number in (first + too_long(lengths.shortest(self.tasks), self.capacity)).tolist():
                 faults.append((number, _name(number, read[number]), "capacity", TOO_LONG.format(self.capacity)))
             for one in draw(lengths, np.arange(len(read)), self.tasks, self.capacity, self.seed, chunk):
                 waiting.append(replace(one, row=first + one.row))
@@ -155,11 +155,7 @@ def _annotations(number: int, row: Mapping[str, Any], faults: list[tuple[int, st
     def note(fault: DataFault) -> None:
         faults.append((number, _name(number, row), fault.kind, str(fault)))
 
-    try:
-        return parse_row(row, drop=note, decode=False)
-    except DataFault as fault:
-        note(fault)
-        return None
+    return good_or_none(lambda note: parse_row(row, note, decode=False), note)
 
 
 def _name(number: int, row: Mapping[str, Any]) -> str:

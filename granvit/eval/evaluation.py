@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from granvit.data.loader import GranDataset
+from granvit.data.loader import GranDataset, spread
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, Question, questions
 from granvit.data.schema import Sample
 from granvit.eval.metrics import Prediction, summarise
@@ -48,8 +48,7 @@ def ask(
     so that no source is left out. `write` writes a sample's questions. Without `pictures` images are blank.
     Faulty rows are skipped, and counted by the dataset.
     """
-    rows, tasks = len(dataset), tuple(tasks)
-    chosen = range(rows) if limit is None or limit >= rows else [i * rows // limit for i in range(limit)]
+    chosen, tasks = spread(len(dataset), limit), tuple(tasks)
     read = dataset.__getitem__ if pictures else dataset.annotations
     for row, sample in zip(chosen, map(read, chosen), strict=True):
         for question in [] if sample is None else write(sample, tasks):

@@ -6,7 +6,6 @@ the data set that summary.json names. Captions and answers are text from outside
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import random
@@ -19,6 +18,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from granvit.data.loader import GranDataset
+from granvit.data.page import encoded
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.eval.curves import draw_curves
 from granvit.eval.metrics import Prediction, exact, iou, rouge_l
@@ -82,7 +82,7 @@ def write_report(run_dir: str | Path) -> Path:
         name=run.resolve().name,
         summary=summary,
         headlines=headlines(summary),
-        curves=_data_uri((report / "curves.png").read_bytes(), "png"),
+        curves=encoded((report / "curves.png").read_bytes(), "png"),
         tables=[table(summary, *spec) for spec in TABLES] + [text_table(summary)],
         features=summary["mean"].get("features", {}),
         groups=[group | {"cards": [_card(p, images) for p in group["predictions"]]} for group in chosen],
@@ -248,14 +248,10 @@ def _images(path: str, wanted: set[str]) -> dict[str, dict[str, Any]]:
         image.thumbnail((LONG_SIDE, LONG_SIDE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=88)
-        found[name] = {"uri": _data_uri(buffer.getvalue(), "jpeg"), "size": image.size}
+        found[name] = {"uri": encoded(buffer.getvalue(), "jpeg"), "size": image.size}
     if missing := wanted - found.keys():
         raise ValueError(f"{path} has no test image {sorted(missing)[0]!r}, of which predictions.json speaks")
     return found
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _rectangle(box: list[float], size: tuple[int, int]) -> dict[str, float]:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripted import TextProcessor
 
 from granvit.data.__main__ import main
-from granvit.data.audit import audit, cycle, spread
+from granvit.data.audit import audit, cycle
 from granvit.data.audit.cycle import auc, check_regions, log_likelihood
 from granvit.data.audit.planting import VARIANTS, plant
 from granvit.data.audit.statistics import count
+from granvit.data.loader import spread
 from granvit.data.packing import pack_questions
 from granvit.data.prompts import DESCRIBE_BOX, FIND_BOX, describe_box, find_box, parse_box
 from granvit.data.schema import FEATURES, Region, Sample
@@ -121,7 +123,7 @@ def sample(number: int, captions: list[str]) -> Sample:
     return Sample(f"s{number}", image, None, tuple(regions), "toy", "")
 
 
-class Perfect:
+class Perfect(TextProcessor):
     """Stands for a model and its processor that know the right caption of every box, and the box of every caption."""
 
     box_style, box_format, bins, device = "text", "text", 1000, torch.device("cpu")
@@ -146,15 +148,6 @@ class Perfect:
             return "[" + ", ".join(f"{side:.3f}" for side in boxes[0]) + "]" if boxes else "nowhere"
         asked = parse_box(question.prompt[len(DESCRIBE_BOX[0]) :])
         return min(truth.items(), key=lambda item: sum(abs(a - b) for a, b in zip(item[0], asked, strict=True)))[1]
-
-    def answer_ids(self, answers):
-        return [[*answer.encode(), 0] for answer in answers]
-
-    def decode_answers(self, answers):
-        return answers
-
-    def parse_boxes(self, texts):
-        return [parse_box(text) for text in texts]
 
     def likelihood(self, model, processor, samples, asked, batch_size):
         numbers = [s.image[0, 0, 0].item() for s in samples]

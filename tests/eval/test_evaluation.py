@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from scripted import TextProcessor
 
 from granvit.data.loader import GranDataset
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, parse_box, questions
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, questions
 from granvit.eval import evaluate
 from granvit.eval.evaluation import ask, other_images
 
@@ -16,7 +17,7 @@ class Inputs(dict):
         return self
 
 
-class Processor:
+class Processor(TextProcessor):
     """Stands for GranViTProcessor: hands questions and images through to the scripted model."""
 
     def questions(self, sample, tasks):
@@ -24,15 +25,6 @@ class Processor:
 
     def __call__(self, images, questions, image_index):
         return Inputs(images=images, questions=questions, image_index=image_index)
-
-    def answer_ids(self, answers):
-        return [[*answer.encode(), 0] for answer in answers]
-
-    def decode_answers(self, answers):
-        return answers
-
-    def parse_boxes(self, texts):
-        return [parse_box(text) for text in texts]
 
 
 class Scripted(torch.nn.Module):

@@ -18,6 +18,7 @@ from granvit.data.loader import open_dataset
 from granvit.data.parquet import ParquetRows
 from granvit.data.schema import DataFault, is_unicode
 from granvit.data.shards import Notes, Record, Source
+from granvit.data.sources.rows import named
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 REGION_TOKENS, PICTURE_TOKENS = 48, 256
@@ -100,12 +101,8 @@ class Annotate(Source):
                 else:
                     notes.unreadable(name, DataFault("id", f"id must be a non-empty string, got {row_id!r:.80}"))
             return
-        for name in list_files(self.images, SUFFIXES):
-            shown = f"{self.images}/{name}"
-            if is_unicode(name):
-                yield Record(name, shown, name)
-            else:
-                notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
+        for name, shown in named(self.images, list_files(self.images, SUFFIXES), notes):
+            yield Record(name, shown, name)
 
     def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
         annotator = self.annotator()

@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from granvit.data.loader import open_rows
-from granvit.data.overlap import progress
+from granvit.data.loader import open_rows, spread
 from granvit.data.page import data_uri, render
-from granvit.data.schema import DataFault, Region, Sample, parse_row
+from granvit.data.parallel import progress
+from granvit.data.schema import Region, Sample, good_or_none, parse_row
 from granvit.data.writer import whole_folder
 
 CARDS = 48
@@ -75,11 +75,6 @@ def audit(
         html = render("audit.html", title=f"Audit of {Path(data).name}", **{**result, **values})
         (folder / "index.html").write_text(html, encoding="utf-8")
     return result
-
-
-def spread(number: int, limit: int | None) -> Sequence[int]:
-    """At most `limit` of the numbers below `number`, evenly."""
-    return range(number) if limit is None or limit >= number else [i * number // limit for i in range(limit)]
 
 
 def _check(model: Any, processor: Any, rows: Any, chosen: Sequence[int]) -> list[dict[str, Any]]:
@@ -172,7 +167,4 @@ def _outlined(picture: Image.Image, box: list[float], colour: tuple[int, int, in
 
 def _sample(rows: Any, number: int) -> Sample | None:
     """A row without its faulty regions, None where it is faulty itself; the statistics have counted both."""
-    try:
-        return parse_row(rows[number], drop=lambda fault: None)
-    except DataFault:
-        return None
+    return good_or_none(lambda note: parse_row(rows[number], note), lambda fault: None)

@@ -15,7 +15,8 @@ from PIL import Image
 from granvit.data.filters import normalised
 from granvit.data.loader import open_rows
 from granvit.data.measures import box_iou, words
-from granvit.data.overlap import DISTANCE, nearest, picture_hash, process_map, progress
+from granvit.data.overlap import DISTANCE, nearest, picture_hash
+from granvit.data.parallel import process_map, progress
 from granvit.data.prompts import box_fault
 from granvit.data.schema import KINDS, DataFault, Sample, parse_row
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
+from granvit.data.parallel import progress
 from granvit.data.sample.pages import draw_page
 from granvit.data.sample.photographs import FOLDER, photographs
 from granvit.data.sample.scenes import SceneConfig, draw_scene
@@ -115,14 +114,11 @@ def build_sample(
         executor = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), signal.signal, quiet)
     try:
         chunks = {split: (executor.map if executor else map)(make, todo) for split, todo in tasks.items()}
-        console = Console(stderr=True)
         splits = {
-            split: track(
+            split: progress(
                 chain.from_iterable(chunks[split]),
                 f"Drawing the {split} split",
-                total=sum(task.stop - task.start for task in todo),
-                console=console,
-                disable=not console.is_terminal,
+                sum(task.stop - task.start for task in todo),
             )
             for split, todo in tasks.items()
         }

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from granvit.data.files import MAX_BYTES, list_files, local, read_file, read_image, rebase
 from granvit.data.schema import DataFault, is_number, is_unicode
 from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import PixelBox, class_phrase, parse_json, picture_row
+from granvit.data.sources.rows import PixelBox, class_phrase, named, parse_json, picture_row
 
 MAX_JSON = 10_000_000 + MAX_BYTES * 4 // 3  # bytes; a picture may be in it as base64
 
@@ -43,12 +43,8 @@ class Labelme(Source):
         return [folder for one in (self.annotations, self.images) if one for folder in local(one)]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
-        for name in list_files(self.annotations, (".json",)):
-            shown = f"{self.annotations}/{name}"
-            if is_unicode(name):
-                yield Record(name[: -len(".json")], shown, name)
-            else:
-                notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
+        for name, shown in named(self.annotations, list_files(self.annotations, (".json",)), notes):
+            yield Record(name[: -len(".json")], shown, name)
 
     def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
         data = parse_json(read_file(self.annotations, record.data, MAX_JSON, "json"))

@@ -25,9 +25,9 @@ from tyro.conf import Positional
 
 from granvit.data.files import is_remote, list_files, local, parent, read_file, suffix
 from granvit.data.isolated import Isolated
-from granvit.data.schema import DataFault, is_unicode
+from granvit.data.schema import DataFault
 from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import PixelBox, picture_row
+from granvit.data.sources.rows import PixelBox, named, picture_row
 
 MAX_BYTES = 256_000_000
 """A PDF of more bytes is not read."""
@@ -74,11 +74,7 @@ class Pdf(Source):
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
         folder, names = _files(self.files)
-        for name in names:
-            shown = f"{folder}/{name}"
-            if not is_unicode(name):
-                notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
-                continue
+        for name, shown in named(folder, names, notes):
             try:
                 pages = _isolated()("pages", folder, name)
             except DataFault as fault:

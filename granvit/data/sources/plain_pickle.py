@@ -53,7 +53,7 @@ class _Type:
             self.type = self.type.newbyteorder(state[1])
 
 
-class _Array(list):  # type: ignore[type-arg]
+class _Array(list):
     def set_state(self, state: Any) -> None:
         _, shape, kind, fortran, data = state
         self[:] = _array(data, kind, shape, "F" if fortran else "C")

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from granvit.data.schema import DataFault, decode_image, is_number, parse_region
+from granvit.data.schema import DataFault, decode_image, is_number, is_unicode, parse_region
 from granvit.data.shards import Notes, Record
+
+
+def named(folder: str, names: Iterable[str], notes: Notes) -> Iterator[tuple[str, str]]:
+    """(name, what a fault calls it) of each of a folder's files; one whose name is no Unicode is noted instead."""
+    for name in names:
+        shown = f"{folder}/{name}"
+        if is_unicode(name):
+            yield name, shown
+        else:
+            notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class _Reader:
     def _peek(self) -> str:
         """The next character but white space, "" at the end."""
         while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # matches "" too
+            self._at = _SPACE.match(self._text, self._at).end()  # it matches "" too
             if self._at < len(self._text) or not self._more():
                 return self._text[self._at : self._at + 1]
 

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 from tyro.conf import Positional
 
 from granvit.data.files import list_files, local, read_file, read_image
-from granvit.data.schema import DataFault, is_unicode
+from granvit.data.schema import DataFault
 from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import PixelBox, class_phrase, picture_row
+from granvit.data.sources.rows import PixelBox, class_phrase, named, picture_row
 
 MAX_XML = 10_000_000  # bytes
 
@@ -39,12 +39,8 @@ class Voc(Source):
         return local(self.annotations) + local(self.images)
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
-        for name in list_files(self.annotations, (".xml",)):
-            shown = f"{self.annotations}/{name}"
-            if is_unicode(name):
-                yield Record(name[: -len(".xml")], shown, name)
-            else:
-                notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
+        for name, shown in named(self.annotations, list_files(self.annotations, (".xml",)), notes):
+            yield Record(name[: -len(".xml")], shown, name)
 
     def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
         content = read_file(self.annotations, record.data, MAX_XML, "xml")
