@@ -1,12 +1,12 @@
 """Pictures that two datasets share: what must not be trained on, since it is tested on.
 
 Found by id, and by a perceptual hash of 256 bits that survives another JPEG quality and size. Mirrored pictures and
-crops are not found. Measured on the sample set: of a third of the test pictures JPEG of quality 30 changes at most 26
-bits, half the size at quality 50 20, other sizes 8; none of the 49,995,000 pairs of its 10,000 pictures is nearer than
-32, none of train and test nearer than 38, and mirror images are as far as any other picture.
+crops are not found. Measured on the sample set (bench/overlap.py): JPEG of quality 30 changes at most 26 bits, half the
+size at quality 50 20, other sizes 6; none of the 49,995,000 pairs of its 10,000 pictures is nearer than 32, none of
+train and test nearer than 38.
 
-Search compares every picture with every other, in blocks: N * M / 2e8 seconds or so on a core for N and M pictures, and
-32 bytes of memory a picture. That is minutes for a small test set against millions.
+Search compares every picture with every other, in blocks: O(N * M) for N and M pictures, and 32 bytes of memory a
+picture. Beside hashing that is little where one side is a benchmark.
 """
 
 from __future__ import annotations
