@@ -128,7 +128,8 @@ def fail(rank: int, group, folder: Path) -> None:
         checkpoints.save("adapt", 2, tensors, {})
         checkpoints.wait()
         assert checkpoints.failures == failures
-        assert sorted(p.name for p in folder.glob("*adapt*")) == ["adapt-0000001"]
+        if rank == 0:  # which cleans up; the other need not have seen that yet
+            assert sorted(p.name for p in folder.glob("*adapt*")) == ["adapt-0000001"]
     checkpoint.save_file = whole_writer
     checkpoints.save("adapt", 2, tensors, {}, final=True)
     assert checkpoints.failures == 0 and checkpoints.final("adapt") is not None
