@@ -83,8 +83,8 @@ class Checkpoints:
 
     group: a gloo group of all ranks, None in a run of one process. Every rank makes one, and calls each method at the
     same point: they agree through it. (What goes on in the background has a group of its own, so that it can't get
-    between.) failures: how many saves in a row have failed, the same number on every rank; known when the next save or
-    wait begins.
+    between; wait() before the processes part.) failures: how many saves in a row have failed, the same number on every
+    rank; it changes in wait(), with which save() begins.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0, group: dist.ProcessGroup | None = None) -> None:
@@ -137,10 +137,9 @@ class Checkpoints:
     def newest(self, phase: str) -> Path | None:
         """The checkpoint from which `phase` goes on, or None."""
         self.wait()
-        found = [self._complete(phase)[-1:] if self._first else []]
-        if self.group is not None:  # the first rank's answer: a network's file system shows others a new one later
-            dist.broadcast_object_list(found, dist.get_global_rank(self.group, 0), self.group)
-        return found[0][0] if found[0] else None
+        # the first rank's answer: a network's file system may show the others a new one later
+        found = _together(self.group, (lambda: self._complete(phase)) if self._first else None)[0]
+        return found[-1] if found else None
 
     def final(self, phase: str) -> Path | None:
         """The checkpoint with which `phase` ended, or None."""
