@@ -101,6 +101,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        if self._first:
+            self._restore()
 
     def save(self, phase: str, step: int, tensors: Mapping[str, Tensor], values: dict, final: bool = False) -> None:
         """Copy `tensors` to host memory, and write them in the background; where `final`, wait until they are written.
@@ -179,6 +181,12 @@ class Checkpoints:
             log.info("checkpoint %s written in %.1f s", name, time.perf_counter() - began)
             self._prune(body["phase"], body["step"], name)
 
+    def _restore(self) -> None:
+        """Put back what a crash found between the two renames of _publish."""
+        for path in self.folder.glob(".*.old"):
+            if not (self.folder / path.stem[1:]).exists():
+                path.rename(self.folder / path.stem[1:])
+
     def _clear(self) -> None:
         """Remove what crashes left."""
         for path in self.folder.iterdir():
@@ -194,9 +202,13 @@ class Checkpoints:
             os.fsync(file.fileno())
         _sync_folder(work)
         path, old = self.folder / name, self.folder / f".{name}.old"
-        if path.exists():  # a damaged one, behind which the run has gone back
+        if path.exists():  # saved twice (then it is as good), or damaged, so that the run has gone back
             path.rename(old)
-        work.rename(path)
+        try:
+            work.rename(path)
+        except OSError:
+            self._restore()
+            raise
         _sync_folder(self.folder)
         if old.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -212,7 +224,9 @@ class Checkpoints:
             lasting = self.keep_every and steps[path] % self.keep_every == 0 and path in past
             if path not in kept and not lasting:
                 try:
-                    shutil.rmtree(path)
+                    aside = self.folder / f".{path.name}.tmp"
+                    path.rename(aside)  # so that nobody takes what a crash leaves of it for a checkpoint
+                    shutil.rmtree(aside)
                 except OSError as error:
                     log.warning("the checkpoint %s, no longer needed, could not be removed: %s", path, error)
 
