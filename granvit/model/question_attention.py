@@ -362,7 +362,7 @@ def find_grids(image_index: Tensor, question_index: Tensor, dtype: torch.dtype) 
     groups = [parts[(kind == each).all(1)] for each in np.unique(kind, axis=0)]
     sizes = [(len(g), int(spans.length[g].max()), int(keys[g].max())) for g in groups]
     pairs = sum(rows * own * (own + image) for rows, own, image in sizes)
-    if GAIN * pairs > image_index.shape[0] * image_index.shape[1] ** 2:
+    if not groups or GAIN * pairs > image_index.shape[0] * image_index.shape[1] ** 2:
         return None
     place, grids, done = np.full(image_index.numel(), -1), [], 0
     for group, (rows, own, image) in zip(groups, sizes, strict=True):
