@@ -153,16 +153,25 @@ def decode_packed(llm: PreTrainedModel, embeds: torch.Tensor, batch: PackedBatch
     """The decoder's last hidden states [B, L, D] of a packed batch with embeds [B, L, D]; anything finite at padding.
 
     Attention is flash attention by segments where it runs (see why_not_flash), on a CPU SDPA on small grids where they
-    are less work than the dense mask, and the dense mask elsewhere. All give the same.
+    are less work than the dense mask, and the dense mask elsewhere. All give the same. Grids differ in number and size
+    from batch to batch: a compiled LLM would compile anew for each, so it gets the mask.
     """
     if why_not_flash(llm, embeds) is None:
         return decode(llm, embeds, batch.segments, batch.position_ids)
-    if llm.config._attn_implementation == question_attention.NAME and embeds.device.type == "cpu":
+    ours = llm.config._attn_implementation == question_attention.NAME
+    if ours and embeds.device.type == "cpu" and not _compiled(llm):
         wide = torch.promote_types(embeds.dtype, torch.float32)  # which half precision is computed in
         grids = find_grids(batch.image_index, batch.question_index, wide)
         if grids is not None:
             return decode(llm, embeds, grids, batch.position_ids)
     return decode(llm, embeds, additive_mask(batch.attention(), embeds.dtype), batch.position_ids)
+
+
+def _compiled(llm: PreTrainedModel) -> bool:
+    return torch.compiler.is_compiling() or any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in llm.modules()
+    )
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

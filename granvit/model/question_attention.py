@@ -241,7 +241,7 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    unknown = [name for name in kwargs if name not in HARMLESS and kwargs[name] not in (None, False)]
+    unknown = [k for k, value in kwargs.items() if k not in HARMLESS and value is not None and value is not False]
     if dropout or unknown or kwargs.get("is_causal") is False:
         asked = ", ".join(unknown or (["dropout"] if dropout else ["is_causal=False"]))
         raise ValueError(
@@ -255,11 +255,10 @@ def attention_forward(
         )
     dtype = compute_dtype(query)
     flat = (t.transpose(1, 2).flatten(0, 1).to(dtype) for t in (query, key, value))
-    attend = granvit_segments.attend if isinstance(granvit_segments, Grids) else None
-    if attend is None:
-        out = question_attention(*flat, granvit_segments, scaling)
+    if isinstance(granvit_segments, Grids):
+        out = granvit_segments.attend(*flat, scaling)
     else:
-        out = attend(*flat, scaling)
+        out = question_attention(*flat, granvit_segments, scaling)
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
