@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 import transformers
 from question_packs import ORDINARY, UNUSUAL, index, random_pack, visible
@@ -387,8 +388,8 @@ def test_a_layer_compiles_whole(backend):
         for run in (layer, compiled):
             out = run(embeds, attention_mask=mask, position_embeddings=rotary, granvit_segments=segments)[real]
             results.append([out, *torch.autograd.grad(out.square().sum(), (embeds, *layer.parameters()))])
-        for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other)
+        for one, other in zip(*results, strict=True):  # Llama's norms are in float32, whatever its weights are
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.detach().abs().max()))
     assert counter.frame_count <= 3
 
 
