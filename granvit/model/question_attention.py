@@ -9,6 +9,8 @@ are two calls of variable-length attention whose keys are disjoint, so their out
 Backward needs no merging: a part's probabilities are exp(s - lse) with the merged lse, and rowsum(dO * O) with the
 merged O is the right delta for both, so each part's own flash backward, given merged out and lse, gives its exact share
 of dq, dk and dv (as in ring attention). A part is flash attention on CUDA in half precision, plain PyTorch elsewhere.
+Flash attention's backward takes 128 * H * D float32 beside for each segment while it runs, which many short questions
+notice.
 
 Elsewhere that is slow; there a question's keys, its image part and itself, are gathered into small grids for
 F.scaled_dot_product_attention instead (`Grids`), or the dense mask stays.
@@ -134,9 +136,7 @@ def forward(
         return out, lse
     keys, values = k.index_select(0, image_tokens), v.index_select(0, image_tokens)
     queries = q.index_select(0, question_tokens)
-    image_out, image_lse = part(
-        queries, keys, values, cu_questions, cu_images, max_questions, max_image, False, scale
-    )
+    image_out, image_lse = part(queries, keys, values, cu_questions, cu_images, max_questions, max_image, False, scale)
     own_lse = lse.index_select(1, question_tokens)
     # Shares in lse's dtype, float32 at least: a product with half precision is of that dtype, and rounded once.
     ahead = (own_lse - image_lse).mT[..., None]
