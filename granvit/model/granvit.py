@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import record_function
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from granvit_kernels import PackedLayout, pack_patches
 
 from .config import GranViTConfig
+from .fused_loss import can_fuse, fused_cross_entropy
 from .llm import LocationTokens, additive_mask, check_llm, check_llm_config, decode, embedding_rms, load_llm
 from .processing import GranViTProcessor
 from .projector import Projector, shuffle_pixels
@@ -248,9 +250,10 @@ class GranViT(PreTrainedModel, GenerationMixin):
         """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]."""
         if not len(boxes):
             return features.new_zeros(0, self.config.region_tokens, self.config.text_config.hidden_size)
-        return self.region_prompt(
-            features, layout, boxes.to(features.device), image_index.to(features.device)
-        )
+        with record_function("granvit.region_prompt"):
+            return self.region_prompt(
+                features, layout, boxes.to(features.device), image_index.to(features.device)
+            )
 
     def embed_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., D] of ids [...]: the LLM's rows or our location rows. Under markers stands
@@ -277,6 +280,28 @@ class GranViT(PreTrainedModel, GenerationMixin):
         image_embeds [N, D] and region_embeds [R, K, D] in the batch's order; wherever they come from (an
         LLM's warm-up gives its own). Only the answers' hidden states meet the output tables.
         """
+        return self.logits(self._answer_states(batch, image_embeds, region_embeds)), batch.targets
+
+    def answer_loss(
+        self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum [] of the cross entropies of the answers' tokens, float32; arguments as of `answer_logits`.
+
+        Where Liger's fused loss can be had (see can_fuse), no logits are kept.
+        """
+        hidden = self._answer_states(batch, image_embeds, region_embeds)
+        table = self.llm.get_output_embeddings()
+        with record_function("granvit.cross_entropy"):
+            # Location rows would have to be put behind the table's each step: a copy of the table, and a gradient for
+            # all of it even where it is frozen, which cost as much memory as the logits.
+            if can_fuse(hidden, table) and not len(self.locations.output):
+                return fused_cross_entropy(hidden, table, self.config.text_vocab, batch.targets)
+            return F.cross_entropy(self.logits(hidden).float(), batch.targets, reduction="sum")
+
+    def _answer_states(
+        self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """The hidden states [A, D] that the answers' tokens are read off."""
         embeds = self.embed_ids(batch.input_ids)
         slots = torch.cat((batch.image_slots, batch.region_slots))
         given = torch.cat((image_embeds, region_embeds.flatten(0, 1))).to(embeds.dtype)
@@ -287,9 +312,10 @@ class GranViT(PreTrainedModel, GenerationMixin):
                 f"{len(batch.image_slots)} and {len(batch.region_slots)}"
             )
         embeds = embeds.flatten(0, 1).index_copy(0, slots, given).view(embeds.shape)
-        mask = additive_mask(batch.attention(), embeds.dtype)
-        hidden = decode(self.llm, embeds, mask, batch.position_ids)
-        return self.logits(hidden.flatten(0, 1).index_select(0, batch.answer_slots)), batch.targets
+        with record_function("granvit.llm"):
+            mask = additive_mask(batch.attention(), embeds.dtype)
+            hidden = decode(self.llm, embeds, mask, batch.position_ids)
+        return hidden.flatten(0, 1).index_select(0, batch.answer_slots)
 
     def forward(
         self,
