@@ -11,8 +11,8 @@ except ImportError:  # an optional extra: pip install granvit[liger]
 
 
 def can_fuse(hidden: Tensor, table: nn.Module) -> bool:
-    """Whether Liger is installed, these hidden states [A, D] are on a GPU, and the output table is a plain linear layer:
-    its weight not in shards just now, and no adapter on it."""
+    """Whether Liger is installed, there are hidden states [A, D] and they are on a GPU, and the output table is a plain
+    linear layer: its weight not in shards just now, and no adapter on it."""
     if liger_fused_linear_cross_entropy is None or not hidden.is_cuda or not len(hidden):
         return False
     return type(table) is nn.Linear and type(table.weight) in (nn.Parameter, Tensor)
