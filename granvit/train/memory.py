@@ -36,6 +36,7 @@ def hold_frozen(model: nn.Module, dtype: torch.dtype) -> int:
 
     Autocast casts a frozen weight anew at each use, and the backward pass keeps every copy; results are equal to the
     bit without the cast. A table that is also the input's stays as it is, because there its dtype is the activations'.
+    From then on these layers run under autocast alone; `model.float()` undoes it.
     """
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     freed = 0
