@@ -123,7 +123,7 @@ def paper_step(model: GranViT, stage: Stage, factor: int) -> int:
         embeds = model.projector(merged)
         batch = sequence(len(embeds), IMAGES * TEXT, IMAGES * ANSWERS)
         regions = torch.empty(0, model.config.region_tokens, embeds.shape[1], device="meta")
-        model.answer_loss(batch, embeds, regions).backward()
+        model.answer_losses(batch, embeds, regions).sum().backward()
     return flops.get_total_flops()
 
 

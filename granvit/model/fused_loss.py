@@ -19,10 +19,9 @@ def can_fuse(hidden: Tensor, table: nn.Module) -> bool:
 
 
 def fused_cross_entropy(hidden: Tensor, table: nn.Linear, rows: int, targets: Tensor) -> Tensor:
-    """Sum [] of the cross entropies of targets [A] among the table's first `rows` rows, float32, from hidden [A, D].
+    """Cross entropy [A] of targets [A] among the table's first `rows` rows, float32, from hidden [A, D].
 
-    Logits and their gradients are made for a few tokens at a time, in the forward pass, and only the gradients of
-    hidden and table are kept.
+    Logits are made for a few tokens at a time, in the forward pass and again in the backward pass, and never kept.
     """
     bias = None if table.bias is None else table.bias[:rows]
-    return liger_fused_linear_cross_entropy(hidden, table.weight[:rows], targets, bias=bias, reduction="sum").float()
+    return liger_fused_linear_cross_entropy(hidden, table.weight[:rows], targets, bias=bias, reduction="none").float()

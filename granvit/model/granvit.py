@@ -247,9 +247,8 @@ class GranViT(PreTrainedModel, GenerationMixin):
     def region_embeds(
         self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor
     ) -> torch.Tensor:
-        """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]."""
-        if not len(boxes):
-            return features.new_zeros(0, self.config.region_tokens, self.config.text_config.hidden_size)
+        """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]; also of none, so that
+        the region prompt has gradients, if zeros, on every rank."""
         with record_function("granvit.region_prompt"):
             return self.region_prompt(
                 features, layout, boxes.to(features.device), image_index.to(features.device)
@@ -282,10 +281,10 @@ class GranViT(PreTrainedModel, GenerationMixin):
         """
         return self.logits(self._answer_states(batch, image_embeds, region_embeds)), batch.targets
 
-    def answer_loss(
+    def answer_losses(
         self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """Sum [] of the cross entropies of the answers' tokens, float32; arguments as of `answer_logits`.
+        """Cross entropy [A] of each of the answers' tokens, float32; arguments as of `answer_logits`.
 
         Where Liger's fused loss can be had (see can_fuse), no logits are kept.
         """
@@ -296,7 +295,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
             # all of it even where it is frozen, which cost as much memory as the logits.
             if can_fuse(hidden, table) and not len(self.locations.output):
                 return fused_cross_entropy(hidden, table, self.config.text_vocab, batch.targets)
-            return F.cross_entropy(self.logits(hidden).float(), batch.targets, reduction="sum")
+            return F.cross_entropy(self.logits(hidden).float(), batch.targets, reduction="none")
 
     def _answer_states(
         self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor

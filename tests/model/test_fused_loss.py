@@ -1,4 +1,4 @@
-"""The answers' summed loss: that of their logits, and Liger's where it applies."""
+"""The answers' losses: those of their logits, and Liger's where it applies."""
 
 import pytest
 import torch
@@ -22,25 +22,26 @@ def scored(request, tiny, samples):
     return model, batch, model.image_embeds(features, layout).detach(), regions.detach()
 
 
-def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a weighted sum."""
     model.zero_grad()
-    loss.backward()
+    (losses * torch.linspace(0, 1, len(losses))).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_loss_is_the_logits_(scored):
+def test_the_losses_are_those_of_the_logits(scored):
     model, batch, image, region = scored
-    loss = model.answer_loss(batch, image, region)
+    losses = model.answer_losses(batch, image, region)
     logits, targets = model.answer_logits(batch, image, region)
-    expected = F.cross_entropy(logits.double(), targets, reduction="sum")
-    assert loss.dtype == torch.float32 and loss.shape == ()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_under_autocast_it_is_still_float32(scored):
     model, batch, image, region = scored
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.answer_loss(batch, image, region).dtype == torch.float32
+        assert model.answer_losses(batch, image, region).dtype == torch.float32
 
 
 def plain(hidden, weight, targets, bias=None, reduction="mean"):
@@ -50,7 +51,7 @@ def plain(hidden, weight, targets, bias=None, reduction="mean"):
 
 def test_the_fused_loss_is_taken_where_there_are_no_location_rows(scored, monkeypatch):
     model, batch, image, region = scored
-    expected = model.answer_loss(batch, image, region)
+    expected = model.answer_losses(batch, image, region)
     grads = gradients(model, expected)
     calls = []
 
@@ -60,7 +61,7 @@ def test_the_fused_loss_is_taken_where_there_are_no_location_rows(scored, monkey
 
     monkeypatch.setattr(granvit, "can_fuse", lambda *_: True)
     monkeypatch.setattr(fused_loss, "liger_fused_linear_cross_entropy", fused)
-    loss = model.answer_loss(batch, image, region)
+    loss = model.answer_losses(batch, image, region)
     torch.testing.assert_close(loss, expected)
     found = gradients(model, loss)
     assert found.keys() == grads.keys()
@@ -91,10 +92,11 @@ def test_liger_s_own(trained, bias):
     table = torch.nn.Linear(16, 60, bias=bias, device=device).requires_grad_(trained)
     hidden = torch.randn(7, 16, device=device, requires_grad=True)
     targets = torch.randint(0, 50, (7,), device=device)
-    loss = fused_loss.fused_cross_entropy(hidden, table, 50, targets)
+    losses = fused_loss.fused_cross_entropy(hidden, table, 50, targets)
     leaves = [hidden, *(table.parameters() if trained else ())]
-    found = torch.autograd.grad(loss / 3, leaves)
-    expected = F.cross_entropy(table(hidden)[:, :50], targets, reduction="sum")
-    torch.testing.assert_close(loss, expected)
-    for one, other in zip(found, torch.autograd.grad(expected / 3, leaves), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    expected = F.cross_entropy(table(hidden)[:, :50], targets, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    weights = torch.linspace(0, 1, 7, device=device)
+    gradients = (torch.autograd.grad(one, leaves, weights) for one in (losses, expected))
+    for found, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
