@@ -31,6 +31,7 @@ def compile_blocks(model: nn.Module) -> None:
     whose sizes are others, would be compiled as well.
     """
     dynamo.recompile_limit = max(FORMS, dynamo.recompile_limit)
+    dynamo.optimize_ddp = False  # cuts graphs at DDP's buckets, for models that are compiled whole
     for block in blocks(model):
         block.compile(dynamic=True)
 
