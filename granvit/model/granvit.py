@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import record_function
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -23,6 +24,7 @@ from granvit_kernels import PackedLayout, pack_patches
 
 from . import question_attention
 from .config import GranViTConfig
+from .fused_loss import can_fuse, fused_cross_entropy
 from .llm import (
     LocationTokens,
     check_llm,
@@ -259,9 +261,10 @@ class GranViT(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]; also of none, so that
         the region prompt has gradients, if zeros, on every rank."""
-        return self.region_prompt(
-            features, layout, boxes.to(features.device), image_index.to(features.device)
-        )
+        with record_function("granvit.region_prompt"):
+            return self.region_prompt(
+                features, layout, boxes.to(features.device), image_index.to(features.device)
+            )
 
     def embed_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., D] of ids [...]: the LLM's rows or our location rows. Under markers stands
@@ -288,6 +291,28 @@ class GranViT(PreTrainedModel, GenerationMixin):
         image_embeds [N, D] and region_embeds [R, K, D] in the batch's order; wherever they come from (an
         LLM's warm-up gives its own). Only the answers' hidden states meet the output tables.
         """
+        return self.logits(self._answer_states(batch, image_embeds, region_embeds)), batch.targets
+
+    def answer_losses(
+        self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy [A] of each of the answers' tokens, float32; arguments as of `answer_logits`.
+
+        Where Liger's fused loss can be had (see can_fuse), no logits are kept.
+        """
+        hidden = self._answer_states(batch, image_embeds, region_embeds)
+        table = self.llm.get_output_embeddings()
+        with record_function("granvit.cross_entropy"):
+            # Location rows would have to be put behind the table's each step: a copy of the table, and a gradient for
+            # all of it even where it is frozen, which cost as much memory as the logits.
+            if can_fuse(hidden, table) and not len(self.locations.output):
+                return fused_cross_entropy(hidden, table, self.config.text_vocab, batch.targets)
+            return F.cross_entropy(self.logits(hidden).float(), batch.targets, reduction="none")
+
+    def _answer_states(
+        self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """The hidden states [A, D] that the answers' tokens are read off."""
         embeds = self.embed_ids(batch.input_ids)
         slots = torch.cat((batch.image_slots, batch.region_slots))
         given = torch.cat((image_embeds, region_embeds.flatten(0, 1))).to(embeds.dtype)
@@ -298,8 +323,9 @@ class GranViT(PreTrainedModel, GenerationMixin):
                 f"{len(batch.image_slots)} and {len(batch.region_slots)}"
             )
         embeds = embeds.flatten(0, 1).index_copy(0, slots, given).view(embeds.shape)
-        hidden = decode_packed(self.llm, embeds, batch)
-        return self.logits(hidden.flatten(0, 1).index_select(0, batch.answer_slots)), batch.targets
+        with record_function("granvit.llm"):
+            hidden = decode_packed(self.llm, embeds, batch)
+        return hidden.flatten(0, 1).index_select(0, batch.answer_slots)
 
     def forward(
         self,
