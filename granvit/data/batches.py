@@ -122,7 +122,7 @@ class PackLoader:
         filled with more or fewer. workers: processes beside this one that read and decode, each for lanes of its own,
         and where there are fewer lanes than that, threads in them; 0: here.
     epochs: passes over the data after which iteration ends (the last batches then have empty sequences); None: never.
-    window: images a sequence's place chooses among.
+    window: images a sequence's place chooses among. pixels: False leaves pictures undecoded, blanks of their size.
 
     The state is `step`, how many batches were handed out: set it, or load a `state_dict`, and iteration goes on
     there, on any number of ranks, after planning, but not reading, what came before.
@@ -147,10 +147,11 @@ class PackLoader:
         workers: int = 2,
         epochs: int | None = None,
         window: int = 512,
+        pixels: bool = True,
     ) -> None:
         check_arguments(tasks, rank, capacity=capacity, packs=packs, questions=questions, ranks=ranks, window=window)
         self.dataset, self.processor, self.capacity, self.packs = dataset, processor, capacity, packs
-        self.rank, self.ranks, self.workers = rank, ranks, workers
+        self.rank, self.ranks, self.workers, self.pixels = rank, ranks, workers, pixels
         self.lengths = measure(dataset, processor, sorted(tasks))
         shortest = self.lengths.shortest(tasks)
         if not (shortest <= capacity).any():
@@ -196,7 +197,7 @@ class PackLoader:
     def __iter__(self) -> Iterator[Batch]:
         processes = min(self.workers, self.packs // self.ranks)
         threads = -(-self.workers // max(1, processes))
-        reader = _Reader(self.dataset, self.processor, self.lengths.tasks, threads)
+        reader = _Reader(self.dataset, self.processor, self.lengths.tasks, threads, self.pixels)
         reads: list[Read] = []
         handed = 0  # rows; over epochs a rank sees more than its share of different ones
         for read, faults in beside(reader, processes, sampler=_Steps(self, max(1, processes))):
@@ -241,15 +242,17 @@ class _Steps(Sampler):
 class _Reader(Dataset):
     """Packs in; what was read for them, and the faults that were found, out."""
 
-    def __init__(self, dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...], threads: int) -> None:
-        self.dataset, self.processor, self.tasks, self.threads = dataset, processor, tasks, threads
+    def __init__(
+        self, dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...], threads: int, pixels: bool
+    ) -> None:
+        self.dataset, self.processor, self.tasks, self.threads, self.pixels = dataset, processor, tasks, threads, pixels
 
     def __getitem__(self, packs: list[Pack]) -> tuple[Sent, list[tuple[int, str, str]]]:
         read, noted = read_packs(packs, self._read, self.processor, self.tasks, self.threads)
         return send(read), [(row, fault.kind, str(fault)) for row, fault in noted]
 
     def _read(self, row: int, note: Callable[[DataFault], None]) -> Sample:
-        return self.dataset.read(row, note)
+        return self.dataset.read(row, note, decode=self.pixels)
 
 
 def read_packs(
@@ -285,24 +288,28 @@ def read_packs(
     return found, sorted(noted, key=lambda one: one[0])
 
 
-# Between processes every tensor costs a file descriptor: images travel as one.
-Sent = tuple[Tensor, list[tuple[int, ...]], Read]
+# Between processes every tensor costs a file descriptor: images travel as one, each with its shape and its part of it.
+Sent = tuple[Tensor, list[tuple[tuple[int, ...], int]], Read]
 
 
 def send(read: Read) -> Sent:
     images = [sample.image for sample in read.samples]
+    images = [image if any(image.stride()) else image[:0] for image in images]  # a blank is one number, repeated
     flat = torch.empty(0, dtype=torch.uint8)
     if get_worker_info() is not None:  # straight into memory that is shared, instead of a copy to it
         flat = flat.new(flat.untyped_storage()._new_shared(sum(image.numel() for image in images), device="cpu"))
     if images:
         torch.cat([image.reshape(-1) for image in images], out=flat)
-    blank = [replace(sample, image=None) for sample in read.samples]
-    return flat, [tuple(image.shape) for image in images], replace(read, samples=blank)
+    sizes = [(tuple(sample.image.shape), image.numel()) for sample, image in zip(read.samples, images, strict=True)]
+    return flat, sizes, replace(read, samples=[replace(sample, image=None) for sample in read.samples])
 
 
-def _receive(flat: Tensor, shapes: list[tuple[int, ...]], read: Read) -> Read:
-    pixels = flat.split([math.prod(shape) for shape in shapes])
-    images = [one.view(shape) for one, shape in zip(pixels, shapes, strict=True)]
+def _receive(flat: Tensor, sizes: list[tuple[tuple[int, ...], int]], read: Read) -> Read:
+    pixels = flat.split([size for _, size in sizes])
+    images = [
+        one.view(shape) if size else flat.new_zeros(()).expand(shape)
+        for one, (shape, size) in zip(pixels, sizes, strict=True)
+    ]
     samples = [replace(sample, image=image) for sample, image in zip(read.samples, images, strict=True)]
     return replace(read, samples=samples)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -111,12 +112,17 @@ def evaluate(
     blind: Literal["other_image", "text"] | None = None,
     limit: int | None = None,
     batch_size: int = 64,
+    rank: int = 0,
+    ranks: int = 1,
+    gather: Callable[[list[Prediction]], list[list[Prediction]]] = lambda own: [own],
 ) -> Evaluation:
     """Ask `model` (a GranViT) the tasks' questions of at most `limit` images of `dataset`, greedily decoded.
 
     blind: None; "other_image" shows another test image with every question (`other_images`); "text" shows
         none, only the question's text. The images are held in memory, so `limit` is for large test sets. The
-        model is put back into training mode if it was. ValueError for another `blind`, a dataset without
+        model is put back into training mode if it was.
+    rank, ranks, gather: processes that share the questions; gather returns every rank's predictions to each.
+    ValueError for another `blind`, a dataset without
         regions, and where "other_image" finds one image only.
     """
     if blind not in (None, "other_image", "text"):
@@ -129,6 +135,7 @@ def evaluate(
         shown = other_images(shown)
     # Answers of one task and kind are of about one length: few steps are spent on rows that have ended.
     asked.sort(key=lambda a: (a.truth["task"], a.truth["kind"]))
+    asked = asked[rank::ranks]
 
     training = model.training
     model.eval()
@@ -141,4 +148,6 @@ def evaluate(
     for a, said, box in zip(asked, answers, boxes, strict=True):
         found = list(box) if box is not None and a.truth["task"] == CAPTION2BBOX else None
         predictions.append({**a.truth, "answer": said, "predicted_box": found})
+    parts = gather(predictions)
+    predictions = [one for several in zip_longest(*parts) for one in several if one is not None]
     return Evaluation(summarise(predictions), predictions)

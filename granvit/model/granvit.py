@@ -245,9 +245,8 @@ class GranViT(PreTrainedModel, GenerationMixin):
     def region_embeds(
         self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor
     ) -> torch.Tensor:
-        """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]."""
-        if not len(boxes):
-            return features.new_zeros(0, self.config.region_tokens, self.config.text_config.hidden_size)
+        """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]; also of none, so that
+        the region prompt has gradients, if zeros, on every rank."""
         return self.region_prompt(
             features, layout, boxes.to(features.device), image_index.to(features.device)
         )

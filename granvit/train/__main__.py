@@ -1,14 +1,17 @@
-"""python -m granvit.train [smoke|compact|paper] [--output DIR] [--any.field value]"""
+"""python -m granvit.train [smoke|compact|paper] [--output DIR] [--any.field value], and commands beside it."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
 from rich.logging import RichHandler
 
+from granvit.train.guard import NotFinite
 from granvit.train.presets import PRESETS, TrainConfig, load_config
 
 
@@ -18,7 +21,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     preset = arguments[0] if arguments and not arguments[0].startswith("-") else "smoke"
     rest = arguments[1:] if arguments and not arguments[0].startswith("-") else list(arguments)
     if preset not in PRESETS:
-        raise SystemExit(f"granvit.train: no preset {preset!r}; there are {', '.join(PRESETS)}")
+        known = f"presets {', '.join(PRESETS)}; commands {', '.join(COMMANDS)}"
+        raise SystemExit(f"granvit.train: there is no {preset!r}; {known}")
     default = PRESETS[preset]
     if "--config" in rest:
         at = rest.index("--config")
@@ -31,18 +35,36 @@ def parse(arguments: list[str]) -> TrainConfig:
     )
 
 
-_USAGE = """Train GranViT through both stages. The first word picks a preset (smoke, compact, paper), --config FILE
-reloads a run's config.yaml, and the same command again goes on where the run was."""
+_USAGE = """Train GranViT through both stages. The first word picks a preset (smoke, compact, paper) or a command
+(replay), --config FILE reloads a run's config.yaml, and the same command again goes on where the run was. Under
+torchrun every rank runs it. Exit code 75: SIGTERM came, everything is saved, the same command goes on."""
+
+
+def run_preset(arguments: list[str]) -> None:
+    config = parse(arguments)
+    from granvit.train.run import train
+
+    train(config)
+
+
+def run_replay(arguments: list[str]) -> None:
+    from granvit.train.replay import replay
+
+    tyro.cli(replay, args=arguments, prog="python -m granvit.train replay")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"replay": run_replay}
+"""What the first word may be beside a preset's name; each takes the other words."""
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    lead = os.environ.get("RANK", "0") == "0"  # the others repeat what it says
+    level = logging.INFO if lead else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    command = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "")
     try:
-        config = parse(sys.argv[1:])
-        from granvit.train.run import train
-
-        train(config)
-    except (ValueError, OSError) as error:
+        command(sys.argv[2:]) if command else run_preset(sys.argv[1:])
+    except (ValueError, OSError, NotFinite) as error:
         raise SystemExit(f"granvit.train: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("granvit.train: stopped; the same command goes on from the last checkpoint") from None

@@ -1,59 +1,481 @@
-"""Checkpoints of a run: one file a checkpoint, written aside and renamed, so that a crash leaves the previous one."""
+"""Checkpoints of a run: safetensors and JSON in a folder each, written aside by all ranks while training goes on.
+
+A checkpoint is a folder PHASE-STEP or PHASE-STEP-final that holds
+
+    rank-00000.safetensors ...   what each rank wrote: tensors, or pieces of them and where they lie in the whole
+    manifest.json                phase, step, plain values, size and SHA-256 of each file above, and of itself
+
+It is written under another name, synced, and renamed when the manifest is in it: a crash leaves no half of one behind
+that is taken for a whole. The number of ranks that read need not be the number that wrote (torch.distributed.checkpoint
+cuts the pieces anew), and nothing that is read can run code.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import math
 import os
 import re
+import shutil
+import stat
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_local_save_plan,
+)
+from torch.distributed.tensor import DTensor
 
-_NAME = re.compile(r"(?P<phase>[a-z]+)-(?P<step>\d{7})(?P<final>-final)?\.pt")
+log = logging.getLogger(__name__)
+# torch says so at each save and load of a run that is one process, where it is what we want
+warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+
+PATIENCE = timedelta(hours=24)  # of a rank whose part is written, with those that still write
+_NAME = re.compile(r"(?P<phase>[a-z][a-z0-9_]*)-(?P<step>\d{7,})(?P<final>-final)?")
+_ASIDE = (".tmp", ".old")
+_MANIFEST = "manifest.json"
+_FILE = r"^rank-\d{5,}\.safetensors$"  # no separator, no "..": a manifest can't name anything outside of its folder
+
+T = TypeVar("T")
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    """What manifest.json holds. sha256: of all the other fields, see _digest_of."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal[1]
+    phase: str
+    step: Annotated[int, Field(ge=0)]
+    ranks: Annotated[int, Field(ge=1)]
+    values: dict[str, Any]
+    files: dict[Annotated[str, Field(pattern=_FILE)], _File]
+    sha256: str
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run. Files are PHASE-STEP.pt, and PHASE-STEP-final.pt where a phase ended.
+    """The folder `checkpoints/` of a run, which all its ranks see.
 
-    Final checkpoints stay; of the others the newest `keep` do.
+    Of a phase's checkpoints the newest `keep` stay, besides those whose step is a multiple of `keep_every` (0: none).
+    A final one stays, and takes the place of the newest.
+
+    group: a gloo group of all ranks, None in a run of one process. Every rank makes one, and calls each method at the
+    same point: they agree through it. (What goes on in the background has a group of its own, so that it can't get
+    between.) failures: how many saves in a row have failed, the same number on every rank; known when the next save or
+    wait begins.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        if keep < 1 or keep_every < 0:
+            raise ValueError(f"of the checkpoints at least one is kept, got keep={keep}, keep_every={keep_every}")
+        self.folder, self.keep, self.keep_every, self.group = folder, keep, keep_every, group
+        self.failures = 0
+        self._first = group is None or dist.get_rank(group) == 0
+        self._background = None
+        if group is not None:
+            ranks = dist.get_process_group_ranks(group)
+            self._background = dist.new_group(ranks, PATIENCE, "gloo", use_local_synchronization=True)
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, phase: str, step: int, state: dict, final: bool = False) -> Path:
-        path = self.folder / f"{phase}-{step:07d}{'-final' if final else ''}.pt"
-        aside = path.with_suffix(".tmp")
-        with aside.open("wb") as file:
-            torch.save({"phase": phase, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        running = [p for p in self._files(phase) if not p.stem.endswith("-final")]
-        for old in running if final else running[: -self.keep]:
-            old.unlink()
-        return path
+    def save(self, phase: str, step: int, tensors: Mapping[str, Tensor], values: dict, final: bool = False) -> None:
+        """Copy `tensors` to host memory, and write them in the background; where `final`, wait until they are written.
+
+        Every rank gives the same names. A DTensor is written by all ranks, each its piece; any other tensor is the same
+        on every rank, and one of them writes it. values: anything JSON takes; those of the first rank are written, and
+        a tuple comes back as a list. A save that fails is logged and counted (see failures), and leaves the folder as
+        it was. Raises ValueError where the ranks' tensors differ in name, shape or dtype.
+        """
+        self.wait()
+        name = f"{phase}-{step:07d}{'-final' if final else ''}"
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} can't be a checkpoint's name: a phase is lower-case letters, digits and _")
+        body = {"phase": phase, "step": step, "ranks": _ranks(self.group), "values": values}
+        body = json.loads(json.dumps(body))  # now, as the caller may change the values while we write
+        mine = _share(tensors, self.group)
+        plan = create_default_local_save_plan({key: tensors[key] for key in mine}, is_coordinator=False)
+        self._copies = _copy(tensors, mine, self._copies)
+        # not a daemon: an interpreter that ends writes its checkpoint to the end
+        self._thread = threading.Thread(target=self._write, args=(name, _Planner(plan, self._copies), body))
+        self._thread.start()
+        if final:
+            self.wait()
+            self._copies = {}
+
+    def wait(self) -> None:
+        """Until the last save is on disk, or has failed."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        self.failures = 0 if self._error is None else self.failures + 1
 
     def newest(self, phase: str) -> Path | None:
         """The checkpoint from which `phase` goes on, or None."""
-        files = self._files(phase)
-        return files[-1] if files else None
+        self.wait()
+        found = [self._complete(phase)[-1:] if self._first else []]
+        if self.group is not None:  # the first rank's answer: a network's file system shows others a new one later
+            dist.broadcast_object_list(found, dist.get_global_rank(self.group, 0), self.group)
+        return found[0][0] if found[0] else None
 
     def final(self, phase: str) -> Path | None:
+        """The checkpoint with which `phase` ended, or None."""
         newest = self.newest(phase)
-        return newest if newest is not None and newest.stem.endswith("-final") else None
+        return newest if newest is not None and newest.name.endswith("-final") else None
 
-    def _files(self, phase: str) -> list[Path]:
-        found = [p for p in self.folder.glob(f"{phase}-*.pt") if _NAME.fullmatch(p.name)]
-        return sorted(found, key=lambda p: (int(_NAME.fullmatch(p.name)["step"]), p.stem.endswith("-final")))
+    def _complete(self, phase: str) -> list[Path]:
+        """The checkpoints of `phase` that have a manifest, the newest last."""
+        found = []
+        for path in self.folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and match["phase"] == phase and path.is_dir() and not path.is_symlink():
+                with suppress(ValueError):
+                    _manifest(path)
+                    found.append((int(match["step"]), match["final"] is not None, path))
+        return [path for _, _, path in sorted(found)]
+
+    def _write(self, name: str, planner: _Planner, body: dict) -> None:
+        """The thread: all ranks write their files, then the first makes a checkpoint of them. All find the same
+        error, or none."""
+        began, group, work = time.perf_counter(), self._background, self.folder / f".{name}.tmp"
+        mine = _file_name(0 if group is None else dist.get_rank(group))
+        try:
+            _together(group, self._clear if self._first else None)
+            writer = _Writer(work, mine)
+            dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+            written = _together(group, lambda: {mine: _sync(work / mine)} if (work / mine).exists() else {})
+            body |= {"files": {file: entry for files in written for file, entry in files.items()}}
+            _together(group, (lambda: self._publish(work, name, body)) if self._first else None)
+            self._error = None
+        except (Exception, dcp.CheckpointException) as error:
+            self._error = _cause(error)
+        if self._first and self._error is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            log.warning("checkpoint %s could not be written, the one before it stands: %s", name, self._error)
+        elif self._first:
+            log.info("checkpoint %s written in %.1f s", name, time.perf_counter() - began)
+            self._prune(body["phase"], body["step"], name)
+
+    def _clear(self) -> None:
+        """Remove what crashes left."""
+        for path in self.folder.iterdir():
+            if path.name.startswith(".") and path.suffix in _ASIDE and _NAME.fullmatch(path.stem[1:]):
+                shutil.rmtree(path)
+
+    def _publish(self, work: Path, name: str, body: dict) -> None:
+        """Give the written files in `work` their manifest, and their name."""
+        body = {"format": 1, **body}
+        with (work / _MANIFEST).open("w") as file:
+            json.dump({**body, "sha256": _digest_of(body)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(work)
+        path, old = self.folder / name, self.folder / f".{name}.old"
+        if path.exists():  # a damaged one, behind which the run has gone back
+            path.rename(old)
+        work.rename(path)
+        _sync_folder(self.folder)
+        if old.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _prune(self, phase: str, step: int, name: str) -> None:
+        """Remove what isn't to be kept now that `name` is there."""
+        steps = {path: int(_NAME.fullmatch(path.name)["step"]) for path in self._complete(phase)}
+        running = [path for path in steps if not path.name.endswith("-final")]
+        # later ones: the run could not go on from them and went back, so they are none of its past
+        past = [path for path in running if steps[path] <= step]
+        kept = [] if name.endswith("-final") else past[-self.keep :]
+        for path in running:
+            lasting = self.keep_every and steps[path] % self.keep_every == 0 and path in past
+            if path not in kept and not lasting:
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:
+                    log.warning("the checkpoint %s, no longer needed, could not be removed: %s", path, error)
 
 
-def load(path: Path, device: torch.device) -> dict:
-    """The state in `path`: tensors and plain values only, nothing is executed. Raises ValueError if it is not ours."""
+def load(
+    path: Path, tensors: Mapping[str, Tensor], subset: bool = False, group: dist.ProcessGroup | None = None
+) -> dict:
+    """Fill `tensors` in place from the checkpoint `path`, whatever number of ranks wrote it; returns its plain values.
+
+    subset: the checkpoint may hold more tensors than those. group: a gloo group of all ranks that read it, every one of
+    which calls this; each checks a part of the files. Raises ValueError, on all ranks and before any tensor has
+    changed, for a damaged file (naming it) and for tensors that are missing, unexpected, or of another shape or dtype;
+    OSError where a disk fails later than that.
+    """
+    path = Path(path)
+
+    def check() -> None:
+        manifest = _manifest(path)
+        _check_folder(path, manifest)
+        rank = 0 if group is None else dist.get_rank(group)
+        for name in sorted(manifest.files)[rank :: _ranks(group)]:
+            if _digest(path / name) != manifest.files[name].sha256:
+                raise ValueError(f"{path / name} is damaged: its SHA-256 is not the one in {_MANIFEST}")
+
+    _together(group, check)
+    _together(group, lambda: _check_tensors(path, tensors, subset))
+    reader, planner = dcp.HuggingFaceStorageReader(str(path)), DefaultLoadPlanner(flatten_state_dict=False)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file, and each means the same here
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
-    if not isinstance(state, dict) or not {"phase", "step", "model"} <= state.keys():
-        raise ValueError(f"{path} is not a checkpoint of granvit.train: it lacks phase, step or model")
-    return state
+        dcp.load(
+            dict(tensors), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None
+        )  # fmt: skip
+    except dcp.CheckpointException as error:  # a BaseException
+        raise OSError(f"{path} could not be read to its end: {_cause(error)}") from error
+    return _manifest(path).values
+
+
+def read_values(path: Path) -> dict:
+    """The plain values of the checkpoint `path`, without its tensors. Raises ValueError if its manifest is damaged."""
+    return _manifest(Path(path)).values
+
+
+def check_room(folder: Path, bytes_needed: int, keep: int) -> None:
+    """Before training: that checkpoints of `bytes_needed` can be written to `folder`.
+
+    Raises ValueError where it can't be written to, or where not one more fits. Logs a warning where `keep` of them and
+    the one that is being written don't fit.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(folder).free
+        held = sum(path.stat().st_size for path in folder.glob("*/*") if path.is_file())
+    except OSError as error:
+        raise ValueError(f"{folder} can't be written to ({error}), and the checkpoints belong there") from error
+    if free < bytes_needed:
+        raise ValueError(f"{folder}: a checkpoint takes {_gb(bytes_needed)}, and only {_gb(free)} are free")
+    if free + held < bytes_needed * (keep + 1):
+        log.warning(
+            "%s: keeping %d checkpoints takes %s while another is written, and %s are free or held by checkpoints",
+            folder, keep, _gb(bytes_needed * (keep + 1)), _gb(free + held),
+        )  # fmt: skip
+
+
+class _Planner(DefaultSavePlanner):
+    """Writes `copies` by a plan that was made from the tensors themselves, which may have changed since."""
+
+    def __init__(self, plan: dcp.SavePlan, copies: dict[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.plan, self.copies = plan, copies
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        return self.plan
+
+    def resolve_data(self, write_item: dcp.planner.WriteItem) -> Tensor:
+        return self.copies[write_item.index.fqn]
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """HuggingFaceStorageWriter but for how the file comes about.
+
+    Its own builds the whole file in memory, twice, with Python's lock held: training stands still for 1 s a GB.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.name = name
+
+    def write_data(self, plan: dcp.SavePlan, planner: _Planner) -> torch.futures.Future[list]:
+        future: torch.futures.Future[list] = torch.futures.Future()
+        future.set_result([])
+        if plan.items:
+            offsets = {i.index.fqn: {"saved_offsets": list(i.tensor_data.chunk.offsets)} for i in plan.items}
+            try:
+                save_file(
+                    {item.index.fqn: planner.resolve_data(item) for item in plan.items},
+                    Path(self.path) / self.name,
+                    metadata={"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)},
+                )
+            except Exception as error:  # of a kind that pickles, since it goes to the other ranks, which would hang
+                raise OSError(f"{self.name}: {error}") from error
+        return future
+
+
+def _share(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> list[str]:
+    """The names this rank writes: its pieces of the DTensors, and a part of the others. Raises ValueError, on all
+    ranks, where they were given different ones."""
+    if group is None:
+        return list(tensors)
+    table = sorted((name, str(t.dtype), list(t.shape), isinstance(t, DTensor)) for name, t in tensors.items())
+    tables: list[Any] = [None] * _ranks(group)
+    dist.all_gather_object(tables, _digest_of({"tensors": table}), group=group)
+    if len(set(tables)) > 1:
+        raise ValueError("the ranks were given tensors of different names, shapes or dtypes to save in one checkpoint")
+    loads, rank, mine = [0] * _ranks(group), dist.get_rank(group), []
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        writer = rank
+        if not isinstance(tensors[name], DTensor):  # the largest first, to whom has least so far
+            writer = loads.index(min(loads))
+            loads[writer] += tensors[name].nbytes
+        if writer == rank:
+            mine.append(name)
+    return mine
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], names: list[str], kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory of this rank's pieces of `names`; in those of `kept` that fit, since fresh memory takes
+    longer to get than to fill. Tensors that share memory (tied embeddings) get a copy each."""
+    copies = {}
+    for name in names:
+        tensor = tensors[name].to_local() if isinstance(tensors[name], DTensor) else tensors[name]
+        copy = kept.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor, non_blocking=True)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copies
+
+
+def _ranks(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _together(group: dist.ProcessGroup | None, action: Callable[[], T] | None) -> list[T]:
+    """What `action` returns on each rank; None: nothing to do on this one. If it fails on any, ValueError on all."""
+    mine = cause = None
+    try:
+        mine = action() if action is not None else None
+    except Exception as error:  # any: the other ranks wait
+        cause = error
+    found: list[Any] = [(mine, None if cause is None else _cause(cause))]
+    if group is not None:
+        found, one = [None] * _ranks(group), found[0]
+        dist.all_gather_object(found, one, group=group)
+    for rank, (_, failure) in enumerate(found):
+        if failure is not None:
+            raise ValueError(failure if group is None else f"rank {rank}: {failure}") from cause
+    return [result for result, _ in found]
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, dcp.CheckpointException):  # of all ranks: {rank: (error, its traceback)}
+        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+        return f"rank {rank}: {_cause(error)}"
+    return str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+
+
+def _manifest(path: Path) -> _Manifest:
+    """The manifest of the checkpoint `path`. Raises ValueError naming the file where it is none, or damaged."""
+    file = path / _MANIFEST
+    try:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise ValueError("it is not a plain file")
+        body = json.loads(file.read_bytes())
+        manifest = _Manifest.model_validate(body)
+        if body.pop("sha256") != _digest_of(body):
+            raise ValueError("its SHA-256 is not the one it names")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{file} is not a checkpoint's manifest: {first['loc']}: {first['msg']}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a checkpoint's manifest: {error}") from error
+    return manifest
+
+
+def _check_folder(path: Path, manifest: _Manifest) -> None:
+    """Raises ValueError where the folder doesn't hold the manifest's files, of the sizes it says, and no others."""
+    there = {entry.name for entry in path.iterdir()} - {_MANIFEST}
+    for name in sorted(manifest.files.keys() - there):
+        raise ValueError(f"{path / name} is missing")
+    for name in sorted(there - manifest.files.keys()):
+        raise ValueError(f"{path / name} is none of the checkpoint's files")
+    for name, file in manifest.files.items():
+        found = (path / name).lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path / name} is not a plain file")
+        if found.st_size != file.size:
+            raise ValueError(f"{path / name} is damaged: it has {found.st_size} bytes, and should have {file.size}")
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], subset: bool) -> None:
+    """Raises ValueError where the checkpoint's tensors are not those to be filled."""
+    try:
+        found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except Exception as error:  # what safetensors and torch raise over headers is of many kinds
+        raise ValueError(f"{path} has files that are not a checkpoint's ({type(error).__name__}: {error})") from error
+    _none_of([n for n in tensors if n not in found], f"{path} lacks tensors")
+    _none_of([n for n in found if n not in tensors and not subset], f"{path} has tensors that are not known here")
+    others, holes = [], []
+    for name, tensor in tensors.items():
+        saved = found[name]
+        if saved.size != tensor.shape or saved.properties.dtype != tensor.dtype:
+            theirs, ours = ((list(size), kind) for size, kind in (
+                (saved.size, saved.properties.dtype), (tensor.shape, tensor.dtype)))  # fmt: skip
+            others.append(f"{name} ({theirs[1]} {theirs[0]} there, {ours[1]} {ours[0]} here)")
+        elif sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(saved.size):
+            holes.append(name)
+    _none_of(others, f"{path} has tensors of another shape or dtype")
+    _none_of(holes, f"{path} has tensors of which pieces are missing")
+
+
+def _none_of(names: list[str], fault: str) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ValueError(f"{fault} ({len(names)}): {shown}")
+
+
+def _sync(path: Path) -> dict:
+    """Wait until `path` is on disk. Returns its entry in the manifest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _digest_of(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from granvit.train.distributed import summed
+
 
 class Teacher:
     """An exponential moving average of an encoder: always in eval mode, never with gradients."""
@@ -27,28 +29,33 @@ class Teacher:
         torch._foreach_add_(ours, theirs, alpha=1 - self.alpha)
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, target: str) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, target: str, weight: float = 1.0, ranks: int = 1) -> Tensor:
     """Distance of region features [N, C] to the teacher's [N, C], each in float32, as a scalar.
 
     "mse" is the paper's. "cosine" and "layer_norm" compare each position's direction, "standardized" each channel's
     pattern over the N positions of the batch (mean 0, variance 1), so that neither scale nor a constant can lower it.
-    Raises ValueError for another target.
+    ranks: processes that call this together, each with some of the positions; the sum of what they get is the loss of
+    all. weight: 0 on a rank whose positions don't count. Raises ValueError for another target.
     """
     student, teacher = student.float(), teacher.float()
-    if target == "mse":
-        return F.mse_loss(student, teacher)
+    positions = summed(student.new_tensor(weight * len(student)), ranks).clamp_min(1)
     if target == "cosine":
-        return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+        return weight * (1 - F.cosine_similarity(student, teacher, dim=-1)).sum() / positions
     if target == "layer_norm":
         width = (student.shape[-1],)
-        return F.mse_loss(F.layer_norm(student, width), F.layer_norm(teacher, width))
-    if target == "standardized":
-        return F.mse_loss(_standardize(student), _standardize(teacher))
-    raise ValueError(f"distill.target is {target!r}; it takes standardized, layer_norm, cosine or mse")
+        student, teacher = F.layer_norm(student, width), F.layer_norm(teacher, width)
+    elif target == "standardized":
+        student, teacher = (_standardize(x, weight, positions, ranks) for x in (student, teacher))
+    elif target != "mse":
+        raise ValueError(f"distill.target is {target!r}; it takes standardized, layer_norm, cosine or mse")
+    return weight * (student - teacher).square().sum() / (positions * student.shape[-1])
 
 
-def _standardize(x: Tensor) -> Tensor:
-    return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-4).sqrt()
+def _standardize(x: Tensor, weight: float, positions: Tensor, ranks: int) -> Tensor:
+    """Mean 0 and variance 1 over all ranks' positions."""
+    x = x - summed(weight * x.sum(0), ranks) / positions
+    variance = summed(weight * x.square().sum(0), ranks) / positions
+    return x / (variance + 1e-4).sqrt()
 
 
 @torch.no_grad()

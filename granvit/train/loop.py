@@ -1,11 +1,17 @@
-"""The training loop of one phase: batches in, updated parameters and checkpoints out."""
+"""One stage on its way: batches in, updated parameters, a log and checkpoints out."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import (
@@ -18,13 +24,21 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from granvit.data.batches import Batch
+from granvit.data.batches import Batch, PackLoader
+from granvit.model import GranViT
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.distill import Teacher, feature_statistics
+from granvit.train.distributed import World, distribute, synchronise
+from granvit.train.guard import NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.metrics_log import MetricsLog
+from granvit.train.presets import TrainConfig
 from granvit.train.stages import GROUPS, Stage
+from granvit.train.step import Share
 
 log = logging.getLogger(__name__)
+
+LossOf = Callable[[GranViT, "Teacher | None", int, Batch, Share], dict[str, Tensor]]
+"""(model, teacher, step, batch, share) -> losses, as `stage_loss` gives them."""
 
 
 def freeze(groups: dict[str, list[nn.Parameter]], train: Iterable[str]) -> None:
@@ -50,101 +64,226 @@ def make_optimizer(groups: dict[str, list[nn.Parameter]], stage: Stage) -> torch
             if members:
                 parameters.append({"params": members, "lr": rate, "rate": rate, "weight_decay": decay})
     # fused: one pass over each tensor; a quarter of the time of the default on a CPU
-    return torch.optim.AdamW(parameters, betas=stage.betas, fused=True)
+    optimizer = torch.optim.AdamW(parameters, betas=stage.betas, fused=True)
+    for group in parameters:
+        for parameter in group["params"]:  # now, so that a checkpoint always has the same tensors
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    return optimizer
+
+
+class Losses(nn.Module):
+    """The losses of a model as a module of their own, because DDP and FSDP2 wrap what is called."""
+
+    def __init__(self, model: GranViT, teacher: Teacher | None, loss_of: LossOf) -> None:
+        super().__init__()
+        self.model, self.teacher, self.loss_of = model, teacher, loss_of
+
+    def forward(self, step: int, batch: Batch, share: Share) -> dict[str, Tensor]:
+        return self.loss_of(self.model, self.teacher, step, batch, share)
 
 
 class Phase:
-    """One stage of a run on its way: what a checkpoint has to hold is here."""
+    """A stage of a run: model, optimiser, teacher and the place in the data, which are what a checkpoint holds.
+
+    The model is trained in place; with FSDP its parameters become pieces. blank: a batch of an image without meaning,
+    that a rank goes through where it has none, because the others wait for it.
+    """
 
     def __init__(
-        self, model: nn.Module, stage: Stage, checkpoints: Checkpoints, metrics: MetricsLog, alpha: float
+        self,
+        config: TrainConfig,
+        stage: Stage,
+        model: GranViT,
+        loader: PackLoader,
+        loss_of: LossOf,
+        blank: Batch,
+        world: World,
+        device: torch.device,
     ) -> None:
-        self.model, self.stage, self.checkpoints, self.metrics = model, stage, checkpoints, metrics
-        groups = model.groups()
-        freeze(groups, stage.train)
+        self.config, self.stage, self.model, self.loader = config, stage, model, loader
+        self.blank, self.world, self.device = blank, world, device
+        freeze(model.groups(), stage.train)
+        self.teacher = Teacher(model.encoder, config.distill.alpha) if stage.distill > 0 else None
+        encoders = [model.encoder] + ([self.teacher.encoder] if self.teacher else [])
+        precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        losses = Losses(model, self.teacher, loss_of)
+        self.losses = distribute(losses, encoders, model, world, config.parallel, precision)
+        groups = model.groups()  # anew: FSDP has put pieces in the parameters' places
         self.trained = [p for name in stage.train for p in groups[name]]
         self.optimizer = make_optimizer(groups, stage)
-        self.teacher = Teacher(model.encoder, alpha) if stage.distill > 0 else None
         self.step = 0
+        self.spikes, self.streak = Spikes(), Streak(config.nonfinite_limit)
 
-    def resume(self, device: torch.device) -> bool:
-        """Take up the phase's newest checkpoint. True if the phase is over."""
-        path = self.checkpoints.newest(self.stage.name)
-        if path is None:
-            return False
-        state = load(path, device)
-        self.model.load_state_dict(state["model"])
-        if path.stem.endswith("-final"):
-            return True
-        self.optimizer.load_state_dict(state["optimizer"])
+    # What a checkpoint holds
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, by name. They are the phase's own: to write to them is to load."""
+        found = model_tensors(self.model)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            found |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
         if self.teacher is not None:
-            self.teacher.encoder.load_state_dict(state["teacher"])
-        self.step = state["step"]
-        log.info("%s goes on from step %d", self.stage.name, self.step)
-        return False
+            found |= {f"teacher.{name}": value for name, value in self.teacher.encoder.state_dict().items()}
+        return found
 
-    def save(self, final: bool = False) -> Path:
-        state = {"model": self.model.state_dict()}
-        if not final:
-            state["optimizer"] = self.optimizer.state_dict()
-            if self.teacher is not None:
-                state["teacher"] = self.teacher.encoder.state_dict()
-        return self.checkpoints.save(self.stage.name, self.step, state, final)
+    def values(self) -> dict[str, Any]:
+        """The rest of a checkpoint: the place in the data, and what is remembered of past losses."""
+        loader = {**self.loader.state_dict(), "step": self.step * self.stage.accumulate}
+        place = {"stage": self.stage.name, "step": self.step, "loader": loader}
+        return place | {"spikes": self.spikes.state(), "streak": self.streak.length}
 
-    def update(self, loss: Tensor) -> float:
-        """One step of the optimiser; returns the gradient's norm before clipping."""
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint. Raises ValueError where it is damaged, or of other data or arguments."""
+        values = load(path, self.tensors(), group=self.world.control)
+        self.loader.load_state_dict(values["loader"])
+        self.step, self.streak.length = values["step"], values["streak"]
+        self.spikes.restore(values["spikes"])
+
+    # Steps
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """This rank's batches of each step that is left."""
+        batches = iter(self.loader)
+        for _ in range(self.step, self.stage.steps):
+            yield list(islice(batches, self.stage.accumulate))
+
+    def take(self, batches: list[Batch]) -> dict[str, Any]:
+        """One step of the optimiser on what all ranks have. Returns its line for the log: without "loss" where no image
+        could be read, with "skipped" where loss or gradient was not finite."""
+        self.step += 1
+        counts = ("targets", "regions", "asked", "images", "tokens")
+        totals = self.world.total(*(number for batch in batches for number in _count(batch)))
+        step = {name: sum(totals[i :: len(counts)]) for i, name in enumerate(counts)}
+        line = {"regions": int(step["asked"]), "images": int(step["images"]), "tokens": int(step["tokens"])}
+        if not step["targets"]:
+            return line
+        # What a model draws at random is a function of the step: there is no generator's state to be kept.
+        seed = f"{self.config.seed} {self.stage.name} {self.step} {self.world.rank}"
+        torch.manual_seed(zlib.crc32(seed.encode()))
+        self.optimizer.zero_grad(set_to_none=True)
+        found = []
+        for number, batch in enumerate(batches):
+            synchronise(self.losses, number == len(batches) - 1)
+            weight = float(bool(batch.samples))
+            peers = totals[len(counts) * number + 1]
+            share = Share(step["targets"], step["regions"], peers, self.world.ranks, weight)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+                losses = self.losses(self.step, (batch if weight else self.blank).to(self.device), share)
+            # The ranks' gradients are averaged, but their losses are parts of a sum.
+            (losses["loss"] * self.world.ranks).backward()
+            found.append({name: value.detach() for name, value in losses.items()})
+        line |= self._update(found, batches)
+        if "features" in found[0] and (self.step % self.config.log_every == 0 or self.step == 1):
+            line |= {f"features_{k}": v for k, v in feature_statistics(found[0]["features"]).items()}
+        return line
+
+    def _update(self, found: list[dict[str, Tensor]], batches: list[Batch]) -> dict[str, Any]:
         rate = self.stage.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained, self.stage.clip, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        parts = [sum(float(one.get(name, 0.0)) for one in found) for name in ("loss_caption", "loss_distill")]
+        caption, distill = self.world.total(*parts)
+        loss = caption + self.stage.distill * distill
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.streak.add(finite)
+        if not finite:
+            self.optimizer.zero_grad(set_to_none=True)
+            log.warning("%s step %d: loss %.4g, gradient norm %.4g; the step is skipped, its images: %s",
+                        self.stage.name, self.step, loss, norm, ", ".join(self._suspects(found, batches)))  # fmt: skip
+            return {"skipped": True}
         self.optimizer.step()
         if self.teacher is not None:
             self.teacher.update(self.model.encoder)
-        return float(norm)
+        if self.spikes.add(loss):
+            ids = [sample.id for batch in batches for sample in batch.samples]
+            log.warning("%s step %d: the loss jumped to %.4g; images: %s", self.stage.name, self.step, loss,
+                        ", ".join(ids))  # fmt: skip
+        return {"loss": loss, "loss_caption": caption, "loss_distill": distill, "grad_norm": norm, "rate": rate}
+
+    def _suspects(self, found: list[dict[str, Tensor]], batches: list[Batch]) -> list[str]:
+        """Ids of the images of all ranks with an answer whose loss is not finite; of all images if none has one."""
+        pairs = [(one, batch) for one, batch in zip(found, batches, strict=True) if batch.samples]
+        blamed = [batch.samples[i].id for one, batch in pairs for i in faulty(one["answers"], batch)]
+        ranks = self.world.gather((blamed, [sample.id for _, batch in pairs for sample in batch.samples]))
+        return [i for some, _ in ranks for i in some] or [i for _, every in ranks for i in every]
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors under the names that they have in a checkpoint."""
+    return {f"model.{name}": value for name, value in model.state_dict().items()}
+
+
+def faulty(answers: Tensor, batch: Batch) -> list[int]:
+    """Numbers of the batch's images that have an answer whose loss (answers [A], of its tokens) is not finite."""
+    owner = batch.packed.image_index.flatten()[batch.packed.answer_slots]
+    return owner[~answers.isfinite().to(owner.device)].unique().tolist()
+
+
+def _count(batch: Batch) -> tuple[int, ...]:
+    tokens = int((batch.packed.image_index >= 0).sum())
+    return len(batch.packed.targets), len(batch.regions), batch.packed.regions, len(batch.samples), tokens
 
 
 def train_phase(
-    phase: Phase,
-    batches: Iterable[tuple[int, Batch | None]],
-    loss_of: Callable[[int, Batch], dict[str, Tensor]],
-    *,
-    autocast: torch.autocast,
-    device: torch.device,
-    checkpoint_every: int,
-    log_every: int,
-    title: str,
+    phase: Phase, checkpoints: Checkpoints, metrics: MetricsLog, termination: Termination, title: str
 ) -> None:
-    """Run `phase` to its last step over (step, batch) pairs, and leave its final checkpoint."""
-    stage = phase.stage
+    """Run `phase` to its last step, and leave its final checkpoint.
+
+    Raises Terminated, after saving, when the run is asked to stop; NotFinite, with a dump that reproduces it, after too
+    many steps without a finite loss in a row; RuntimeError where checkpoints can't be written any more.
+    """
+    stage, config, world = phase.stage, phase.config, phase.world
     phase.model.train()
-    with Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    ) as bar:  # fmt: skip
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not world.leads,
+            )
+        )  # fmt: skip
+        stack.enter_context(termination.awaited())
         task = bar.add_task(title, total=stage.steps, completed=phase.step, note="")
         began = time.perf_counter()
-        for step, batch in batches:
-            phase.step = step
-            if batch is None:
-                log.warning("%s step %d: no readable image among its rows, skipped", stage.name, step)
-                continue
-            batch = batch.to(device)
-            with autocast:
-                losses = loss_of(step, batch)
-            norm = phase.update(losses["loss"])
+        for batches in phase.batches():
+            line = phase.take(batches)
             ended = time.perf_counter()
-            line = {"loss_distill": 0.0}
-            line |= {name: float(value.detach()) for name, value in losses.items() if name != "features"}
-            if "features" in losses and (step % log_every == 0 or step == 1):
-                line |= {f"features_{k}": v for k, v in feature_statistics(losses["features"]).items()}
-            phase.metrics.write(
-                stage=stage.name, step=step, **line, grad_norm=norm, regions=batch.packed.regions,
-                tokens=int((batch.packed.image_index >= 0).sum()), seconds=ended - began,
-            )  # fmt: skip
+            if "skipped" not in line and "loss" not in line:
+                log.warning("%s step %d: no readable image among its rows, skipped", stage.name, phase.step)
+            elif world.leads:
+                metrics.write(stage=stage.name, step=phase.step, **line, seconds=ended - began)
             began = ended
-            bar.update(task, completed=step, note=f"loss {line['loss']:.3f}")
-            if step % checkpoint_every == 0 and step < stage.steps:
-                phase.save()
-    phase.save(final=True)
+            bar.update(task, completed=phase.step, note=f"loss {line['loss']:.3f}" if "loss" in line else "skipped")
+            if phase.streak.over:
+                _give_up(phase, checkpoints)
+            stopping = any(world.total(termination.asked)) and phase.step < stage.steps
+            if phase.step < stage.steps and (stopping or phase.step % config.checkpoint_every == 0):
+                checkpoints.save(stage.name, phase.step, phase.tensors(), phase.values())
+                if checkpoints.failures >= config.failed_saves:
+                    raise RuntimeError(
+                        f"{checkpoints.failures} checkpoints in a row could not be written to {checkpoints.folder} "
+                        "(config.failed_saves); what was learnt since the last one is lost"
+                    )
+            if stopping:
+                checkpoints.wait()
+                log.warning("%s: stopped after step %d; the same command goes on", stage.name, phase.step)
+                raise Terminated
+    checkpoints.save(stage.name, phase.step, model_tensors(phase.model), {"step": phase.step}, final=True)
+    if checkpoints.failures:
+        raise RuntimeError(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
+
+
+def _give_up(phase: Phase, checkpoints: Checkpoints) -> None:
+    """Leave a checkpoint from before the last step, which was skipped as those before it were, and raise NotFinite."""
+    step = phase.step
+    phase.step -= 1  # nothing has changed since but the place in the data
+    dumps = Checkpoints(checkpoints.folder.parent / "faults", keep=1, group=phase.world.control)
+    dumps.save(phase.stage.name, phase.step, phase.tensors(), phase.values() | {"config": asdict(phase.config)})
+    dumps.wait()
+    path = dumps.newest(phase.stage.name)
+    raise NotFinite(
+        f"{phase.stage.name} step {step}: {phase.streak.length} steps in a row had a loss or gradient that is not "
+        f"finite (config.nonfinite_limit); `python -m granvit.train replay {path}` shows where it begins"
+    )

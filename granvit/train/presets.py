@@ -28,14 +28,15 @@ class Data:
     """Tokens of a packed sequence: images and their questions fill it. It must hold the largest image and a question;
     on a CPU few are faster, attention being quadratic."""
     questions_per_image: int = 6
-    """Most questions that one step asks of an image; a page of many lines is asked of others the next time."""
+    """Questions that a step asks of an image, about: sequences are filled with more or fewer, and a page of many lines
+    is asked of others the next time."""
     eval_images: int = 120
     """Test images that every evaluation uses."""
     workers: int = 2
-    """Threads that read and pack batches ahead of the training step."""
+    """Processes beside each rank that read and pack batches ahead of the training step."""
 
     def __post_init__(self) -> None:
-        at_least("data", self, images=1, capacity=1, questions_per_image=1, eval_images=2, workers=1)
+        at_least("data", self, images=1, capacity=1, questions_per_image=1, eval_images=2, workers=0)
         if not 0 <= self.fault_budget <= 1:
             raise ValueError(f"data.fault_budget is {self.fault_budget}; it takes a share from 0 to 1")
 
@@ -120,15 +121,27 @@ class TrainConfig:
     control: bool = True
     """Also run stage 2 on a frozen encoder with random weights: what stage 1 adds is the distance to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks (torchrun) share the model: ddp, each has a copy; fsdp, each a piece (FSDP2)."""
     device: str = "auto"
     threads: int = 0
     """CPU threads of the training process; 0 leaves torch's default."""
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    """The newest of a stage that are kept."""
+    keep_every: int = 0
+    """Besides, every checkpoint whose step is a multiple of this; 0: none."""
+    failed_saves: int = 3
+    """Checkpoints in a row that may fail to be written (a full disk) before the run stops."""
+    nonfinite_limit: int = 5
+    """Steps in a row whose loss or gradient is not finite, all skipped, before the run stops and leaves a dump."""
     log_every: int = 10
+    trackers: tuple[str, ...] = ()
+    """Where lines of metrics.jsonl go besides: "tensorboard", or "module:function" (see granvit.train.metrics_log)."""
 
     def __post_init__(self) -> None:
-        at_least("config", self, seeds=1, threads=0, checkpoint_every=1, keep_checkpoints=1, log_every=1)
+        at_least("config", self, seeds=1, threads=0, checkpoint_every=1, keep_checkpoints=1, keep_every=0, log_every=1)
+        at_least("config", self, failed_saves=1, nonfinite_limit=1)
         for name in ("warmup", "pretrain", "adapt"):
             stage = getattr(self, name)
             if stage.name != name:
@@ -154,7 +167,7 @@ PRESETS: dict[str, TrainConfig] = {
     "smoke": TrainConfig(
         preset="smoke",
         output="runs/smoke",
-        warmup=replace(_WARMUP, steps=600, batch_images=24, learning_rate=2e-3, global_captions=0.25),
+        warmup=replace(_WARMUP, steps=600, packs=12, learning_rate=2e-3, global_captions=0.25),
         pretrain=replace(_PRETRAIN, steps=900, learning_rate=1e-3, global_captions=0.25),
         # Unlike a large LLM, a tiny one forgets within 100 steps a task that it is no longer asked: so stage 2 goes on
         # with captions of a few boxes, which the paper's does not.
@@ -175,7 +188,7 @@ PRESETS: dict[str, TrainConfig] = {
         pretrain=replace(
             _PRETRAIN,
             steps=20_000,
-            batch_images=64,
+            packs=16,
             learning_rate=3e-4,
             projector_learning_rate=1e-3,
             warmup_steps=500,
@@ -183,7 +196,7 @@ PRESETS: dict[str, TrainConfig] = {
         adapt=replace(
             _ADAPT,
             steps=5_000,
-            batch_images=64,
+            packs=16,
             learning_rate=2e-5,
             projector_learning_rate=3e-4,
             warmup_steps=200,
@@ -205,8 +218,8 @@ PRESETS: dict[str, TrainConfig] = {
         preset="paper",
         output="runs/paper",
         warmup=_WARMUP,
-        pretrain=replace(_PRETRAIN, steps=115_000, batch_images=256, warmup_steps=1000),
-        adapt=replace(_ADAPT, steps=115_000, batch_images=256, warmup_steps=1000),
+        pretrain=replace(_PRETRAIN, steps=115_000, packs=64, warmup_steps=1000),
+        adapt=replace(_ADAPT, steps=115_000, packs=64, warmup_steps=1000),
         data=Data(path="", capacity=4096, eval_images=2000, workers=16),
         model=Model(
             encoder="google/siglip2-base-patch16-naflex",
@@ -218,6 +231,7 @@ PRESETS: dict[str, TrainConfig] = {
         distill=Distill(target="mse", alpha=0.9, crop_grid=(7, 7)),
         control=False,
         precision="bfloat16",
+        parallel="fsdp",
         checkpoint_every=2000,
     ),
 }

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import json
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from granvit.data.batches import Batch, PackLoader, collate
 from granvit.data.loader import GranDataset
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.data.sample import cached_sample
+from granvit.data.schema import Region, Sample
 from granvit.eval import evaluate
 from granvit.eval.report import write_report
 from granvit.machine import commit, device_name
-from granvit.train.batches import batches
+from granvit.model import GranViT
 from granvit.train.build import build
-from granvit.train.checkpoint import Checkpoints, load
+from granvit.train.checkpoint import Checkpoints, check_room, load
 from granvit.train.distill import feature_statistics
-from granvit.train.loop import Phase, train_phase
-from granvit.train.metrics_log import MetricsLog
+from granvit.train.distributed import World, start, stop
+from granvit.train.guard import Termination, termination
+from granvit.train.loop import Phase, model_tensors, train_phase
+from granvit.train.metrics_log import MetricsLog, make_trackers
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.stages import Stage
-from granvit.train.step import stage_loss
+from granvit.train.step import Share, stage_loss
 from granvit.train.summary import write_summary
 from granvit.train.warmup import warmup_loss
 
@@ -41,20 +47,32 @@ QUESTION_ROOM = 64  # tokens that a packed sequence has beside its image, at lea
 def train(config: TrainConfig) -> Path:
     """Run what `config` says, or go on with it. Returns the run's folder; report/index.html in it is there to look at.
 
-    Raises ValueError where the folder holds another run, the dataset is none, or a name in the configuration is wrong.
+    Under torchrun every rank calls this. Raises ValueError where the folder holds another run, the dataset is none or
+    has changed since, or a name in the configuration is wrong; Terminated (a SystemExit of guard.STOPPED) when SIGTERM
+    came; NotFinite and RuntimeError as `train_phase` does.
     """
+    world, device = start(config.device)
+    try:
+        with termination() as asked:
+            return _train(config, world, device, asked)
+    finally:
+        stop()
+
+
+def _train(config: TrainConfig, world: World, device: torch.device, asked: Termination) -> Path:
     folder = Path(config.output)
     began = time.perf_counter()
-    started = resumes(folder, config)
+    started = world.first(lambda: resumes(folder, config))
     if config.data.path == "":
         raise ValueError(f"data.path: the preset {config.preset} has no data of its own; give --data.path DIR")
     if config.data.path is None:
         with console.status("building the sample set (once)"):
-            data = str(cached_sample(config.data.images, seed=0))
+            data = world.first(lambda: str(cached_sample(config.data.images, seed=0)))
     else:
         data = config.data.path
-    for split in ("train", "test"):
-        _need_regions(GranDataset(data, split, config.data.fault_budget))
+    splits = {split: GranDataset(data, split, config.data.fault_budget) for split in ("train", "test")}
+    for split in splits.values():
+        _need_regions(split)
     found = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
     folders = {folder: found}
     if config.seeds > 1:
@@ -65,18 +83,38 @@ def train(config: TrainConfig) -> Path:
         }
     results = []
     for path, one in folders.items():
-        run = Run(one, path)
+        run = Run(one, path, world, device, asked)
         if not started:  # only now: a setting that can't be built must not claim the folder
-            save_config(config, folder / "config.yaml")
+            world.first(lambda: save_config(config, folder / "config.yaml"))
             started = True
+        world.first(lambda: same_data(folder / "data.json", splits))
         results.append(run.finish())
-    write_summary(folder, found, results, max(time.perf_counter() - began, sum(one["seconds"] for one in results)))
-    console.print(f"report: [bold]{write_report(folder)}[/bold]")
+    seconds = max(time.perf_counter() - began, sum(one["seconds"] for one in results))
+    if world.leads:
+        write_summary(folder, found, results, seconds)
+        console.print(f"report: [bold]{write_report(folder)}[/bold]")
     return folder
 
 
+def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
+    """Write down at `path` which data a run is trained on. Raises ValueError where that says something else already."""
+    ours = {name: {"rows": len(split), "fingerprint": split.fingerprint} for name, split in splits.items()}
+    if not path.exists():
+        path.write_text(json.dumps(ours, indent=1))
+        return
+    theirs = json.loads(path.read_text())
+    differing = [name for name in ours if ours[name] != theirs.get(name)]
+    if differing:
+        shown = "; ".join(f"{name}: {theirs.get(name)} there, {ours[name]} now" for name in differing)
+        raise ValueError(
+            f"the dataset is not the one that the run in {path.parent} began with ({shown}); choose another --output, "
+            f"or, where nothing but its files' dates or places changed, delete {path}"
+        )
+
+
 # Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with.
-FREE = {"output", "device", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "data.workers"}
+FREE = {"output", "device", "threads", "parallel", "checkpoint_every", "keep_checkpoints", "keep_every",
+        "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers"}  # fmt: skip
 
 
 def resumes(folder: Path, config: TrainConfig) -> bool:
@@ -108,17 +146,6 @@ def _need_regions(data: GranDataset) -> None:
         raise ValueError(f"{data.path}: its split {data.split} has no region, so nothing can be asked about one")
 
 
-def _device(name: str) -> torch.device:
-    """The device of that name, or for "auto" CUDA's if there is one. Raises ValueError where it can't be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} can't be used here ({str(error).splitlines()[0]})") from error
-
-
 class Run:
     """One seed of a run: its model, its data, and the phases that are done or still to do.
 
@@ -126,21 +153,32 @@ class Run:
     written down, is not done again.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(
+        self, config: TrainConfig, folder: Path, world: World, device: torch.device, asked: Termination
+    ) -> None:
+        self.config, self.folder, self.world, self.device, self.asked = config, folder, world, device, asked
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = _device(config.device)
         budget = config.data.fault_budget
         self.data = GranDataset(config.data.path, "train", budget)
         self.test = GranDataset(config.data.path, "test", budget)
         torch.manual_seed(config.seed)
         self.model, self.processor = build(config.model, self.data)
         self._need_room()
-        self.model.to(self.device)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.model.to(device)
+        trackers = make_trackers(config.trackers, config, folder) if world.leads else []
+        world.first(lambda: check_room(folder, self._checkpoint_bytes(), config.keep_checkpoints))
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", config.keep_checkpoints, config.keep_every, world.control
+        )
+        self.metrics = MetricsLog(folder / "metrics.jsonl", trackers)
+
+    def _checkpoint_bytes(self) -> int:
+        """Of the largest checkpoint: the model, two moments of what is trained, and a teacher."""
+        groups = {name: sum(p.numel() for p in group) for name, group in self.model.groups().items()}
+        stages = (self.config.warmup, self.config.pretrain, self.config.adapt)
+        most = max(2 * sum(groups[g] for g in s.train) + bool(s.distill) * groups["encoder"] for s in stages)
+        return 4 * (sum(groups.values()) + most)
 
     def _need_room(self) -> None:
         """Raises ValueError where a packed sequence can't hold the largest image and a short question."""
@@ -157,8 +195,9 @@ class Run:
         """Everything that is still to do. Returns the run's result: seed, stages, features, peak memory, what it was
         measured with, and the seconds that training and evaluations took, of all the pieces it was run in."""
         config, path = self.config, self.folder / "result.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        known = self.world.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+        if known is not None:
+            return known
         pretrain, adapt = config.pretrain, config.adapt
         if config.warmup.steps:
             self.phase(config.warmup)
@@ -169,15 +208,15 @@ class Run:
         for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
             stages[pretrain.name][when] = self.evaluation(pretrain.name, pretrain.steps, when, blind)
         stages[adapt.name] = {"before": stages[pretrain.name]["after"]}
-        if self._written(adapt.name, 0, "before") is None:
+        if self.world.leads and self._written(adapt.name, 0, "before") is None:
             before = stages[adapt.name]["before"]
             self.metrics.write(stage=adapt.name, step=0, evaluation="before", **before, seconds=0.0)
         self.phase(adapt)
         for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
             stages[adapt.name][when] = self.evaluation(adapt.name, adapt.steps, when, blind)
-        self._export()
+        self.world.first(self._export)
         if config.control:
-            stages[adapt.name]["control"] = run_control(config, self.folder)
+            stages[adapt.name]["control"] = self._control()
         logs = [self.metrics] + ([MetricsLog(self.folder / "control" / "metrics.jsonl")] if config.control else [])
         peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         result = {
@@ -191,44 +230,69 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
             "faults": {"train": self.data.faults.summary(), "test": self.test.faults.summary()},
         }
-        path.write_text(json.dumps(result, indent=1))
+        if self.world.leads:
+            path.write_text(json.dumps(result, indent=1))
         return result
 
     def phase(self, stage: Stage, title: str | None = None) -> None:
         """Train `stage` to its end, from its newest checkpoint if there is one. title: of its progress bar."""
-        phase = Phase(self.model, stage, self.checkpoints, self.metrics, self.config.distill.alpha)
-        if phase.resume(self.device):
-            return
-        self.metrics.drop(lambda line: line["stage"] == stage.name and line["step"] > phase.step)
-        read: Callable = self.data.annotations if stage is self.config.warmup else self.data.__getitem__
-        stream = batches(
-            read, len(self.data), stage, self.config.seed, self.processor, self.config.data, phase.step + 1
-        )
+        if self.checkpoints.final(stage.name) is None:
+            self._train(stage, title or stage.name)
+        load(self.checkpoints.final(stage.name), model_tensors(self.model), group=self.world.control)
 
-        def loss_of(step: int, batch):
-            if stage is self.config.warmup:
-                generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-                return warmup_loss(self.model, self.processor, batch, generator)
-            return stage_loss(self.model, phase.teacher, batch, stage, self.config.distill)
+    def _train(self, stage: Stage, title: str) -> None:
+        sharded = self.world.ranks > 1 and self.config.parallel == "fsdp"
+        if sharded:  # what is evaluated stays whole, and out of the way
+            self.model.to("cpu")
+        phase = self.new_phase(stage, copy.deepcopy(self.model).to(self.device) if sharded else self.model)
+        newest = self.checkpoints.newest(stage.name)
+        if newest is not None:
+            phase.resume(newest)
+            log.info("%s goes on from step %d", stage.name, phase.step)
+        if self.world.leads:
+            self.metrics.drop(lambda line: line["stage"] == stage.name and line["step"] > phase.step)
+        train_phase(phase, self.checkpoints, self.metrics, self.asked, title)
+        self.model.to(self.device)
 
-        train_phase(
-            phase, stream, loss_of, autocast=self._autocast(), device=self.device,
-            checkpoint_every=self.config.checkpoint_every, log_every=self.config.log_every,
-            title=title or stage.name,
+    def new_phase(self, stage: Stage, model: GranViT) -> Phase:
+        """The stage before its first step, of this model."""
+        config, processor, world = self.config, self.processor, self.world
+        warming = stage is config.warmup
+
+        def loss_of(model: GranViT, teacher, step: int, batch: Batch, share: Share) -> dict[str, torch.Tensor]:
+            if warming:
+                return warmup_loss(model, processor, batch, f"{config.seed} {step}", share)
+            return stage_loss(model, teacher, batch, stage, config.distill, share)
+
+        loader = PackLoader(
+            self.data, processor, stage.weights, capacity=config.data.capacity, packs=stage.packs,
+            questions=config.data.questions_per_image, seed=zlib.crc32(f"{config.seed} {stage.name}".encode()),
+            rank=world.rank, ranks=world.ranks, workers=config.data.workers, pixels=not warming,
         )  # fmt: skip
+        return Phase(config, stage, model, loader, loss_of, self._blank(stage), world, self.device)
+
+    def _blank(self, stage: Stage) -> Batch:
+        image = torch.zeros(32, 32, 3, dtype=torch.uint8)
+        sample = Sample("", image, "nothing", (Region((0.25, 0.25, 0.75, 0.75), "nothing", "natural"),), "", "")
+        questions = self.processor.questions(sample, stage.tasks)[:1]
+        return collate([sample], [questions], self.processor, self.config.data.capacity)
 
     def evaluation(self, stage: str, step: int, when: str, blind: str | None = None) -> dict[str, float]:
         """Metrics of the model as it is, over the test split, written to metrics.jsonl (or read from it)."""
-        known = self._written(stage, step, when)
+        known = self.world.first(lambda: self._written(stage, step, when))
         if known is not None:
             return known
-        began, limit = time.perf_counter(), self.config.data.eval_images
+        began, limit, world = time.perf_counter(), self.config.data.eval_images, self.world
         with self._autocast():
-            found = evaluate(self.model, self.processor, self.test, TASKS, blind=blind, limit=limit)
+            found = evaluate(
+                self.model, self.processor, self.test, TASKS, blind=blind, limit=limit,
+                rank=world.rank, ranks=world.ranks, gather=world.gather,
+            )  # fmt: skip
         seconds = time.perf_counter() - began
-        self.metrics.write(stage=stage, step=step, evaluation=when, **found.metrics, seconds=seconds)
-        if when == "after":
-            self._keep_predictions(stage, found.predictions)
+        if world.leads:
+            self.metrics.write(stage=stage, step=step, evaluation=when, **found.metrics, seconds=seconds)
+            if when == "after":
+                self._keep_predictions(stage, found.predictions)
         return found.metrics
 
     def _written(self, stage: str, step: int, when: str) -> dict[str, float] | None:
@@ -262,13 +326,13 @@ class Run:
         self.processor.save_pretrained(folder)
         self.model.encoder.save_siglip2(folder / "encoder")
 
-
-def run_control(config: TrainConfig, folder: Path) -> dict[str, float]:
-    """Metrics of stage 2 alone, from the warm LLM of the run in `folder` and an encoder with random weights: what
-    stage 1 has to beat. It lies in folder/control, and goes on where it was as the run does."""
-    run = Run(config, folder / "control")
-    warm = Checkpoints(folder / "checkpoints", config.keep_checkpoints).final("warmup")
-    if warm is not None:
-        run.model.load_state_dict(load(warm, run.device)["model"])
-    run.phase(config.adapt, title="control")
-    return run.evaluation(config.adapt.name, config.adapt.steps, "after")
+    def _control(self) -> dict[str, float]:
+        """Metrics of stage 2 alone, from this run's warm LLM and an encoder with random weights: what stage 1 has to
+        beat. It lies in control/, and goes on where it was as the run does."""
+        adapt = self.config.adapt
+        run = Run(self.config, self.folder / "control", self.world, self.device, self.asked)
+        warm = self.checkpoints.final(self.config.warmup.name)
+        if warm is not None:
+            load(warm, model_tensors(run.model), group=self.world.control)
+        run.phase(adapt, title="control")
+        return run.evaluation(adapt.name, adapt.steps, "after")

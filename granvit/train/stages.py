@@ -19,8 +19,9 @@ class Stage:
     """One stage of training. The fields after `distill` are what the paper calls hyperparameters.
 
     The paper uses AdamW at 1e-5, batch 256, one epoch for both stages; betas, weight decay, clipping and the shape of
-    the schedule are unknown. Chosen here: betas (0.9, 0.98) and clipping at 1 (usual for transformers trained from
-    scratch in few steps), weight decay on matrices only, linear warm-up and then a cosine to zero.
+    the schedule are unknown. Chosen here: batches of a number of sequences, betas (0.9, 0.98) and clipping at 1 (usual
+    for transformers trained from scratch in few steps), weight decay on matrices only, linear warm-up and then a cosine
+    to zero.
 
     Raises ValueError for unknown groups or tasks, and for numbers out of range.
     """
@@ -31,14 +32,17 @@ class Stage:
     tasks: tuple[Literal["global_caption", "bbox2caption", "caption2bbox", "chat"], ...]
     """Questions that are asked of each image."""
     global_captions: float = 1.0
-    """Share of the images whose global caption is asked for: a long answer, and a small model's time is short."""
+    """How often global captions are drawn, beside 1 for the other tasks: a long answer, and a small model's time is
+    short."""
     box_captions: float = 1.0
-    """Share of the images whose boxes' captions are asked for, where that is one of the tasks."""
+    """How often boxes' captions are drawn, where they are one of the tasks."""
     distill: float = 0.0
     """Weight of the self-distillation loss (lambda; 1 in the paper, 0 switches the teacher off)."""
     steps: int = 1000
-    batch_images: int = 12
-    """Distinct images a step; all of their questions are packed behind them."""
+    packs: int = 6
+    """Sequences of data.capacity tokens of a batch, over all ranks: a multiple of their number."""
+    accumulate: int = 1
+    """Batches a step, one after the other: what does not fit the memory at once. Tokens weigh the same in all."""
     learning_rate: float = 1e-5
     projector_learning_rate: float | None = None
     """The projector's own rate; None is learning_rate. A new projector on a trained encoder wants a larger one."""
@@ -52,21 +56,24 @@ class Stage:
             unknown = set(values) - set(known)
             if unknown or not values:
                 raise ValueError(f"{self.name}.{field} is {values}; it takes one or more of {', '.join(known)}")
-        if self.steps < 0 or self.batch_images < 1:
-            raise ValueError(
-                f"{self.name}: steps is {self.steps} (at least 0), batch_images {self.batch_images} (at least 1)"
-            )
-        highest = {"global_captions": 1, "box_captions": 1}
-        highest |= {"learning_rate": math.inf, "warmup_steps": math.inf, "weight_decay": math.inf}
-        for field, high in highest.items():
-            if not 0 <= getattr(self, field) <= high:
-                raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is from 0 to {high}")
+        for field, low in {"steps": 0, "packs": 1, "accumulate": 1}.items():
+            if getattr(self, field) < low:
+                raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is at least {low}")
+        for field in ("global_captions", "box_captions", "learning_rate", "warmup_steps", "weight_decay"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is finite and at least 0")
         if not self.clip > 0:
             raise ValueError(f"{self.name}.clip is {self.clip}; it is above 0 (inf clips nothing)")
         if self.distill < 0 or (self.distill > 0 and "encoder" not in self.train):
             raise ValueError(
                 f"{self.name}.distill is {self.distill}; it is at least 0, and 0 where the encoder is frozen"
             )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """How often each task is drawn."""
+        known = {GLOBAL_CAPTION: self.global_captions, BBOX2CAPTION: self.box_captions}
+        return {task: known.get(task, 1.0) for task in self.tasks}
 
     def rate(self, step: int) -> float:
         """The share of the learning rate at `step` (from 1): linear warm-up, then a cosine to zero."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,16 +16,38 @@ from granvit.train.stages import Stage
 from granvit_kernels import PackedLayout, pack_patches, roi_gather
 
 
-def stage_loss(
-    model: GranViT, teacher: Teacher | None, batch: Batch, stage: Stage, distill: Distill
-) -> dict[str, Tensor]:
-    """{"loss", "loss_caption", "loss_distill"} of a batch, and "features" [T, C], the student's, without gradient.
-    Without a teacher or a region there is no "loss_distill".
+@dataclass(frozen=True)
+class Share:
+    """What a batch is a part of: all batches of a step, on all ranks.
 
-    L = L_caption + stage.distill * L_distill. L_caption is the mean cross entropy over the answers' tokens. Images and
+    answers, regions: the step's tokens of answers and its regions. peers: regions of the batches that the ranks go
+    through at the same time. weight: 0 for a batch that is gone through only because other ranks wait for this one.
+    """
+
+    answers: float
+    regions: float
+    peers: float
+    ranks: int = 1
+    weight: float = 1.0
+
+    @classmethod
+    def whole(cls, batch: Batch) -> Share:
+        """Of a batch that is a whole step."""
+        return cls(len(batch.packed.targets), len(batch.regions), len(batch.regions))
+
+
+def stage_loss(
+    model: GranViT, teacher: Teacher | None, batch: Batch, stage: Stage, distill: Distill, share: Share | None = None
+) -> dict[str, Tensor]:
+    """{"loss", "loss_caption", "loss_distill"} of a batch, and without gradient "features" [T, C], the student's, and
+    "answers" [A], the cross entropy of each answer token. Without a teacher or a region there is no "loss_distill".
+
+    L = L_caption + stage.distill * L_distill. L_caption is the mean cross entropy over the answers' tokens. With a
+    `share` the losses are this batch's part of the step's: the parts' sum is the loss of the whole. Images and
     the teacher's crops are cut out, resized and packed in one launch of pack_patches; a frozen encoder keeps no
     activations.
     """
+    share = share or Share.whole(batch)
     images, config = batch.packed.images, model.config
     grids = [config.grid(*image.shape[:2]) for image in images]
     crops = [(i, 0.0, 0.0, float(image.shape[1]), float(image.shape[0])) for i, image in enumerate(images)]
@@ -35,8 +59,8 @@ def stage_loss(
         config.vision_config.patch_size,
         config.image_mean,
         config.image_std,
-        crops=torch.tensor(crops, dtype=torch.float64),
-        grids=torch.tensor(all_grids, dtype=torch.int32),
+        crops=torch.tensor(crops, dtype=torch.float64).reshape(-1, 5),
+        grids=torch.tensor(all_grids, dtype=torch.int32).reshape(-1, 2),
         dtype=next(model.encoder.parameters()).dtype,
     )
     layout = PackedLayout.from_grids(grids, device=patches.device)
@@ -44,18 +68,28 @@ def stage_loss(
         features = model.encoder(patches[: layout.num_tokens], layout)
     image_embeds = model.image_embeds(features, layout)
     region_embeds = model.region_embeds(features, layout, batch.packed.boxes, batch.packed.box_image_index)
-    logits, targets = model.answer_logits(batch.packed, image_embeds, region_embeds)
-    losses = {"loss_caption": F.cross_entropy(logits.float(), targets), "features": features.detach()}
-    losses["loss"] = losses["loss_caption"]
-    if teacher is not None and len(batch.regions):
+    losses = answer_losses(model, batch, image_embeds, region_embeds, share)
+    losses["features"] = features.detach()
+    if teacher is not None and share.peers:
         crop_layout = PackedLayout.from_grids(all_grids[len(images) :], device=patches.device)
         with torch.no_grad():
             target = teacher.encoder(patches[layout.num_tokens :], crop_layout)
         boxes = layout.to_grid(batch.regions, batch.region_image)
         regions = roi_gather(features, layout, boxes, batch.region_image, output_size=distill.crop_grid)
-        losses["loss_distill"] = distillation_loss(regions.reshape(target.shape), target, distill.target)
+        distance = distillation_loss(regions.reshape(target.shape), target, distill.target, share.weight, share.ranks)
+        losses["loss_distill"] = distance * (share.peers / share.regions)
         losses["loss"] = losses["loss_caption"] + stage.distill * losses["loss_distill"]
     return losses
+
+
+def answer_losses(
+    model: GranViT, batch: Batch, image_embeds: Tensor, region_embeds: Tensor, share: Share
+) -> dict[str, Tensor]:
+    """{"loss", "loss_caption", "answers"}: this batch's part of the step's mean cross entropy over answers' tokens."""
+    logits, targets = model.answer_logits(batch.packed, image_embeds, region_embeds)
+    each = F.cross_entropy(logits.float(), targets, reduction="none")
+    loss = each.sum() * (share.weight / max(1, share.answers))
+    return {"loss": loss, "loss_caption": loss, "answers": each.detach()}
 
 
 def _region_crops(batch: Batch, images: list[Tensor]) -> list[tuple[int, float, float, float, float]]:

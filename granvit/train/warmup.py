@@ -8,20 +8,25 @@ of the region's own caption. It sees captions and boxes of training images alone
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
 from granvit.data.batches import Batch
 from granvit.data.schema import Sample
 from granvit.model import GranViT
+from granvit.model.llm import embedding_rms
+from granvit.train.step import Share, answer_losses
 from granvit_kernels import PackedLayout
 
 NOISE = 0.3
 """Standard deviation of the noise on the layout, in units of the embeddings': an encoder's features are not exact."""
 
 
-def layout_embeds(model: GranViT, processor, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(image_embeds [N, D], region_embeds [R, K, D]) that stand for an encoder's in the warm-up."""
+def layout_embeds(model: GranViT, processor, batch: Batch, seed: str) -> tuple[Tensor, Tensor]:
+    """(image_embeds [N, D], region_embeds [R, K, D]) that stand for an encoder's in the warm-up. The noise on them is a
+    function of `seed` and of each image's id, and so the same whatever batch an image is in."""
     bags, scale = _caption_bags(model, processor, batch)
     per_image, grids, start = [], [], 0
     for sample, (rows, columns) in zip(
@@ -32,16 +37,19 @@ def layout_embeds(model: GranViT, processor, batch: Batch, generator: torch.Gene
         per_image.append(share @ bags[start : start + count])
         grids.append((rows, columns))
         start += count
+    generators = [torch.Generator().manual_seed(zlib.crc32(f"{seed} {s.id}".encode())) for s in batch.samples]
+    noise = [torch.randn(one.shape, generator=g) for one, g in zip(per_image, generators, strict=True)]
     image = torch.cat(per_image)
-    image = image + NOISE * scale * torch.randn(image.shape, generator=generator).to(image)
+    image = image + NOISE * scale * torch.cat(noise).to(image)
     image = image + model.cell_positions(PackedLayout.from_grids(grids, device=image.device))
     asked = _asked_regions(batch)
     region = bags[asked, None].expand(-1, model.config.region_tokens, -1)
-    region = region + NOISE * scale * torch.randn(region.shape, generator=generator).to(region)
+    noise = [torch.randn(region.shape[1:], generator=generators[i]) for i in batch.packed.box_image_index.tolist()]
+    region = region + NOISE * scale * torch.stack(noise).to(region) if noise else region
     return image, region
 
 
-def _caption_bags(model: GranViT, processor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _caption_bags(model: GranViT, processor, batch: Batch) -> tuple[Tensor, float]:
     """Each region's caption as the sum of its tokens' embeddings [R, D], at the scale of the LLM's embeddings."""
     captions = [region.caption for sample in batch.samples for region in sample.regions]
     ids = processor.tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else []
@@ -51,7 +59,7 @@ def _caption_bags(model: GranViT, processor, batch: Batch) -> tuple[Tensor, Tens
     )
     embeds = model.embed_ids(flat)
     bags = torch.zeros(len(ids), embeds.shape[-1], device=embeds.device).index_add(0, owner, embeds.float())
-    scale = embeds.detach().float().square().mean().sqrt().nan_to_num()  # of no caption at all: nothing to scale
+    scale = embedding_rms(model.llm.get_input_embeddings(), model.config.text_vocab)
     return bags * (scale / bags.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)), scale
 
 
@@ -77,8 +85,7 @@ def _asked_regions(batch: Batch) -> Tensor:
     return same.int().argmax(-1)
 
 
-def warmup_loss(model: GranViT, processor, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-    image, region = layout_embeds(model, processor, batch, generator)
-    logits, targets = model.answer_logits(batch.packed, image, region)
-    loss = torch.nn.functional.cross_entropy(logits.float(), targets)
-    return {"loss": loss, "loss_caption": loss}
+def warmup_loss(model: GranViT, processor, batch: Batch, seed: str, share: Share | None = None) -> dict[str, Tensor]:
+    """{"loss", "loss_caption", "answers"} of a batch whose images the layout stands for (see step.stage_loss)."""
+    image, region = layout_embeds(model, processor, batch, seed)
+    return answer_losses(model, batch, image, region, share or Share.whole(batch))

@@ -18,11 +18,11 @@ def sample_set(tmp_path_factory):
 def small_config(sample_set):
     """The smoke preset at a size that runs in seconds; tests choose the output folder."""
     smoke = PRESETS["smoke"]
-    few = {"batch_images": 3, "warmup_steps": 2}
+    few = {"packs": 2, "warmup_steps": 2}
     return dataclasses.replace(
         smoke,
         output="",
-        data=Data(path=str(sample_set), eval_images=6, workers=1, fault_budget=0.0),
+        data=Data(path=str(sample_set), eval_images=6, workers=0, fault_budget=0.0),
         model=Model(
             encoder_width=32, encoder_layers=1, encoder_heads=2, llm_width=32, llm_layers=1, llm_heads=2,
             vocabulary=400, max_image_tokens=9, bins=8,

@@ -29,7 +29,7 @@ def test_config_reloads_a_run_and_flags_go_on_top(tmp_path):
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(SystemExit, match="no preset 'huge'; there are smoke, compact, paper"):
+    with pytest.raises(SystemExit, match="there is no .huge.; presets smoke, compact, paper"):
         parse(["huge"])
 
 

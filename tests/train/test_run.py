@@ -2,7 +2,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +11,15 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Siglip2VisionModel
 
 from granvit.eval.curves import draw_curves
 from granvit.model import GranViT, GranViTProcessor
-from granvit.train.checkpoint import Checkpoints, load
+from granvit.train.checkpoint import Checkpoints
 from granvit.train.presets import PRESETS, save_config
-from granvit.train.run import run_control, train
+from granvit.train.run import train
 from granvit.train.summary import mean
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +34,13 @@ def finished(small_config, tmp_path_factory):
 def training_lines(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "evaluation" not in line]
+
+
+def weights_of(folder: Path, phase: str) -> dict[str, torch.Tensor]:
+    """The model's tensors in a phase's final checkpoint, read as anybody would."""
+    path = Checkpoints(folder / "checkpoints", 1).final(phase)
+    found = load_file(path / "rank-00000.safetensors")
+    return {name.removeprefix("model."): value for name, value in found.items()}
 
 
 def without_time(lines: list[dict]) -> list[dict]:
@@ -87,8 +92,7 @@ def test_the_curves_find_every_series_in_a_runs_lines(finished):
 
 def test_frozen_groups_are_byte_equal_and_the_others_learn(finished):
     config, folder = finished
-    checkpoints = Checkpoints(folder / "checkpoints", 1)
-    weights = {phase: load(checkpoints.final(phase), CPU)["model"] for phase in ("warmup", "pretrain", "adapt")}
+    weights = {phase: weights_of(folder, phase) for phase in ("warmup", "pretrain", "adapt")}
 
     def changed(before: str, after: str, group: str) -> bool:
         names = [name for name in weights[before] if name.startswith(group)]
@@ -103,22 +107,22 @@ def test_frozen_groups_are_byte_equal_and_the_others_learn(finished):
 
 def test_the_control_starts_from_the_warm_llm_and_a_random_encoder(finished, tmp_path):
     config, folder = finished
-    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
-    no_step = dataclasses.replace(config.adapt, steps=0)
-    run_control(dataclasses.replace(config, adapt=no_step), tmp_path)
-    weights = load(Checkpoints(tmp_path / "control" / "checkpoints", 1).final("adapt"), CPU)["model"]
-    known = {phase: load(Checkpoints(folder / "checkpoints", 1).final(phase), CPU)["model"]
-             for phase in ("warmup", "pretrain")}  # fmt: skip
-    assert all(torch.equal(value, known["warmup"][name]) for name, value in weights.items())
-    encoder = [name for name in weights if name.startswith("encoder.") and "norm" not in name and "weight" in name]
-    assert encoder and not any(torch.equal(weights[name], known["pretrain"][name]) for name in encoder)
+    known = {phase: weights_of(folder, phase) for phase in ("warmup", "pretrain")}
+    control = weights_of(folder / "control", "adapt")  # stage 2 leaves the encoder as it was
+    encoder = [name for name in control if name.startswith("encoder.")]
+    assert all(torch.equal(control[name], known["warmup"][name]) for name in encoder)
+    learnt = [name for name in encoder if "norm" not in name and "weight" in name]
+    assert learnt and not any(torch.equal(control[name], known["pretrain"][name]) for name in learnt)
+    lines = [json.loads(line) for line in (folder / "control" / "metrics.jsonl").read_text().splitlines()]
+    ours = [line for line in training_lines(folder) if line["stage"] == "adapt"]
+    assert lines[0]["stage"] == "adapt" and lines[0]["tokens"] == ours[0]["tokens"]
 
 
 def test_the_export_is_the_model_and_its_encoder_opens_in_transformers(finished):
     _, folder = finished
     model = GranViT.from_pretrained(folder / "export")
     GranViTProcessor.from_pretrained(folder / "export")
-    trained = load(Checkpoints(folder / "checkpoints", 1).final("adapt"), CPU)["model"]
+    trained = weights_of(folder, "adapt")
     ours = model.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in trained.items())
     encoder = Siglip2VisionModel.from_pretrained(folder / "export" / "encoder")
@@ -139,20 +143,20 @@ def test_an_interrupted_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch,
 
     config, folder = finished
     config = dataclasses.replace(config, output=str(tmp_path / "run"), control=False)
-    update = loop.Phase.update
+    take = loop.Phase.take
 
-    def cut(self, loss):
-        if self.stage.name == phase and self.step > steps:
+    def cut(self, batches):
+        if self.stage.name == phase and self.step >= steps:
             raise KeyboardInterrupt
-        norm = update(self, loss)
+        line = take(self, batches)
         if self.stage.name == phase and self.step == self.stage.steps == steps:
             raise KeyboardInterrupt
-        return norm
+        return line
 
-    monkeypatch.setattr(loop.Phase, "update", cut)
+    monkeypatch.setattr(loop.Phase, "take", cut)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(loop.Phase, "update", update)
+    monkeypatch.setattr(loop.Phase, "take", take)
     train(config)
     assert without_time(training_lines(tmp_path / "run")) == without_time(training_lines(folder))
 
@@ -163,7 +167,7 @@ def test_a_killed_process_goes_on_where_it_was(finished, tmp_path):
     save_config(config, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "granvit.train", "--config", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    written = tmp_path / "run" / "checkpoints" / "pretrain-0000002.pt"
+    written = tmp_path / "run" / "checkpoints" / "pretrain-0000002"
     deadline = time.monotonic() + 120
     while not written.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -198,7 +202,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
 def test_the_large_presets_take_their_steps(sample_set, tmp_path, name):
     """With small models, but their own sequences, image sizes, forms of boxes, distillation and precision."""
     preset = PRESETS[name]
-    few = {"steps": 1, "batch_images": 2, "warmup_steps": 0}
+    few = {"steps": 1, "packs": 1, "warmup_steps": 0}
     config = dataclasses.replace(
         preset,
         output=str(tmp_path / "run"),

@@ -1,0 +1,164 @@
+"""The processes of a run: one, or as many as torchrun started, and how they share a model and a batch.
+
+Ranks have copies of the model (DDP) or pieces of it (FSDP2). What they must agree about on the host, counts and
+decisions, goes over gloo, so that no GPU is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from granvit.model import GranViT
+
+PATIENCE = timedelta(hours=24)  # of a rank that waits for the others on the host: they may evaluate, or build data
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the run. control: their gloo group; None where there is only one."""
+
+    rank: int = 0
+    ranks: int = 1
+    control: Any = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes down what all have found."""
+        return self.rank == 0
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number, summed over the ranks."""
+        if self.ranks == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(found, group=self.control)
+        return found.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks."""
+        if self.ranks == 1:
+            return [value]
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, which alone does it, while the others wait. Where it raises, every
+        rank raises: RuntimeError on the others."""
+        found: list[Any] = [None, None]
+        fault = None
+        if self.leads:
+            try:
+                found = [work(), None]
+            except BaseException as error:
+                fault = error
+                found = [None, f"{type(error).__name__}: {error}"]
+        if self.ranks > 1:
+            dist.broadcast_object_list(found, src=0, group=self.control)
+        if fault is not None:
+            raise fault
+        if found[1] is not None:
+            raise RuntimeError(f"the first rank failed ({found[1]})")
+        return found[0]
+
+
+def start(device: str) -> tuple[World, torch.device]:
+    """The world that torchrun's environment describes, and this process's device: for "auto" a GPU of its own if there
+    is one, else the CPU. Raises ValueError for a device that can't be used."""
+    ranks, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and ranks > 1:
+        device = f"cuda:{local}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} can't be used here ({str(error).splitlines()[0]})") from error
+    found = torch.device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if ranks == 1:
+        return World(), found
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    return World(dist.get_rank(), ranks, dist.new_group(backend="gloo", timeout=PATIENCE)), found
+
+
+def stop() -> None:
+    """Leave the processes' group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def distribute(
+    losses: nn.Module,
+    encoders: Sequence[nn.Module],
+    model: GranViT,
+    world: World,
+    parallel: Literal["ddp", "fsdp"],
+    precision: torch.dtype,
+) -> nn.Module:
+    """What is called in place of `losses` (a module around `model`), so that its gradients become the ranks' mean.
+
+    "ddp": copies; "fsdp": the parameters of model and encoders (those outside of it: a teacher) become pieces, in
+    place, and so do the gradients and what an optimiser makes of them. precision: in which FSDP gathers weights.
+    """
+    if world.ranks == 1:
+        return losses
+    if parallel == "ddp":
+        # Not every stage uses every module: the warm-up has no features to project.
+        return DistributedDataParallel(losses, find_unused_parameters=True, gradient_as_bucket_view=True)
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.ranks,))
+    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    blocks = [block for encoder in encoders for block in encoder.encoder.layers]
+    for block in [*blocks, *decoder_blocks(model.llm)]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for encoder in encoders:
+        if encoder is not model.encoder:  # no backward puts a teacher back into pieces
+            fully_shard(encoder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(losses, mesh=mesh, mp_policy=policy)
+    return losses
+
+
+def decoder_blocks(llm: nn.Module) -> list[nn.Module]:
+    """The blocks of an LLM that transformers itself keeps in one piece."""
+    names = set(getattr(llm, "_no_split_modules", None) or ())
+    return [module for module in llm.modules() if type(module).__name__ in names]
+
+
+def synchronise(module: nn.Module, wanted: bool) -> None:
+    """Whether the next backward of a module out of `distribute` adds its gradients up over the ranks: not wanted in
+    those of a step but the last, where it has several batches."""
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = wanted
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(wanted)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous().clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)
+
+
+def summed(tensor: Tensor, ranks: int) -> Tensor:
+    """A tensor's sum over the ranks, through which gradients flow: every rank's loss depends on every rank's."""
+    return tensor if ranks == 1 else _Sum.apply(tensor)

@@ -1,0 +1,103 @@
+"""What watches over a run: losses that are not finite, losses that jump, and the signal to stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+STOPPED = 75
+"""Exit code of a run that was asked to stop (SIGTERM) and can go on: EX_TEMPFAIL of sysexits.h."""
+
+
+class Terminated(SystemExit):
+    """The run was asked to stop; what it had learnt is in a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
+class NotFinite(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+class Termination:
+    """Whether SIGTERM has come. During a stage it is looked at after every step; elsewhere it ends the process at once,
+    as what is done there is begun anew anyway."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.patient = False
+
+    def __call__(self, *_: object) -> None:
+        self.asked = True
+        if not self.patient:
+            raise Terminated
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Inside, `asked` is looked at, and nothing is interrupted."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+
+
+@contextmanager
+def termination() -> Iterator[Termination]:
+    """SIGTERM is handled inside."""
+    found = Termination()
+    before = signal.signal(signal.SIGTERM, found)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Streak:
+    """Steps in a row that were skipped because something in them was not finite."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.length = limit, 0
+
+    @property
+    def over(self) -> bool:
+        return self.length >= self.limit
+
+    def add(self, finite: bool) -> None:
+        self.length = 0 if finite else self.length + 1
+
+
+class Spikes:
+    """Tells a loss far above what the last ones were: by more than `height` of their standard deviations.
+
+    Mean and variance are exponential averages over about `memory` steps; a spike itself is not averaged in further than
+    its height. The first `memory` steps are only learnt from.
+    """
+
+    def __init__(self, memory: int = 100, height: float = 6.0) -> None:
+        self.memory, self.height = memory, height
+        self.count, self.mean, self.variance = 0, 0.0, 0.0
+
+    def add(self, loss: float) -> bool:
+        """Whether this loss is a spike."""
+        limit = self.mean + self.height * math.sqrt(self.variance)
+        spike = self.count >= self.memory and loss > limit
+        loss = min(loss, limit) if spike else loss
+        self.count += 1
+        share = 1 / min(self.count, self.memory)
+        difference = loss - self.mean
+        self.mean += share * difference
+        self.variance = (1 - share) * (self.variance + share * difference**2)
+        return spike
+
+    def state(self) -> list[float]:
+        return [self.count, self.mean, self.variance]
+
+    def restore(self, state: list[float]) -> None:
+        self.count, self.mean, self.variance = int(state[0]), *state[1:]

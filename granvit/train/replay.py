@@ -1,0 +1,77 @@
+"""The step again that made a run stop for not being finite: `python -m granvit.train replay RUN/faults/STAGE-STEP`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from granvit.train.checkpoint import read_values
+from granvit.train.distributed import World, start
+from granvit.train.guard import Termination
+from granvit.train.presets import TrainConfig
+from granvit.train.run import Run
+
+
+def replay(dump: Path, device: str = "auto") -> bool:
+    """Take the dumped step again and print where numbers stop being finite, in the order in which they did. Returns
+    whether any did. One process does what all ranks of the run did.
+
+    Raises ValueError for a folder that is no dump, and where the data is not what it was.
+    """
+    values = read_values(dump)
+    try:
+        config = TypeAdapter(TrainConfig).validate_python(values["config"])
+        stage = {one.name: one for one in (config.warmup, config.pretrain, config.adapt)}[values["stage"]]
+    except (KeyError, ValidationError) as error:
+        raise ValueError(f"{dump} is no dump of a step that this version can take again: {error}") from error
+    _, found = start(device)
+    run = Run(config, dump.resolve().parents[1], World(), found, Termination())
+    phase = run.new_phase(stage, run.model)
+    phase.resume(dump)
+    watch = Watch(run.model)
+    line = phase.take(next(phase.batches()))
+    table = Table("module", "what is not finite", title=f"{stage.name} step {phase.step}")
+    for row in watch.found:
+        table.add_row(*row)
+    Console().print(table if watch.found else f"{stage.name} step {phase.step}: every number is finite: {line}")
+    return bool(watch.found)
+
+
+class Watch:
+    """Which modules turn finite inputs into outputs that are not, and which parameters have or get such values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found = [(name, "weight") for name, value in model.named_parameters() if not _finite(value)]
+        for name, module in model.named_modules():
+            module.register_forward_hook(self._forward(name))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._gradient(name))
+
+    def _forward(self, name: str):
+        def look(module: nn.Module, inputs: tuple, output: object) -> None:
+            if _finite(inputs) and not _finite(output):
+                self.found.append((name or type(module).__name__, "output, of finite input"))
+
+        return look
+
+    def _gradient(self, name: str):
+        def look(parameter: nn.Parameter) -> None:
+            if not _finite(parameter.grad):
+                self.found.append((name, "gradient"))
+
+        return look
+
+
+def _finite(values: object) -> bool:
+    return all(bool(one.isfinite().all()) for one in _floats(values))
+
+
+def _floats(values: object) -> Iterator[Tensor]:
+    yield from (one for one in tree_leaves(values) if isinstance(one, Tensor) and one.is_floating_point())
