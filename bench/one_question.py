@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from granvit.data.prompts import Question
 from granvit.data.schema import Sample
 from granvit.model import GranViT, GranViTProcessor
+from granvit.model.region_prompt import box_features
 from granvit.train.distill import distillation_loss
 from granvit.train.presets import Distill
 from granvit.train.stages import Stage
@@ -87,7 +88,8 @@ def prepare(
         )[0]  # fmt: skip
 
     patches = [cut(sample.image, None, grid) for (sample, _), grid in zip(pairs, grids, strict=True)]
-    crops = [cut(pairs[i][0].image, corner, crop_grid) for i, corner in zip(crop_samples.tolist(), corners, strict=True)]
+    cropped = [pairs[i][0].image for i in crop_samples.tolist()]
+    crops = [cut(image, corner, crop_grid) for image, corner in zip(cropped, corners, strict=True)]
     longest = max(len(one) for one in patches)
     pixel_values = torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in patches])
     seen = torch.tensor([[i < len(one) for i in range(longest)] for one in patches])
@@ -111,6 +113,8 @@ def prepare(
         return (ids == token).flatten().nonzero()[:, 0]
 
     asked = [(i, q.boxes[0]) for i, (_, q) in enumerate(pairs) if q.boxes]
+    shares = [_coverage(box, *grids[i]) for i, box in asked]
+    shares = [F.pad(share, (0, longest - len(share))) for share in shares] or [torch.empty(longest)]
     return Samples(
         pixel_values=pixel_values,
         pixel_attention_mask=seen.long(),
@@ -123,14 +127,13 @@ def prepare(
         prompts=slots(processor.region_token_id),
         prompt_samples=torch.tensor([i for i, _ in asked], dtype=torch.int64),
         geometry=torch.tensor([box for _, box in asked], dtype=torch.float32).reshape(-1, 4),
-        coverage=torch.stack([F.pad(_coverage(b, *grids[i]), (0, longest - grids[i][0] * grids[i][1])) for i, b in asked])
-        .log().to(dtype) if asked else torch.empty(0, longest),
+        coverage=torch.stack(shares)[: len(asked)].log().to(dtype),
         answers=scored - 1,
         targets=ids.flatten()[scored],
         crops=torch.stack(crops) if crops else torch.empty(0),
         crop_samples=crop_samples,
         places=_places([boxes[i] for i in crop_samples.tolist()], [grids[i] for i in crop_samples.tolist()], crop_grid),
-    )  # fmt: skip
+    )
 
 
 def _coverage(box: Sequence[float], rows: int, columns: int) -> Tensor:
@@ -179,7 +182,8 @@ class OneQuestion(nn.Module):
     def losses(self, batch: Samples) -> dict[str, Tensor]:
         """{"loss_caption", "loss_distill"}, without the second where there is no teacher."""
         with torch.set_grad_enabled("encoder" in self.stage.train):
-            features = self._features(self.encoder, batch.pixel_values, batch.pixel_attention_mask, batch.spatial_shapes)
+            seen = batch.pixel_values, batch.pixel_attention_mask, batch.spatial_shapes
+            features = self._features(self.encoder, *seen)
         model, packed = self.model, features.flatten(0, 1)[batch.patches]
         image = model.projector(packed) + model.cell_positions(batch.layout)
         given = torch.cat((image, self._prompts(features, batch)))
@@ -228,8 +232,6 @@ class OneQuestion(nn.Module):
         prompt = self.model.region_prompt
         if not len(batch.prompt_samples):
             return features.new_zeros(0, self.model.config.text_config.hidden_size)
-        from granvit.model.region_prompt import box_features
-
         seen = features[batch.prompt_samples]
         heads, size = prompt.queries.shape[1:]
         key, value = (f(seen).unflatten(2, (heads, size)).transpose(1, 2) for f in (prompt.key, prompt.value))

@@ -7,9 +7,9 @@ transformer takes 6 a weight and token, a frozen one that hands gradients on 4, 
 (scores, and their sum of values) and twice that backward, a = layers * heads * head size, and P the (query, key) pairs
 that the mask lets through: not the square, half of which a causal mask throws away.
 
-These are the operations that are useful. What is computed again (activation checkpointing), what is computed for nothing
-(padding, masked pairs) and what is no product of matrices (norms, softmax, optimiser, resizing, RoIAlign: reads and
-writes) is not among them.
+These are the operations that are useful. What is computed again (activation checkpointing), what is computed for
+nothing (padding, masked pairs) and what is no product of matrices (norms, softmax, optimiser, resizing, RoIAlign: reads
+and writes) is not among them.
 """
 
 from __future__ import annotations

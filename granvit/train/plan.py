@@ -1,4 +1,4 @@
-"""python -m granvit.train plan [smoke|compact|paper] [--config FILE] [--data.path DIR]: what a run costs, before it runs.
+"""python -m granvit.train plan [smoke|compact|paper] [--config FILE] [--data.path DIR]: a run's costs, before it runs.
 
 Operations of both recipes, ours (an image once, its questions packed behind it) and one question a sample in padded
 batches; their padding; where the operations go; memory of a rank; GPU hours of a data set of Gran-29M's size, and how
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from granvit.data.lengths import lengths_of
 from granvit.data.loader import GranDataset, spread
-from granvit.data.planning import Lane, Order
+from granvit.data.planning import FULL, Lane, Order
 from granvit.data.prompts import BBOX2CAPTION, GLOBAL_CAPTION
 from granvit.data.sample import cached_sample
 from granvit.model import GranViTConfig, GranViTProcessor
@@ -123,12 +123,10 @@ def measured_lengths(plan: PlanConfig, stage: Stage, data: GranDataset, processo
     rows = spread(len(data), plan.rows)
     samples = [sample for sample in map(data.annotations, rows) if sample is not None]
     tasks = sorted(stage.tasks)
-    weights = {GLOBAL_CAPTION: stage.global_captions, BBOX2CAPTION: stage.box_captions}
-    weights = {task: weights.get(task, 1.0) for task in tasks}
     found = lengths_of(samples, processor, tasks)
     wanted, capacity = plan.run.data.questions_per_image, plan.run.data.capacity
     order = Order(np.ones(len(samples), dtype=np.int64), 1, plan.run.seed)
-    packs = list(Lane(found, order, 0, weights, capacity, wanted, 512, epochs=1))
+    packs = list(Lane(found, order, 0, stage.weights, capacity, wanted, 512, epochs=1))
     if not packs:
         raise ValueError(f"{data.path}: no image with a question of {tasks} fits {capacity} tokens (data.capacity)")
     flat = [(samples[row], numbers) for pack in packs for row, numbers in pack]
@@ -293,8 +291,9 @@ def repeated(sizes: Sizes, config: GranViTConfig, stage: Stage, counts: Counts) 
         whole = operations(
             sizes, replace(counts, crop_patches=counts.patches, crop_pairs=counts.patch_pairs), stage.train
         ).parts["teacher"]
+        more = "" if teacher > whole else " (it would cost more)"
         found.append(
-            ("the teacher's crops, in place of one pass over each image and its RoIs", teacher - whole,
+            (f"the teacher's crops, against one pass over each image{more}", teacher - whole,
              "another method: the crop's closer look is what is distilled")
         )  # fmt: skip
     if "encoder" not in stage.train:
@@ -353,7 +352,7 @@ def report(plan: PlanConfig, console: Console) -> None:
     console.print(_memory_table(plan, config, sizes, stages))
     for table in _cost_tables(plan, config, sizes, stages, lengths):
         console.print(table)
-    table = Table("stage", "computed again or for nothing", "of a step's operations", "without it", title="What is left")
+    table = Table("stage", "computed again or for nothing", "of the operations", "without it", title="What is left")
     for stage in stages:
         for what, share, meaning in repeated(sizes, config, stage, recipes[stage.name].ours):
             table.add_row(stage.name, what, f"{100 * share:.1f} %", meaning)
@@ -376,7 +375,8 @@ def _recipes(plan: PlanConfig, config: GranViTConfig, stage: Stage, lengths: Len
     if lengths.rows:
         return compare(lengths.rows, crop_grid, plan.samples, capacity)
     one = typical(plan, config, stage, lengths, round(lengths.regions_an_image), plan.image_size)
-    return compare([[one] * max(1, capacity // one.length)], crop_grid, plan.samples, capacity)
+    images = 64  # enough for full batches of the other recipe
+    return compare([[one] * images], crop_grid, plan.samples, round(images * one.length / FULL))
 
 
 def _model_table(plan: PlanConfig, sizes: Sizes) -> Table:
@@ -407,10 +407,12 @@ def _recipes_table(
         ):
             total = operations(sizes, useful, stage.train).total / 1e9
             ours = name == "packed"
+            padding = (f"{100 * (1 - a / b):.1f} %" for a, b in
+                       ((useful.patches, full.patches), (useful.tokens, full.tokens)))  # fmt: skip
             table.add_row(
                 stage.name if ours else "", name, f"{both.ours.images:,}", f"{useful.questions:,}",
                 f"{total / both.ours.images:,.3g}", f"{total / max(1, useful.regions):,.3g}",
-                f"{100 * (1 - useful.patches / full.patches):.1f} %", f"{100 * (1 - useful.tokens / full.tokens):.1f} %",
+                *padding,
                 "1" if ours else f"{both.ratio(sizes, stage.train):.2f}",
                 "1" if ours else f"{both.ratio(sizes, stage.train, True):.2f}",
             )  # fmt: skip
@@ -475,7 +477,8 @@ def _cost_tables(
     for stage in stages:
         ours, theirs = hours(stage, a_picture, plan.image_size, config)
         total = plan.images * per_image(plan, config, sizes, stage, lengths[stage.name], a_picture)[0] / 1e18
-        table.add_row(stage.name, f"{total:,.3g}", f"{ours:,.3g}", *(f"{ours / n:,.3g}" for n in ranks), f"{theirs:,.3g}")
+        each = (f"{ours / n:,.3g}" for n in ranks)
+        table.add_row(stage.name, f"{total:,.3g}", f"{ours:,.3g}", *each, f"{theirs:,.3g}")
     yield table
     budgets = sorted({64, 256, 576, 1024, 2304, 4096, config.max_image_tokens})
     table = Table(

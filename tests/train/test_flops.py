@@ -9,19 +9,12 @@ from granvit.data.batches import collate
 from granvit.data.schema import Region, Sample
 from granvit.train.distill import Teacher
 from granvit.train.flops import (
-    Asked,
-    Counts,
-    Picture,
     Sizes,
     count,
-    one_question_each,
     operations,
-    packed,
-    padded,
     pictures_of,
 )
-from granvit.train.presets import Distill, Model
-from granvit.train.shapes import config_of, on_meta
+from granvit.train.presets import Distill
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
 
