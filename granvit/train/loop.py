@@ -273,6 +273,8 @@ def train_phase(
     checkpoints.save(stage.name, phase.step, model_tensors(phase.model), {"step": phase.step}, final=True)
     if checkpoints.failures:
         raise RuntimeError(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
+    if any(world.total(termination.asked)):
+        raise Terminated
 
 
 def _give_up(phase: Phase, checkpoints: Checkpoints) -> None:
