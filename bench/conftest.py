@@ -38,11 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., dict[str, float]]:
-    """compare(operator, mode, workload, providers, rounds=15, **figures) -> {provider: its median over the first one's}.
+    """compare(operator, mode, workload, providers, rounds=15, **figures) -> {provider: its median over ours}.
 
     providers: {name: function without arguments}, ours first. figures: kept in each row. Each round calls every one
-    once; the rows go to
-    bench/results/DEVICE-OPERATOR.json, in place of older rows of the same provider, mode, workload, device and torch.
+    once; the rows go to bench/results/DEVICE-OPERATOR.json, in place of older rows of the same provider, mode,
+    workload, device and torch.
     """
 
     def compare(
