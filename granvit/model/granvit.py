@@ -21,8 +21,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from granvit_kernels import PackedLayout, pack_patches
 
+from . import question_attention
 from .config import GranViTConfig
-from .llm import LocationTokens, additive_mask, check_llm, check_llm_config, decode, embedding_rms, load_llm
+from .llm import (
+    LocationTokens,
+    check_llm,
+    check_llm_config,
+    decode_packed,
+    embedding_rms,
+    load_llm,
+    use_question_attention,
+)
 from .processing import GranViTProcessor
 from .projector import Projector, shuffle_pixels
 from .region_prompt import CellPositions, RegionPrompt
@@ -68,8 +77,10 @@ class GranViT(PreTrainedModel, GenerationMixin):
         self.region_prompt = RegionPrompt(width, config.region_heads, config.region_tokens, outputs)
         self.locations = LocationTokens(config.location_tokens, outputs)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
+        if llm is None:
+            use_question_attention(self.llm, trial=False)  # there may be no weights yet to try it with
         attention = self.llm.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
+        if attention not in ("sdpa", "eager", question_attention.NAME):
             raise ValueError(
                 f"attn_implementation: got {attention!r}; an explicit mask needs 'sdpa' or 'eager'"
             )
@@ -142,6 +153,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
         )
         processor = GranViTProcessor.from_config(made, tokenizer)
         whole = cls(made, encoder, model).to(model.dtype)
+        use_question_attention(whole.llm)
         whole.match_llm_scale(reset_locations=True)
         return whole, processor
 
@@ -286,8 +298,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
                 f"{len(batch.image_slots)} and {len(batch.region_slots)}"
             )
         embeds = embeds.flatten(0, 1).index_copy(0, slots, given).view(embeds.shape)
-        mask = additive_mask(batch.attention(), embeds.dtype)
-        hidden = decode(self.llm, embeds, mask, batch.position_ids)
+        hidden = decode_packed(self.llm, embeds, batch)
         return self.logits(hidden.flatten(0, 1).index_select(0, batch.answer_slots)), batch.targets
 
     def forward(
