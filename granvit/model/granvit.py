@@ -261,6 +261,8 @@ class GranViT(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]; also of none, so that
         the region prompt has gradients, if zeros, on every rank."""
+        if not len(boxes):  # keys and values of every patch would be computed for nobody
+            features, layout = features[:0], PackedLayout.from_grids([], device=features.device)
         with record_function("granvit.region_prompt"):
             return self.region_prompt(
                 features, layout, boxes.to(features.device), image_index.to(features.device)
