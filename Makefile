@@ -41,4 +41,5 @@ gpu-sanitize:
 
 gpu-bench:
 	$(PYTHON) -m pytest bench/test_gpu.py --benchmark-only
+	$(PYTHON) -m pytest bench/test_gpu_training.py
 	$(PYTHON) bench/readme.py

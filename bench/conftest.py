@@ -38,14 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., dict[str, float]]:
-    """compare(operator, mode, workload, providers, rounds=15) -> {provider: its median over the first one's}.
+    """compare(operator, mode, workload, providers, rounds=15, **figures) -> {provider: its median over ours}.
 
-    providers: {name: function without arguments}, ours first. Each round calls every one once; the rows go to
-    bench/results/DEVICE-OPERATOR.json, in place of older rows of the same provider, mode, workload, device and torch.
+    providers: {name: function without arguments}, ours first. figures: kept in each row. Each round calls every one
+    once; the rows go to bench/results/DEVICE-OPERATOR.json, in place of older rows of the same provider, mode,
+    workload, device and torch.
     """
 
     def compare(
-        operator: str, mode: str, workload: str, providers: dict[str, Callable], rounds: int = 15
+        operator: str, mode: str, workload: str, providers: dict[str, Callable], rounds: int = 15, **figures: float
     ) -> dict[str, float]:
         ours, *peers = providers
         seconds: dict[str, list[float]] = {name: [] for name in providers}
@@ -62,7 +63,7 @@ def compare(benchmark) -> Callable[..., dict[str, float]]:
         seconds[ours] = benchmark.stats.stats.data
         medians = {name: float(np.median(times)) for name, times in seconds.items()}
         ratios = {name: median / medians[ours] for name, median in medians.items()}
-        common = {"operator": operator, "mode": mode, "workload": workload, **machine()}
+        common = {"operator": operator, "mode": mode, "workload": workload, **machine(), **figures}
         save(
             [
                 {

@@ -220,7 +220,31 @@ def performance() -> list[str]:
     head += ["HGMMA", "HMMA", "tcgen05"]
     fields = ("case", "kernel", "arch", "registers", "spills", "shared", "warps", "hgmma", "hmma", "tcgen05")
     lines += markdown(head, [[str(row[field]).lstrip("_") for field in fields] for row in rows])
-    return [*lines, "", "![The kernels beside their peers](performance.png)"]
+    lines += ["", *steps_on_gpus()]
+    return [*lines, "![The kernels beside their peers](performance.png)"]
+
+
+def steps_on_gpus() -> list[str]:
+    """Training steps of real shapes: bench/results/gpu-training-DEVICE.json (bench/test_gpu_training.py)."""
+    lines = ["## Training steps on GPUs", ""]
+    lines += [
+        "Random weights, bfloat16, six questions an image of up to 1024 patches: SigLIP2-so400m with Qwen2.5-1.5B "
+        "(large), ViT-B/16 with SmolLM2-135M (base). MFU is of useful operations alone (`granvit.train.flops`); the "
+        "aim is 45 % at the larger shape on an H100. The bound is the ratio of operations, with padding.",
+        "",
+    ]
+    head = ["device", "shape", "stage", "recipe", "compiled", "regions/s", "tokens/s", "MFU", "peak GiB", "times ours"]
+    table = []
+    for path in sorted(RESULTS.glob("gpu-training-*.json")):
+        for row in json.loads(path.read_text()):
+            bound = f"{row['ratio']:.2f} (bound {row['ratio_padded']:.2f})" if "ratio" in row else "1"
+            table.append(
+                [row["device"], row["shape"], row["mode"], row["provider"], "yes" if row["compiled"] else "no"]
+                + [f"{row['regions_per_second']:.0f}", f"{row['tokens_per_second']:.0f}"]
+                + [f"{100 * row['mfu']:.0f} %" if "mfu" in row else "", f"{row['peak_memory_bytes'] / 2**30:.1f}"]
+                + [bound]
+            )
+    return [*lines, *(markdown(head, table) if table else [f"H100: {NOT_YET}."]), ""]
 
 
 def plot(path: Path) -> None:

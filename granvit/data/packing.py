@@ -23,6 +23,7 @@ import torch
 from granvit_kernels import plan_packing
 
 from .prompts import REGION, Question
+from .segments import Segments, find_segments
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
@@ -46,6 +47,7 @@ class PackedBatch:
     answer_slots: int64 [A], the places whose next token is an answer's, so whose hidden states are scored,
         sample by sample and question by question; targets: int64 [A], those next tokens. (All are known on
         the host here: reading them off the ids would make a GPU wait.)
+    segments: where image parts and questions lie, for attention without the mask that `attention` gives.
     regions: number of questions about a region.
     """
 
@@ -61,6 +63,7 @@ class PackedBatch:
     region_slots: torch.Tensor
     answer_slots: torch.Tensor
     targets: torch.Tensor
+    segments: Segments
     regions: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
@@ -68,7 +71,7 @@ class PackedBatch:
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor | Segments):
                 moved[field.name] = value.to(device, non_blocking=non_blocking)
         return replace(self, images=[image.to(device, non_blocking=non_blocking) for image in self.images], **moved)
 
@@ -95,7 +98,7 @@ def pack_questions(
 
     An image and all of its questions stay together in one sequence; sequences are filled by plan_packing, or hold the
     samples that `plan` lists for each, which may be none.
-    Attention is quadratic in the sequence: on a CPU a capacity of about two images' tokens is fastest.
+    Attention is linear in the capacity (granvit.model.question_attention) but where the dense mask is taken.
 
     Args:
         samples: what the questions are about; only their images, [H, W, 3] uint8, and ids are used.
@@ -161,6 +164,7 @@ def pack_parts(
     }
     return PackedBatch(
         images=[sample.image for sample in samples],
+        segments=find_segments(image_index, question_index),
         regions=sum(question.region is not None for asked in questions for question in asked),
         **{name: torch.from_numpy(value) for name, value in tensors.items()},
     )

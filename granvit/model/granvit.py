@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import record_function
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -21,8 +22,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from granvit_kernels import PackedLayout, pack_patches
 
+from . import question_attention
 from .config import GranViTConfig
-from .llm import LocationTokens, additive_mask, check_llm, check_llm_config, decode, embedding_rms, load_llm
+from .fused_loss import can_fuse, fused_cross_entropy
+from .llm import (
+    LocationTokens,
+    check_llm,
+    check_llm_config,
+    decode_packed,
+    embedding_rms,
+    load_llm,
+    use_question_attention,
+)
 from .processing import GranViTProcessor
 from .projector import Projector, shuffle_pixels
 from .region_prompt import CellPositions, RegionPrompt
@@ -68,8 +79,10 @@ class GranViT(PreTrainedModel, GenerationMixin):
         self.region_prompt = RegionPrompt(width, config.region_heads, config.region_tokens, outputs)
         self.locations = LocationTokens(config.location_tokens, outputs)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
+        if llm is None:
+            use_question_attention(self.llm, trial=False)  # there may be no weights yet to try it with
         attention = self.llm.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
+        if attention not in ("sdpa", "eager", question_attention.NAME):
             raise ValueError(
                 f"attn_implementation: got {attention!r}; an explicit mask needs 'sdpa' or 'eager'"
             )
@@ -142,6 +155,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
         )
         processor = GranViTProcessor.from_config(made, tokenizer)
         whole = cls(made, encoder, model).to(model.dtype)
+        use_question_attention(whole.llm)
         whole.match_llm_scale(reset_locations=True)
         return whole, processor
 
@@ -247,9 +261,12 @@ class GranViT(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]; also of none, so that
         the region prompt has gradients, if zeros, on every rank."""
-        return self.region_prompt(
-            features, layout, boxes.to(features.device), image_index.to(features.device)
-        )
+        if not len(boxes):  # keys and values of every patch would be computed for nobody
+            features, layout = features[:0], PackedLayout.from_grids([], device=features.device)
+        with record_function("granvit.region_prompt"):
+            return self.region_prompt(
+                features, layout, boxes.to(features.device), image_index.to(features.device)
+            )
 
     def embed_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., D] of ids [...]: the LLM's rows or our location rows. Under markers stands
@@ -276,6 +293,28 @@ class GranViT(PreTrainedModel, GenerationMixin):
         image_embeds [N, D] and region_embeds [R, K, D] in the batch's order; wherever they come from (an
         LLM's warm-up gives its own). Only the answers' hidden states meet the output tables.
         """
+        return self.logits(self._answer_states(batch, image_embeds, region_embeds)), batch.targets
+
+    def answer_losses(
+        self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy [A] of each of the answers' tokens, float32; arguments as of `answer_logits`.
+
+        Where Liger's fused loss can be had (see can_fuse), no logits are kept.
+        """
+        hidden = self._answer_states(batch, image_embeds, region_embeds)
+        table = self.llm.get_output_embeddings()
+        with record_function("granvit.cross_entropy"):
+            # Location rows would have to be put behind the table's each step: a copy of the table, and a gradient for
+            # all of it even where it is frozen, which cost as much memory as the logits.
+            if can_fuse(hidden, table) and not len(self.locations.output):
+                return fused_cross_entropy(hidden, table, self.config.text_vocab, batch.targets)
+            return F.cross_entropy(self.logits(hidden).float(), batch.targets, reduction="none")
+
+    def _answer_states(
+        self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """The hidden states [A, D] that the answers' tokens are read off."""
         embeds = self.embed_ids(batch.input_ids)
         slots = torch.cat((batch.image_slots, batch.region_slots))
         given = torch.cat((image_embeds, region_embeds.flatten(0, 1))).to(embeds.dtype)
@@ -286,9 +325,9 @@ class GranViT(PreTrainedModel, GenerationMixin):
                 f"{len(batch.image_slots)} and {len(batch.region_slots)}"
             )
         embeds = embeds.flatten(0, 1).index_copy(0, slots, given).view(embeds.shape)
-        mask = additive_mask(batch.attention(), embeds.dtype)
-        hidden = decode(self.llm, embeds, mask, batch.position_ids)
-        return self.logits(hidden.flatten(0, 1).index_select(0, batch.answer_slots)), batch.targets
+        with record_function("granvit.llm"):
+            hidden = decode_packed(self.llm, embeds, batch)
+        return hidden.flatten(0, 1).index_select(0, batch.answer_slots)
 
     def forward(
         self,

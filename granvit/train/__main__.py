@@ -53,7 +53,13 @@ def run_replay(arguments: list[str]) -> None:
     tyro.cli(replay, args=arguments, prog="python -m granvit.train replay")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"replay": run_replay}
+def run_plan(arguments: list[str]) -> None:
+    from granvit.train.plan import main
+
+    main(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"plan": run_plan, "replay": run_replay}
 """What the first word may be beside a preset's name; each takes the other words."""
 
 

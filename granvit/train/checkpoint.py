@@ -82,8 +82,8 @@ class Checkpoints:
 
     group: a gloo group of all ranks, None in a run of one process. Every rank makes one, and calls each method at the
     same point: they agree through it. (What goes on in the background has a group of its own, so that it can't get
-    between.) failures: how many saves in a row have failed, the same number on every rank; known when the next save or
-    wait begins.
+    between; wait() before the processes part.) failures: how many saves in a row have failed, the same number on every
+    rank; it changes in wait(), with which save() begins.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0, group: dist.ProcessGroup | None = None) -> None:
@@ -100,6 +100,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        if self._first:
+            self._restore()
 
     def save(self, phase: str, step: int, tensors: Mapping[str, Tensor], values: dict, final: bool = False) -> None:
         """Copy `tensors` to host memory, and write them in the background; where `final`, wait until they are written.
@@ -136,10 +138,9 @@ class Checkpoints:
     def newest(self, phase: str) -> Path | None:
         """The checkpoint from which `phase` goes on, or None."""
         self.wait()
-        found = [self._complete(phase)[-1:] if self._first else []]
-        if self.group is not None:  # the first rank's answer: a network's file system shows others a new one later
-            dist.broadcast_object_list(found, dist.get_global_rank(self.group, 0), self.group)
-        return found[0][0] if found[0] else None
+        # the first rank's answer: a network's file system may show the others a new one later
+        found = _together(self.group, (lambda: self._complete(phase)) if self._first else None)[0]
+        return found[-1] if found else None
 
     def final(self, phase: str) -> Path | None:
         """The checkpoint with which `phase` ended, or None."""
@@ -181,6 +182,12 @@ class Checkpoints:
             log.info("checkpoint %s written in %.1f s", name, time.perf_counter() - began)
             self._prune(body["phase"], body["step"], name)
 
+    def _restore(self) -> None:
+        """Put back what a crash found between the two renames of _publish."""
+        for path in self.folder.glob(".*.old"):
+            if not (self.folder / path.stem[1:]).exists():
+                path.rename(self.folder / path.stem[1:])
+
     def _clear(self) -> None:
         """Remove what crashes left."""
         for path in self.folder.iterdir():
@@ -196,9 +203,13 @@ class Checkpoints:
             os.fsync(file.fileno())
         _sync_folder(work)
         path, old = self.folder / name, self.folder / f".{name}.old"
-        if path.exists():  # a damaged one, behind which the run has gone back
+        if path.exists():  # saved twice (then it is as good), or damaged, so that the run has gone back
             path.rename(old)
-        work.rename(path)
+        try:
+            work.rename(path)
+        except OSError:
+            self._restore()
+            raise
         _sync_folder(self.folder)
         if old.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -214,7 +225,9 @@ class Checkpoints:
             lasting = self.keep_every and steps[path] % self.keep_every == 0 and path in past
             if path not in kept and not lasting:
                 try:
-                    shutil.rmtree(path)
+                    aside = self.folder / f".{path.name}.tmp"
+                    path.rename(aside)  # so that nobody takes what a crash leaves of it for a checkpoint
+                    shutil.rmtree(aside)
                 except OSError as error:
                     log.warning("the checkpoint %s, no longer needed, could not be removed: %s", path, error)
 

@@ -7,7 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -23,15 +23,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from granvit.data.batches import Batch, PackLoader
 from granvit.model import GranViT
 from granvit.train.checkpoint import Checkpoints, load
+from granvit.train.compiling import compile_blocks
 from granvit.train.distill import Teacher, feature_statistics
 from granvit.train.distributed import World, distribute, synchronise
 from granvit.train.guard import Failed, NotFinite, Spikes, Streak, Terminated, Termination
+from granvit.train.memory import checkpoint_activations
 from granvit.train.metrics_log import MetricsLog
 from granvit.train.presets import TrainConfig
+from granvit.train.profiling import STEP, profiled
 from granvit.train.stages import GROUPS, Stage
 from granvit.train.step import Share
 
@@ -105,6 +109,11 @@ class Phase:
         self.blank, self.world, self.device = blank, world, device
         freeze(model.groups(), stage.train)
         self.teacher = Teacher(model.encoder, config.distill.alpha) if stage.distill > 0 else None
+        whole = [model] + ([self.teacher.encoder] if self.teacher else [])
+        if config.checkpointing:
+            checkpoint_activations(model)
+        for module in whole if config.compile else ():
+            compile_blocks(module)
         encoders = [model.encoder] + ([self.teacher.encoder] if self.teacher else [])
         precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         losses = Losses(model, self.teacher, loss_of)
@@ -195,9 +204,10 @@ class Phase:
             log.warning("%s step %d: loss %.4g, gradient norm %.4g; the step is skipped, its images: %s",
                         self.stage.name, self.step, loss, norm, ", ".join(self._suspects(found, batches)))  # fmt: skip
             return {"skipped": True}
-        self.optimizer.step()
-        if self.teacher is not None:
-            self.teacher.update(self.model.encoder)
+        with record_function("granvit.optimizer"):
+            self.optimizer.step()
+            if self.teacher is not None:
+                self.teacher.update(self.model.encoder)
         if self.spikes.add(loss):
             ids = [sample.id for batch in batches for sample in batch.samples]
             log.warning("%s step %d: the loss jumped to %.4g; images: %s", self.stage.name, self.step, loss,
@@ -237,6 +247,7 @@ def train_phase(
     many steps without a finite loss in a row; Failed where checkpoints can't be written any more.
     """
     stage, config, world = phase.stage, phase.config, phase.world
+    folder, profiled_step = checkpoints.folder.parent, STEP if config.profile and world.leads else None
     phase.model.train()
     loud = logging.WARNING if world.leads else logging.DEBUG  # what all ranks have to say
     with ExitStack() as stack:
@@ -249,8 +260,9 @@ def train_phase(
         stack.enter_context(termination.awaited())
         task = bar.add_task(title, total=stage.steps, completed=phase.step, note="")
         began = time.perf_counter()
-        for batches in phase.batches():
-            line = phase.take(batches)
+        for number, batches in enumerate(phase.batches(), start=1):
+            with nullcontext() if number != profiled_step else profiled(folder / "profile" / stage.name, phase.device):
+                line = phase.take(batches)
             ended = time.perf_counter()
             if "skipped" not in line and "loss" not in line:
                 log.log(loud, "%s step %d: no readable image among its rows, skipped", stage.name, phase.step)

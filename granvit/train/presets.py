@@ -26,8 +26,7 @@ class Data:
     fault_budget: float = 0.01
     """Share of faulty rows (broken image, box outside it) that are skipped and counted before the run stops."""
     capacity: int = 256
-    """Tokens of a packed sequence: images and their questions fill it. It must hold the largest image and a question;
-    on a CPU few are faster, attention being quadratic."""
+    """Tokens of a packed sequence, which images and their questions fill: at least the largest image and a question."""
     questions_per_image: int = 6
     """Questions that a step asks of an image, about: sequences are filled with more or fewer, and a page of many lines
     is asked of others the next time."""
@@ -124,6 +123,12 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several ranks (torchrun) share the model: ddp, each has a copy; fsdp, each a piece (FSDP2)."""
+    compile: bool = False
+    """torch.compile of the transformer blocks: about a minute, and then for batches of any size."""
+    checkpointing: bool = False
+    """Keep only each transformer block's input for the backward pass: less memory, a third more time in what learns."""
+    profile: bool = False
+    """Once a stage is under way, leave a profile of one step in profile/STAGE: a table and a trace."""
     device: str = "auto"
     threads: int = 0
     """CPU threads of the training process; 0 leaves torch's default."""
@@ -233,6 +238,7 @@ PRESETS: dict[str, TrainConfig] = {
         control=False,
         precision="bfloat16",
         parallel="fsdp",
+        checkpointing=True,
         checkpoint_every=2000,
     ),
 }

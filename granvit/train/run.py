@@ -27,6 +27,7 @@ from granvit.machine import commit, device_name
 from granvit.model import GranViT
 from granvit.train.build import build
 from granvit.train.checkpoint import Checkpoints, check_room, load
+from granvit.train.compiling import eager
 from granvit.train.distill import feature_statistics
 from granvit.train.distributed import World, start, stop
 from granvit.train.guard import Termination, termination
@@ -113,8 +114,10 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
 
 
 # Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with.
-FREE = {"output", "device", "threads", "parallel", "checkpoint_every", "keep_checkpoints", "keep_every",
-        "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers"}  # fmt: skip
+FREE = {
+    "output", "device", "threads", "parallel", "compile", "checkpointing", "profile", "checkpoint_every",
+    "keep_checkpoints", "keep_every", "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers",
+}  # fmt: skip
 
 
 def resumes(folder: Path, config: TrainConfig) -> bool:
@@ -284,7 +287,7 @@ class Run:
         if known is not None:
             return known
         began, limit, world = time.perf_counter(), self.config.data.eval_images, self.world
-        with self._autocast():
+        with self._autocast(), eager():
             found = evaluate(
                 self.model, self.processor, self.test, TASKS, blind=blind, limit=limit,
                 rank=world.rank, ranks=world.ranks, gather=world.gather,
@@ -315,7 +318,8 @@ class Run:
         """Effective rank and standard deviation of the encoder's features of test images."""
         self.model.eval()
         samples = [self.test[i] for i in range(min(64, len(self.test)))]
-        features, _ = self.model.encode([s.image.to(self.device) for s in samples if s is not None])
+        with eager():
+            features, _ = self.model.encode([s.image.to(self.device) for s in samples if s is not None])
         return {f"{name}_{when}": value for name, value in feature_statistics(features).items()}
 
     def _autocast(self) -> torch.autocast:

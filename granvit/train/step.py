@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from granvit.data.batches import Batch
 from granvit.model import GranViT
@@ -54,17 +54,18 @@ def stage_loss(
     if teacher is not None:
         crops += _region_crops(batch, images)
     all_grids = grids + [distill.crop_grid] * (len(crops) - len(images))
-    patches, _ = pack_patches(
-        images,
-        config.vision_config.patch_size,
-        config.image_mean,
-        config.image_std,
-        crops=torch.tensor(crops, dtype=torch.float64).reshape(-1, 5),
-        grids=torch.tensor(all_grids, dtype=torch.int32).reshape(-1, 2),
-        dtype=next(model.encoder.parameters()).dtype,
-    )
+    with record_function("granvit.pack_patches"):
+        patches, _ = pack_patches(
+            images,
+            config.vision_config.patch_size,
+            config.image_mean,
+            config.image_std,
+            crops=torch.tensor(crops, dtype=torch.float64).reshape(-1, 5),
+            grids=torch.tensor(all_grids, dtype=torch.int32).reshape(-1, 2),
+            dtype=next(model.encoder.parameters()).dtype,
+        )
     layout = PackedLayout.from_grids(grids, device=patches.device)
-    with torch.set_grad_enabled("encoder" in stage.train):
+    with record_function("granvit.encoder"), torch.set_grad_enabled("encoder" in stage.train):
         features = model.encoder(patches[: layout.num_tokens], layout)
     image_embeds = model.image_embeds(features, layout)
     region_embeds = model.region_embeds(features, layout, batch.packed.boxes, batch.packed.box_image_index)
@@ -72,11 +73,13 @@ def stage_loss(
     losses["features"] = features.detach()
     if teacher is not None and share.peers:
         crop_layout = PackedLayout.from_grids(all_grids[len(images) :], device=patches.device)
-        with torch.no_grad():
+        with record_function("granvit.teacher"), torch.no_grad():
             target = teacher.encoder(patches[layout.num_tokens :], crop_layout)
         boxes = layout.to_grid(batch.regions, batch.region_image)
-        regions = roi_gather(features, layout, boxes, batch.region_image, output_size=distill.crop_grid)
-        distance = distillation_loss(regions.reshape(target.shape), target, distill.target, share.weight, share.ranks)
+        with record_function("granvit.distillation"):
+            regions = roi_gather(features, layout, boxes, batch.region_image, output_size=distill.crop_grid)
+            regions = regions.reshape(target.shape)
+            distance = distillation_loss(regions, target, distill.target, share.weight, share.ranks)
         losses["loss_distill"] = distance * (share.peers / share.regions)
         losses["loss"] = losses["loss_caption"] + stage.distill * losses["loss_distill"]
     return losses
@@ -86,8 +89,7 @@ def answer_losses(
     model: GranViT, batch: Batch, image_embeds: Tensor, region_embeds: Tensor, share: Share
 ) -> dict[str, Tensor]:
     """{"loss", "loss_caption", "answers"}: this batch's part of the step's mean cross entropy over answers' tokens."""
-    logits, targets = model.answer_logits(batch.packed, image_embeds, region_embeds)
-    each = F.cross_entropy(logits.float(), targets, reduction="none")
+    each = model.answer_losses(batch.packed, image_embeds, region_embeds)
     loss = each.sum() * (share.weight / max(1, share.answers))
     return {"loss": loss, "loss_caption": loss, "answers": each.detach()}
 

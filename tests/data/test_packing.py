@@ -137,8 +137,9 @@ def test_mask_is_the_contracts(tiny, samples):
 
 def test_to_moves_every_tensor(tiny, samples):
     batch = pack(tiny()[1], samples).to("meta")
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)] + batch.images
-    assert len(tensors) == 15 and all(tensor.is_meta for tensor in tensors)
+    found = [*vars(batch).values(), *vars(batch.segments).values(), *batch.images]
+    tensors = [value for value in found if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 20 and all(tensor.is_meta for tensor in tensors)
 
 
 def test_nothing_to_pack(tiny):

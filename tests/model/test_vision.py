@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, Siglip2Config, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
 
 from granvit.model import VisionEncoder
-from granvit.model.vision import packed_attention
+from granvit.model.packed_attention import packed_attention
 from granvit_kernels import PackedLayout
 
 GRIDS = [(16, 16), (16, 16), (5, 9), (1, 1), (23, 4), (5, 9)]
@@ -115,8 +115,7 @@ def test_attention_in_runs_equals_attention_by_image():
     mask = layout.image_ids()[:, None] == layout.image_ids()
     scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5
     expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
-    lengths = (layout.grids[:, 0] * layout.grids[:, 1]).tolist()
-    torch.testing.assert_close(packed_attention(q, k, v, layout, lengths), expected)
+    torch.testing.assert_close(packed_attention(q, k, v, layout, layout.cu_seqlens), expected)
 
 
 def test_no_images():

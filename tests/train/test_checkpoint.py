@@ -119,6 +119,33 @@ def test_a_run_that_went_back_leaves_its_later_checkpoints_behind(tmp_path):
     assert names(tmp_path) == ["adapt-0000020"]
 
 
+def test_a_crash_while_one_takes_the_place_of_another_loses_neither(tmp_path, monkeypatch):
+    path = saved(tmp_path, 20)
+    path.rename(tmp_path / ".adapt-0000020.old")
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.newest("adapt") == path
+    rename = Path.rename
+
+    def crash(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    checkpoints.save("adapt", 20, state(21), {"again": True})
+    assert checkpoints.newest("adapt") == path and read_values(path) == {} and checkpoints.failures == 1
+
+
+def test_what_a_crash_leaves_of_an_old_one_is_none(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save("adapt", 1, state(1), {})
+    checkpoints.wait()
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # it never gets to it
+    checkpoints.save("adapt", 2, state(2), {})
+    checkpoints.wait()
+    assert names(tmp_path) == [".adapt-0000001.tmp", "adapt-0000002"]
+
+
 def test_training_is_not_held_up_by_the_writing(tmp_path, monkeypatch):
     disk, writes = threading.Event(), checkpoint.save_file
 

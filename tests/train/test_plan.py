@@ -1,0 +1,132 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from granvit.data.loader import GranDataset
+from granvit.train import plan as planning
+from granvit.train.flops import (
+    Asked,
+    Picture,
+    Sizes,
+    count,
+    one_question_each,
+    operations,
+    packed,
+    padded,
+)
+from granvit.train.plan import PlanConfig, compare, gpu_hours, measured_lengths, measurements, memory, parse, report
+from granvit.train.presets import PRESETS, Model
+from granvit.train.shapes import config_of, on_meta
+
+STAGE_1, STAGE_2 = ("encoder", "projector"), ("projector", "llm")
+ROUND = Sizes(
+    patch=0, encoder=100, encoder_attention=2, projector=0, cells=0, geometry=0, region_keys=0, region=0,
+    region_attention=0, llm=50, llm_attention=3, output=0, locations=0,
+    parameters={"encoder": 100, "projector": 10, "llm": 60},
+)  # fmt: skip
+IMAGE = Picture(patches=10, tokens=10, asked=(Asked(tokens=5, answers=2),) * 6, crops=6, head=0)
+
+
+def test_six_questions_by_hand():
+    ours, theirs = count([IMAGE]), count(one_question_each([IMAGE]))
+    assert (ours.tokens, theirs.tokens) == (40, 90)
+    assert (ours.pairs, theirs.pairs) == (55 + 6 * (50 + 15), 6 * 120)
+    # trained: 6 a weight and token, attention 12; frozen with gradients: 4 and 12; frozen without: 2 and 4
+    assert operations(ROUND, ours, STAGE_1).parts["encoder"] == 6 * 100 * 10 + 12 * 2 * 100
+    assert operations(ROUND, ours, STAGE_1).parts["llm"] == 4 * 50 * 40 + 12 * 3 * 445
+    assert operations(ROUND, ours, STAGE_2).parts["encoder"] == 2 * 100 * 10 + 4 * 2 * 100
+    assert operations(ROUND, ours, STAGE_2).parts["llm"] == 6 * 50 * 40 + 12 * 3 * 445
+    without_attention = replace(ROUND, encoder_attention=0, llm_attention=0)
+    both = compare([[IMAGE]], (0, 0), samples=6)
+    assert both.ratio(without_attention, STAGE_1) == (6 * 6000 + 4 * 50 * 90) / (6000 + 4 * 50 * 40)
+    assert both.ratio(without_attention, STAGE_1, with_padding=True) == both.ratio(without_attention, STAGE_1)
+
+
+def test_both_recipes_teach_the_same_crops_once():
+    image = replace(IMAGE, asked=(Asked(5, 2), Asked(5, 2), Asked(9, 6, region=False)), crops=5)
+    crop_grid = (2, 2)
+    ours, theirs = count([image], crop_grid), count(one_question_each([image]), crop_grid)
+    assert ours.crops == theirs.crops == 5 and ours.crop_patches == theirs.crop_patches == 20
+    assert operations(ROUND, ours, STAGE_1).parts["teacher"] == 2 * 100 * 20 + 4 * 2 * 5 * 16
+
+
+def test_padding_is_what_the_longest_leaves():
+    short, long = replace(IMAGE, asked=(Asked(5, 2),)), replace(IMAGE, patches=12, tokens=12, asked=(Asked(8, 2),))
+    full = padded([short, long])
+    assert (full.tokens, full.patches, full.patch_pairs, full.pairs) == (40, 24, 288, 2 * 210)
+    assert full.answers == count([short, long]).answers
+    rows = packed([[short, long], [long]])
+    assert rows.tokens == 2 * 35 and rows.pairs == count([short, long, long]).pairs + 15
+    assert compare([[short, long], [long]], (0, 0), 2, capacity=50).ours_padded.tokens == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("smollm2-135m", 134_515_008), ("qwen2.5-1.5b", 1_543_714_304), ("llama3-8b", 8_030_261_248)],
+)
+def test_known_llms_have_their_published_sizes(name, parameters):
+    sizes = Sizes.of(on_meta(config_of(Model(encoder="siglip2-base", llm=name, box_format="text"))))
+    assert sizes.parameters["llm"] == parameters
+    # 12 layers of 768: 12 * 768^2 weights each
+    assert sizes.encoder == 12 * 12 * 768**2 and sizes.encoder_attention == 12 * 768
+
+
+def test_a_shape_that_is_not_known_says_what_is(tmp_path):
+    with pytest.raises(ValueError, match="model.llm.*smollm2-135m"):
+        config_of(Model(llm="somebody/llm"))
+    model = on_meta(config_of(Model(llm="smollm2-135m")))
+    model.llm.config.save_pretrained(tmp_path)
+    assert config_of(Model(llm=str(tmp_path))).text_config.num_hidden_layers == 30
+
+
+def test_packs_are_the_trainer_s(small_config, sample_set):
+    plan = PlanConfig(small_config, rows=40)
+    data = GranDataset(sample_set)
+    tokenizer, note = planning.tokenizer_for(plan, data)
+    processor = planning.processor_for(config_of(small_config.model), tokenizer)
+    for stage in (small_config.pretrain, small_config.adapt):
+        found = measured_lengths(plan, stage, data, processor)
+        lengths = [sum(one.length for one in row) for row in found.rows]
+        assert note == "" and max(lengths) <= small_config.data.capacity
+        assert np.mean(lengths[:-1]) > 0.9 * small_config.data.capacity
+        assert (sum(one.crops for row in found.rows for one in row) > 0) == (stage.distill > 0)
+        both = compare(found.rows, (4, 4), 8, small_config.data.capacity)
+        assert both.ours.questions == both.theirs.questions and both.ours.answers == both.theirs.answers
+        assert both.theirs_padded.tokens > both.theirs.tokens > both.ours.tokens
+
+
+def test_memory_and_hours():
+    stage = PRESETS["paper"].pretrain
+    assert memory(ROUND, stage) == {"weights": 4 * 170, "gradients": 4 * 110, "Adam": 8 * 110, "teacher": 400}
+    assert memory(ROUND, stage, ranks=10)["weights"] == 68
+    assert gpu_hours(3.6e18, 0.4, 1000) == pytest.approx(2.5)
+
+
+def test_a_measured_speed_takes_the_place_of_the_assumed_one(tmp_path):
+    plan, stage = PlanConfig(PRESETS["paper"]), PRESETS["paper"].pretrain
+    row = {"provider": "granvit", "mode": "pretrain", "shapes": ["siglip2-base", "qwen2.5-1.5b"], "mfu": 0.5}
+    (tmp_path / "gpu-training-x.json").write_text(json.dumps([row, {**row, "mode": "adapt", "mfu": 0.1}]))
+    assert measurements(plan, stage, tmp_path) == {**row, "file": "gpu-training-x.json"}
+    other = replace(plan, run=replace(plan.run, model=replace(plan.run.model, llm="smollm2-135m")))
+    assert measurements(other, stage, tmp_path) is None
+
+
+def test_the_command_prints_every_table(small_config, sample_set, capsys):
+    console = Console(width=200)
+    report(PlanConfig(PRESETS["paper"]), console)
+    said = capsys.readouterr().out
+    assert "assumed, not measured" in said and "29.51 M images, 183.55 M regions" in said
+    report(PlanConfig(small_config, rows=20), console)
+    assert f"rows of {sample_set}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_arguments():
+    plan = parse(["compact", "--mfu", "0.5", "--model.llm", "qwen2.5-1.5b", "--data.path", "somewhere"])
+    assert (plan.mfu, plan.run.model.llm, plan.run.data.path) == (0.5, "qwen2.5-1.5b", "somewhere")
+    with pytest.raises(SystemExit):
+        parse(["nothing"])
+    with pytest.raises(ValueError, match="mfu"):
+        PlanConfig(PRESETS["smoke"], mfu=1.5)
