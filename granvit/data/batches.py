@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import TOO_LONG, as_it_is, measure, quiet_tokenizers, too_long
+from granvit.data.lengths import TOO_LONG, as_it_is, measure, start_worker, too_long
 from granvit.data.loader import GranDataset
 from granvit.data.packing import PackedBatch, Part, pack_parts, write_parts
 from granvit.data.parquet import ParquetRows
@@ -323,7 +323,7 @@ def beside(reader: Dataset, processes: int, **options: Any) -> Iterator[tuple[Re
         num_workers=processes,
         prefetch_factor=4 if processes else None,
         collate_fn=as_it_is,
-        worker_init_fn=quiet_tokenizers,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each start draws a number of the training's own
         **options,
     )

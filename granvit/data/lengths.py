@@ -6,7 +6,10 @@ import fcntl
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
+import signal
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -153,7 +156,7 @@ def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str
         sampler=chunks,
         num_workers=workers if workers > 1 else 0,
         collate_fn=as_it_is,
-        worker_init_fn=quiet_tokenizers,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
     found = [reader[range(0)], *progress(loader, "Measuring questions", len(chunks))]
@@ -187,9 +190,24 @@ def as_it_is(found: Any) -> Any:
     return found
 
 
-def quiet_tokenizers(_: int) -> None:
-    """For a DataLoader's workers: tokenizers warn after a fork, and their threads are not wanted beside processes."""
+def start_worker(_: int) -> None:
+    """For a DataLoader's workers: tokenizers warn after a fork, and their threads are not wanted beside processes.
+
+    A worker ends with its parent: one whose parent was killed would wait for ever to hand over what it has read. And
+    of SIGTERM it takes only its parent's. torchrun and schedulers send it to all processes of a run, to have it saved,
+    and a worker that went then would take the run with it.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if hasattr(signal, "sigtimedwait"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    told = None
+    while os.getppid() == parent and (told is None or told.si_pid != parent):
+        told = signal.sigtimedwait({signal.SIGTERM}, 2)
+    os._exit(0)
 
 
 def _fingerprint(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 from rich.logging import RichHandler
 
-from granvit.train.guard import NotFinite
+from granvit.train.guard import Failed
 from granvit.train.presets import PRESETS, TrainConfig, load_config
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     command = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "")
     try:
         command(sys.argv[2:]) if command else run_preset(sys.argv[1:])
-    except (ValueError, OSError, NotFinite) as error:
+    except (ValueError, OSError, Failed) as error:
         raise SystemExit(f"granvit.train: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("granvit.train: stopped; the same command goes on from the last checkpoint") from None

@@ -25,7 +25,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -154,9 +153,11 @@ class Checkpoints:
         for path in self.folder.iterdir():
             match = _NAME.fullmatch(path.name)
             if match and match["phase"] == phase and path.is_dir() and not path.is_symlink():
-                with suppress(ValueError):
+                try:
                     _manifest(path)
                     found.append((int(match["step"]), match["final"] is not None, path))
+                except ValueError as error:
+                    log.warning("passed over, as if it were not there: %s", error)
         return [path for _, _, path in sorted(found)]
 
     def _write(self, name: str, planner: _Planner, body: dict) -> None:
@@ -251,7 +252,11 @@ def load(
             if _digest(path / name) != manifest.files[name].sha256:
                 raise ValueError(f"{path / name} is damaged: its SHA-256 is not the one in {_MANIFEST}")
 
-    _together(group, check)
+    try:
+        _together(group, check)
+    except ValueError as error:
+        advice = f"remove the folder {path}, and the same command goes on from what is there besides"
+        raise ValueError(f"{error}; {advice}") from error
     _together(group, lambda: _check_tensors(path, tensors, subset))
     reader, planner = dcp.HuggingFaceStorageReader(str(path)), DefaultLoadPlanner(flatten_state_dict=False)
     try:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from granvit.model import GranViT
+from granvit.train.guard import Failed
 
 PATIENCE = timedelta(hours=24)  # of a rank that waits for the others on the host: they may evaluate, or build data
 
@@ -56,7 +57,7 @@ class World:
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, which alone does it, while the others wait. Where it raises, every
-        rank raises: RuntimeError on the others."""
+        rank raises: Failed on the others."""
         found: list[Any] = [None, None]
         fault = None
         if self.leads:
@@ -70,7 +71,7 @@ class World:
         if fault is not None:
             raise fault
         if found[1] is not None:
-            raise RuntimeError(f"the first rank failed ({found[1]})")
+            raise Failed(f"the first rank failed ({found[1]})")
         return found[0]
 
 
@@ -148,6 +149,10 @@ def synchronise(module: nn.Module, wanted: bool) -> None:
 
 
 class _Sum(torch.autograd.Function):
+    """Its backward shares the group of DDP's or FSDP's own: every rank must come to it at the same point among those.
+    They do, as the loss that is made last goes backwards first, and every rank's step has one (see loop.Phase.blank).
+    """
+
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous().clone()

@@ -21,7 +21,11 @@ class Terminated(SystemExit):
         super().__init__(STOPPED)
 
 
-class NotFinite(RuntimeError):
+class Failed(RuntimeError):
+    """The run can't go on. The message is for whoever started it: why, and what to do."""
+
+
+class NotFinite(Failed):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 

@@ -31,7 +31,7 @@ from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.compiling import compile_blocks
 from granvit.train.distill import Teacher, feature_statistics
 from granvit.train.distributed import World, distribute, synchronise
-from granvit.train.guard import NotFinite, Spikes, Streak, Terminated, Termination
+from granvit.train.guard import Failed, NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.memory import checkpoint_activations
 from granvit.train.metrics_log import MetricsLog
 from granvit.train.presets import TrainConfig
@@ -183,7 +183,8 @@ class Phase:
             (losses["loss"] * self.world.ranks).backward()
             found.append({name: value.detach() for name, value in losses.items()})
         line |= self._update(found, batches)
-        if "features" in found[0] and (self.step % self.config.log_every == 0 or self.step == 1):
+        seen = "features" in found[0] and "skipped" not in line  # there is no rank of what isn't finite
+        if seen and (self.step % self.config.log_every == 0 or self.step == 1):
             line |= {f"features_{k}": v for k, v in feature_statistics(found[0]["features"]).items()}
         return line
 
@@ -243,11 +244,12 @@ def train_phase(
     """Run `phase` to its last step, and leave its final checkpoint.
 
     Raises Terminated, after saving, when the run is asked to stop; NotFinite, with a dump that reproduces it, after too
-    many steps without a finite loss in a row; RuntimeError where checkpoints can't be written any more.
+    many steps without a finite loss in a row; Failed where checkpoints can't be written any more.
     """
     stage, config, world = phase.stage, phase.config, phase.world
     folder, profiled_step = checkpoints.folder.parent, STEP if config.profile and world.leads else None
     phase.model.train()
+    loud = logging.WARNING if world.leads else logging.DEBUG  # what all ranks have to say
     with ExitStack() as stack:
         bar = stack.enter_context(
             Progress(
@@ -263,7 +265,7 @@ def train_phase(
                 line = phase.take(batches)
             ended = time.perf_counter()
             if "skipped" not in line and "loss" not in line:
-                log.warning("%s step %d: no readable image among its rows, skipped", stage.name, phase.step)
+                log.log(loud, "%s step %d: no readable image among its rows, skipped", stage.name, phase.step)
             elif world.leads:
                 metrics.write(stage=stage.name, step=phase.step, **line, seconds=ended - began)
             began = ended
@@ -274,30 +276,40 @@ def train_phase(
             if phase.step < stage.steps and (stopping or phase.step % config.checkpoint_every == 0):
                 checkpoints.save(stage.name, phase.step, phase.tensors(), phase.values())
                 if checkpoints.failures >= config.failed_saves:
-                    raise RuntimeError(
+                    raise Failed(
                         f"{checkpoints.failures} checkpoints in a row could not be written to {checkpoints.folder} "
                         "(config.failed_saves); what was learnt since the last one is lost"
                     )
             if stopping:
                 checkpoints.wait()
-                log.warning("%s: stopped after step %d; the same command goes on", stage.name, phase.step)
+                if checkpoints.failures:
+                    raise Failed(
+                        f"{stage.name}: stopped after step {phase.step}, which could not be saved; the same command "
+                        "goes on from the checkpoint before it"
+                    )
+                log.log(loud, "%s: stopped after step %d; the same command goes on", stage.name, phase.step)
                 raise Terminated
-    checkpoints.save(stage.name, phase.step, model_tensors(phase.model), {"step": phase.step}, final=True)
-    if checkpoints.failures:
-        raise RuntimeError(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
-    if any(world.total(termination.asked)):
-        raise Terminated
+        checkpoints.save(stage.name, phase.step, model_tensors(phase.model), {"step": phase.step}, final=True)
+        if checkpoints.failures:
+            raise Failed(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
+        if any(world.total(termination.asked)):  # while the last step was taken, or saved
+            log.log(loud, "%s: stopped at its end; the same command goes on", stage.name)
+            raise Terminated
 
 
 def _give_up(phase: Phase, checkpoints: Checkpoints) -> None:
     """Leave a checkpoint from before the last step, which was skipped as those before it were, and raise NotFinite."""
     step = phase.step
+    checkpoints.wait()  # it may be the last good one
     phase.step -= 1  # nothing has changed since but the place in the data
     dumps = Checkpoints(checkpoints.folder.parent / "faults", keep=1, group=phase.world.control)
     dumps.save(phase.stage.name, phase.step, phase.tensors(), phase.values() | {"config": asdict(phase.config)})
     dumps.wait()
-    path = dumps.newest(phase.stage.name)
+    advice = f"no dump of it could be written to {dumps.folder}"
+    if not dumps.failures:
+        path = dumps.newest(phase.stage.name)
+        advice = f"`python -m granvit.train replay {path}` shows where it begins"
     raise NotFinite(
         f"{phase.stage.name} step {step}: {phase.streak.length} steps in a row had a loss or gradient that is not "
-        f"finite (config.nonfinite_limit); `python -m granvit.train replay {path}` shows where it begins"
+        f"finite (config.nonfinite_limit); {advice}"
     )

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
+from granvit.train.metrics_log import write_aside
 from granvit.train.stages import Stage
 
 
@@ -244,7 +245,7 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+    write_aside(path, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
 
 
 def load_config(path: Path) -> TrainConfig:

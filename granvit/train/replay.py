@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -30,6 +31,7 @@ def replay(dump: Path, device: str = "auto") -> bool:
         stage = {one.name: one for one in (config.warmup, config.pretrain, config.adapt)}[values["stage"]]
     except (KeyError, ValidationError) as error:
         raise ValueError(f"{dump} is no dump of a step that this version can take again: {error}") from error
+    config = replace(config, trackers=())  # this is no part of the run
     _, found = start(device)
     run = Run(config, dump.resolve().parents[1], World(), found, Termination())
     phase = run.new_phase(stage, run.model)

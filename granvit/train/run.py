@@ -32,7 +32,7 @@ from granvit.train.distill import feature_statistics
 from granvit.train.distributed import World, start, stop
 from granvit.train.guard import Termination, termination
 from granvit.train.loop import Phase, model_tensors, train_phase
-from granvit.train.metrics_log import MetricsLog, make_trackers
+from granvit.train.metrics_log import MetricsLog, Tracker, make_trackers, write_aside
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> Path:
 
     Under torchrun every rank calls this. Raises ValueError where the folder holds another run, the dataset is none or
     has changed since, or a name in the configuration is wrong; Terminated (a SystemExit of guard.STOPPED) when SIGTERM
-    came; NotFinite and RuntimeError as `train_phase` does.
+    came; Failed (NotFinite is one) as `train_phase` does, and on the ranks that did not fail themselves.
     """
     world, device = start(config.device)
     try:
@@ -101,7 +101,7 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
     """Write down at `path` which data a run is trained on. Raises ValueError where that says something else already."""
     ours = {name: {"rows": len(split), "fingerprint": split.fingerprint} for name, split in splits.items()}
     if not path.exists():
-        path.write_text(json.dumps(ours, indent=1))
+        write_aside(path, json.dumps(ours, indent=1))
         return
     theirs = json.loads(path.read_text())
     differing = [name for name in ours if ours[name] != theirs.get(name)]
@@ -169,7 +169,8 @@ class Run:
         self.model, self.processor = build(config.model, self.data)
         self._need_room()
         self.model.to(device)
-        trackers = make_trackers(config.trackers, config, folder) if world.leads else []
+        trackers: list[Tracker] = []  # the first rank's; they can't be sent
+        world.first(lambda: trackers.extend(make_trackers(config.trackers, config, folder)))
         world.first(lambda: check_room(folder, self._checkpoint_bytes(), config.keep_checkpoints))
         self.checkpoints = Checkpoints(
             folder / "checkpoints", config.keep_checkpoints, config.keep_every, world.control
@@ -234,7 +235,7 @@ class Run:
             "faults": {"train": self.data.faults.summary(), "test": self.test.faults.summary()},
         }
         if self.world.leads:
-            path.write_text(json.dumps(result, indent=1))
+            write_aside(path, json.dumps(result, indent=1))
         return result
 
     def phase(self, stage: Stage, title: str | None = None) -> None:
@@ -260,7 +261,7 @@ class Run:
     def new_phase(self, stage: Stage, model: GranViT) -> Phase:
         """The stage before its first step, of this model."""
         config, processor, world = self.config, self.processor, self.world
-        warming = stage is config.warmup
+        warming = stage.name == config.warmup.name
 
         def loss_of(model: GranViT, teacher, step: int, batch: Batch, share: Share) -> dict[str, torch.Tensor]:
             if warming:
@@ -293,9 +294,9 @@ class Run:
             )  # fmt: skip
         seconds = time.perf_counter() - began
         if world.leads:
-            self.metrics.write(stage=stage, step=step, evaluation=when, **found.metrics, seconds=seconds)
-            if when == "after":
+            if when == "after":  # first, as what has its line is not done again
                 self._keep_predictions(stage, found.predictions)
+            self.metrics.write(stage=stage, step=step, evaluation=when, **found.metrics, seconds=seconds)
         return found.metrics
 
     def _written(self, stage: str, step: int, when: str) -> dict[str, float] | None:
@@ -310,7 +311,7 @@ class Run:
         path = self.folder / "report" / "predictions.json"
         path.parent.mkdir(exist_ok=True)
         kept = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(kept | {stage: predictions}, indent=1))
+        write_aside(path, json.dumps(kept | {stage: predictions}, indent=1))
 
     @torch.no_grad()
     def _features(self, when: str) -> dict[str, float]:

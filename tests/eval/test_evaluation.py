@@ -151,6 +151,28 @@ def test_the_model_is_asked_in_eval_mode_and_left_as_it_was(dataset):
     assert not model.training
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 50])
+def test_ranks_share_the_questions_and_find_what_one_finds(dataset, ranks):
+    """Also more ranks than there are questions: the ones without any take part in the gathering."""
+
+    def answer(question, colour):
+        return question.prompt[-20:]
+
+    alone = evaluate(Scripted(answer), Processor(), dataset)
+    parts = []
+
+    def send(own):
+        parts.append(own)
+        return [alone.predictions]
+
+    for rank in range(ranks):
+        evaluate(Scripted(answer), Processor(), dataset, rank=rank, ranks=ranks, gather=send)
+    assert sum(map(len, parts)) == len(alone.predictions) and (ranks < 50 or [] in parts)
+    for rank in range(ranks):
+        found = evaluate(Scripted(answer), Processor(), dataset, rank=rank, ranks=ranks, gather=lambda own: parts)
+        assert found == alone
+
+
 def test_a_limit_and_faulty_rows(gran_rows):
     names = [str(i) if i != 4 else "broken" for i in range(10)]
     rows = gran_rows([(name, [(LEFT, f"thing {name}", "natural")]) for name in names])

@@ -2,10 +2,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -17,7 +13,7 @@ from transformers import Siglip2VisionModel
 from granvit.eval.curves import draw_curves
 from granvit.model import GranViT, GranViTProcessor
 from granvit.train.checkpoint import Checkpoints
-from granvit.train.presets import PRESETS, save_config
+from granvit.train.presets import PRESETS
 from granvit.train.run import train
 from granvit.train.summary import mean
 
@@ -134,49 +130,6 @@ def test_the_same_command_again_does_nothing_twice(finished):
     before = (folder / "metrics.jsonl").read_text()
     train(config)
     assert (folder / "metrics.jsonl").read_text() == before
-
-
-@pytest.mark.parametrize(("phase", "steps"), [("warmup", 2), ("pretrain", 3), ("pretrain", 6), ("adapt", 2)])
-def test_an_interrupted_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, phase, steps):
-    """Cut off after `steps` steps of `phase`, like kill -9: nothing is saved but what had been saved."""
-    from granvit.train import loop
-
-    config, folder = finished
-    config = dataclasses.replace(config, output=str(tmp_path / "run"), control=False)
-    take = loop.Phase.take
-
-    def cut(self, batches):
-        if self.stage.name == phase and self.step >= steps:
-            raise KeyboardInterrupt
-        line = take(self, batches)
-        if self.stage.name == phase and self.step == self.stage.steps == steps:
-            raise KeyboardInterrupt
-        return line
-
-    monkeypatch.setattr(loop.Phase, "take", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr(loop.Phase, "take", take)
-    train(config)
-    assert without_time(training_lines(tmp_path / "run")) == without_time(training_lines(folder))
-
-
-def test_a_killed_process_goes_on_where_it_was(finished, tmp_path):
-    config, folder = finished
-    config = dataclasses.replace(config, output=str(tmp_path / "run"), control=False)
-    save_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "granvit.train", "--config", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    written = tmp_path / "run" / "checkpoints" / "pretrain-0000002"
-    deadline = time.monotonic() + 120
-    while not written.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    assert without_time(training_lines(tmp_path / "run")) == without_time(training_lines(folder))
-    assert (tmp_path / "run" / "report" / "index.html").is_file()
 
 
 def test_several_seeds_are_averaged(small_config, tmp_path):

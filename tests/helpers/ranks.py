@@ -1,0 +1,142 @@
+"""What the tests of training on several ranks run on each of them: `torchrun ... ranks.py FOLDER` leaves, for every
+case, the lines of its steps and the tensors after them in FOLDER/ddp.pt and FOLDER/fsdp.pt."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from granvit.data.batches import Batch, Read, collate, join
+from granvit.data.prompts import GLOBAL_CAPTION
+from granvit.train.distributed import World, start, stop
+from granvit.train.guard import Termination
+from granvit.train.presets import TrainConfig, load_config
+from granvit.train.run import Run
+
+STEPS = 20
+
+
+def torchrun(ranks: int, *words: object, **options: Any) -> subprocess.Popen:
+    """`torchrun --nproc-per-node RANKS WORDS...`, at a port that the system picks; its output is a pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:0", *words]  # fmt: skip
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+        **options,
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """For processes that share few cores, and find granvit where we do."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+# Who has what: for each step the four portions of its batch, each a list of (row, how many questions, with regions).
+# Rank r of R has portions r, r + R, ...; so the steps are the same for any number of ranks.
+EVERY, NONE = 3, []
+SPLITS = [
+    [[(row, EVERY, True) for row in range(12)], [(12, 1, True)], [(13, EVERY, False)], [(14, 2, True), (15, 3, True)]],
+    [[(1, EVERY, True), (2, 3, True)], NONE, [(3, 1, True)], NONE],  # no picture left on a rank, of 2 as of 4
+    [[(row, 1, False)] for row in range(4)],  # no region anywhere
+    [[(4, EVERY, True)], [(5, 1, False)], [(6, EVERY, True)], [(7, 1, False)]],  # on some ranks alone
+    [NONE, NONE, NONE, NONE],
+    [NONE, [(8, 3, True)], NONE, NONE],
+    [[(row, 4, True)] for row in range(20, 24)],
+]
+
+
+def portion_batches(run: Run, stage, world: World, splits=SPLITS) -> Iterator[Batch]:
+    """This rank's batch of each split."""
+    for split in splits:
+        samples, asked = [], []
+        for row, many, whole in [one for portion in split[world.rank :: world.ranks] for one in portion]:
+            sample = run.data[row]
+            sample = sample if whole else replace(sample, regions=(), caption=f"a picture, number {row}")
+            samples.append(sample)
+            asked.append(run.processor.questions(sample, stage.tasks)[:many])
+        yield of(run, samples, asked)
+
+
+def of(run: Run, samples: list, asked: list) -> Batch:
+    capacity = run.config.data.capacity
+    if not samples:  # as the loader hands it out where every picture of it is faulty
+        return join([Read([[]], [], [], [])], run.processor, capacity)
+    return collate(samples, asked, run.processor, capacity)
+
+
+def through_loader(run: Run, stage, world: World, steps: int) -> dict:
+    """The stage's own steps."""
+    phase = run.new_phase(replace(stage, steps=steps), copy.deepcopy(run.model))
+    return outcome(phase, [phase.take(batches) for batches in phase.batches()])
+
+
+def through_splits(run: Run, stage, world: World) -> dict:
+    phase = run.new_phase(replace(stage, packs=4), copy.deepcopy(run.model))
+    return outcome(phase, [phase.take([batch]) for batch in portion_batches(run, stage, world)])
+
+
+def accumulated(run: Run, stage, world: World, target: str) -> dict:
+    """Steps of two batches each, from the splits."""
+    run.config = replace(run.config, distill=replace(run.config.distill, target=target))
+    phase = run.new_phase(replace(stage, packs=4, accumulate=2), copy.deepcopy(run.model))
+    batches = list(portion_batches(run, stage, world))
+    return outcome(phase, [phase.take(batches[i : i + 2]) for i in (0, 2, 5)])
+
+
+def outcome(phase, lines: list[dict]) -> dict:
+    weights = {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in phase.tensors().items()
+    }
+    return {"lines": lines, "weights": weights}
+
+
+def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> dict[str, dict]:
+    """{case: lines and weights}. config.data.path is a folder with whole/ and faulty/, two datasets."""
+    found = {}
+    whole, faulty = (
+        replace(config, parallel=parallel, data=replace(config.data, path=f"{config.data.path}/{name}"))
+        for name in ("whole", "faulty")
+    )
+    text = replace(whole, model=replace(whole.model, box_style="text", box_format="text"))
+
+    def run_of(config: TrainConfig, name: str) -> Run:
+        return Run(config, folder / f"{name}-{parallel}-{world.ranks}", world, torch.device("cpu"), Termination())
+
+    run = run_of(whole, "whole")
+    for stage in (whole.warmup, whole.pretrain, whole.adapt):
+        found[f"{stage.name} steps"] = through_loader(run, stage, world, 3 if stage is whole.warmup else STEPS)
+        found[f"{stage.name} splits"] = through_splits(run, stage, world)
+    captions = replace(whole.pretrain, tasks=(GLOBAL_CAPTION,))
+    found["no region question"] = through_loader(run, captions, world, 3)
+    for target in ("mse", "cosine", "layer_norm"):
+        found[f"{target} accumulated"] = accumulated(run, whole.pretrain, world, target)
+    run = run_of(faulty, "faulty")
+    found["faulty pictures"] = through_loader(run, faulty.pretrain, world, 12)
+    run = run_of(text, "text")
+    for stage in (text.pretrain, text.adapt):
+        found[f"{stage.name} with boxes as text"] = through_loader(run, stage, world, 3)
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    world, _ = start("cpu")
+    config = load_config(folder / "config.yaml")
+    try:
+        for parallel in ("ddp", "fsdp"):
+            found = outcomes(config, folder, world, parallel)
+            if world.leads:
+                torch.save(found, folder / f"{parallel}.pt")
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

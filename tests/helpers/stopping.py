@@ -1,0 +1,71 @@
+"""Runs that are hit by signals: `python stopping.py PLACES ARGUMENTS...` is `python -m granvit.train ARGUMENTS...`,
+over and over, hit at each of the places in turn and then let run to its end.
+
+PLACES: places STAGE:STEP:SIGNAL[:WHO] separated by commas; it comes when that step has been taken (step "final": when
+the stage's final checkpoint is written). WHO: self; later, which is self at some moment of what comes next, for as long
+as the step took; parent (torchrun). Exit codes are printed. Under torchrun there is one place, and no run after it.
+"""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+from granvit.train import __main__, loop, run  # noqa: F401  (imported once, before the processes part)
+
+
+def hit(who: str, number: int) -> None:
+    os.kill(os.getpid() if who == "self" else os.getppid(), number)
+
+
+def prepare(place: str) -> None:
+    """Let the signal come there in this process, where it is the first of its run."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    stage, step, name, who = [*place.split(":"), "self"][:4]
+    number = signal.Signals["SIG" + name]
+    if step == "final":
+        train_phase = loop.train_phase
+
+        def after(phase, *others):
+            train_phase(phase, *others)
+            if phase.stage.name == stage:
+                hit(who, number)
+
+        run.train_phase = after
+        return
+    take = loop.Phase.take
+
+    def at(phase, batches):
+        began = time.perf_counter()
+        line = take(phase, batches)
+        if (phase.stage.name, phase.step) == (stage, int(step)):
+            if who == "later":
+                seconds = random.random() * (time.perf_counter() - began)
+                threading.Timer(seconds, hit, ("self", number)).start()
+            else:
+                hit(who, number)
+        return line
+
+    loop.Phase.take = at
+
+
+def main() -> None:
+    places, sys.argv = sys.argv[1].split(","), ["granvit.train", *sys.argv[2:]]
+    if "RANK" in os.environ:
+        prepare(places[0])
+        return __main__.main()
+    for place in places:
+        child = os.fork()
+        if not child:
+            prepare(place)
+            __main__.main()
+            os._exit(0)
+        print(f"{place} -> {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
+    __main__.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Several processes do what one does. One launch for each number of them takes all cases (see ranks.py)."""
+
+from dataclasses import replace
+
+import datasets
+import pytest
+import ranks
+import torch
+from ranks import SPLITS, outcomes, torchrun
+
+from granvit.train.distributed import World
+from granvit.train.presets import save_config
+
+CASES = [
+    "warmup steps", "warmup splits", "pretrain steps", "pretrain splits", "adapt steps", "adapt splits",
+    "no region question", "mse accumulated", "cosine accumulated", "layer_norm accumulated", "faulty pictures",
+    "pretrain with boxes as text", "adapt with boxes as text",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(small_config, sample_set, tmp_path_factory):
+    """Of a folder with whole/, the sample set, and faulty/, of whose pictures two thirds can't be opened."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "whole").symlink_to(sample_set)
+    rows = datasets.load_from_disk(str(sample_set)).cast_column("image", datasets.Image(decode=False))
+
+    def spoil(row: dict, number: int) -> dict:
+        return {"image": {"bytes": row["image"]["bytes"][:30] if number % 3 else row["image"]["bytes"], "path": None}}
+
+    rows["train"] = rows["train"].map(spoil, with_indices=True)
+    rows.save_to_disk(folder / "faulty")
+    stages = {name: replace(getattr(small_config, name), packs=4) for name in ("warmup", "pretrain", "adapt")}
+    data = replace(small_config.data, path=str(folder), capacity=128, fault_budget=1.0)
+    return replace(small_config, **stages, data=data, threads=1)
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """What one process finds."""
+    threads = torch.get_num_threads()
+    yield outcomes(config, tmp_path_factory.mktemp("alone"), World(), "ddp")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(config, tmp_path_factory, request):
+    """What that many find, by "ddp" and "fsdp"."""
+    folder = tmp_path_factory.mktemp("together")
+    save_config(config, folder / "config.yaml")
+    process = torchrun(request.param, ranks.__file__, folder)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return {parallel: torch.load(folder / f"{parallel}.pt") for parallel in ("ddp", "fsdp")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_those_of_one_process(alone, together, parallel, case):
+    """Losses to 1e-5; Adam's means of the gradients to 1e-4 of the largest; weights as far as Adam's steps, which
+    are of one size for however small a gradient, let them be."""
+    found, expected = together[parallel][case], alone[case]
+    for name in ("images", "regions"):
+        assert [line[name] for line in found["lines"]] == [line[name] for line in expected["lines"]]
+    for line, other in zip(found["lines"], expected["lines"], strict=True):
+        assert line.keys() == other.keys() and ("loss" in line) == (line["images"] > 0)
+        for name in ("loss", "loss_caption", "loss_distill"):
+            assert line.get(name, 0) == pytest.approx(other.get(name, 0), abs=1e-5), (line, other)
+        assert line.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=1e-4)
+    assert found["weights"].keys() == expected["weights"].keys()
+    largest = max(float(v.abs().max()) for n, v in expected["weights"].items() if n.endswith("exp_avg") and v.numel())
+    wrong = {}
+    for name, value in expected["weights"].items():
+        off = (found["weights"][name] - value).abs().double().flatten()
+        most, mean = (float(off.max()), float(off.mean())) if off.numel() else (0.0, 0.0)
+        limits = (1e-3, 1e-5)
+        if name.endswith(".exp_avg"):
+            limits = (1e-4 * largest, 1e-5 * largest)
+        elif name.endswith(("k_proj.bias", "key.bias")):  # softmax takes a key's bias out again: all rounding
+            limits = (1e-3, 1e-3)
+        if not (most <= limits[0] and mean <= limits[1]):
+            wrong[name] = (most, mean)
+    assert not wrong
+
+
+def test_the_splits_are_what_they_are_to_be(alone):
+    """Unequal, empty on some rank, and empty on all: else the test above would show less than it says."""
+    lines = alone["pretrain splits"]["lines"]
+    assert [line["images"] for line in lines] == [sum(map(len, split)) for split in SPLITS]
+    assert ["loss" in line for line in lines] == [True] * 4 + [False] + [True] * 2
+    assert lines[2]["loss_distill"] == 0 and lines[2]["regions"] == 0
+    assert 0 in [line["images"] for line in alone["faulty pictures"]["lines"]]
+    assert any(0 < line["images"] < 4 for line in alone["faulty pictures"]["lines"])  # some of 4 ranks have none
+    assert sum(line["images"] for line in alone["pretrain steps"]["lines"]) > 67  # and so, more than an epoch
+
+
+@pytest.mark.parametrize("target", ["mse", "cosine", "layer_norm"])
+def test_batches_one_after_the_other_are_one_batch(config, alone, tmp_path, target):
+    """Where the distance of a region depends on no other region. "standardized" compares with the regions of its batch,
+    so that its loss is that of the batches, weighted by their regions."""
+    run = ranks.Run(
+        replace(config, data=replace(config.data, path=f"{config.data.path}/whole"),
+                distill=replace(config.distill, target=target)),
+        tmp_path, World(), torch.device("cpu"), ranks.Termination(),
+    )  # fmt: skip
+    phase = run.new_phase(config.pretrain, run.model)
+    pairs = [[a + b for a, b in zip(SPLITS[i], SPLITS[i + 1], strict=True)] for i in (0, 2, 5)]
+    lines = [phase.take([batch]) for batch in ranks.portion_batches(run, config.pretrain, World(), pairs)]
+    for line, other in zip(lines, alone[f"{target} accumulated"]["lines"], strict=True):
+        for name in ("loss", "loss_caption", "loss_distill"):
+            assert line[name] == pytest.approx(other[name], abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_alone_the_world_is_what_one_says():
+    world = World()
+    assert world.leads and world.total(1, 2.5) == [1, 2.5] and world.gather("a") == ["a"]
+    assert world.first(lambda: 7) == 7
+    with pytest.raises(KeyError):
+        world.first(lambda: {}["nothing"])
+
+
+@pytest.mark.slow
+def test_what_the_first_rank_finds_wrong_is_said_once_and_without_a_traceback(config, tmp_path):
+    """A name of a tracker that leads nowhere, which only the first rank looks for."""
+    data = replace(config.data, path=f"{config.data.path}/whole")
+    config = replace(config, output=str(tmp_path / "run"), data=data, trackers=("tensorboard", "no_such:thing"))
+    save_config(config, tmp_path / "config.yaml")
+    process = torchrun(2, "-m", "granvit.train", "--config", tmp_path / "config.yaml")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1 and "granvit.train: trackers: 'no_such:thing' can't be made" in output, output
+    assert "granvit.train: the first rank failed (ValueError: trackers: 'no_such:thing'" in output
+    assert 'granvit/train/run.py", line' not in output, output
+    assert not (tmp_path / "run" / "config.yaml").exists()
