@@ -36,9 +36,11 @@ def make_sample(seed: int, height: int = 48, width: int = 64, regions: int = 3) 
         found.append(SimpleNamespace(box=box, caption=caption, kind="natural", score=None))
     image = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     caption = f"a scene with {regions} things"
+    chat = (("how many things?", f"{regions} of them"), ("which one is left?", CAPTIONS[1]), ("sure?", "yes"))
     return SimpleNamespace(
-        id=f"sample-{seed}", image=image, caption=caption, regions=tuple(found), source="test"
-    )
+        id=f"sample-{seed}", image=image, caption=caption, regions=tuple(found), source="test",
+        conversations=(chat, chat[1:])[: seed % 3],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
