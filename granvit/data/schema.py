@@ -46,9 +46,7 @@ FEATURES = Features(
     }
 )
 
-CHAT_FEATURES = Features(
-    {**FEATURES, "conversations": [[{"role": Value("string"), "content": Value("string")}]]}
-)
+CHAT_FEATURES = Features({**FEATURES, "conversations": [[{"role": Value("string"), "content": Value("string")}]]})
 """The columns with the optional one, for training on chat: conversations about the picture, each a list of turns, the
 user's (`role` "user") and the assistant's ("assistant") by turns."""
 
