@@ -50,7 +50,7 @@ def find_encoder(path: str | Path) -> Path | str:
     ValueError for a run without one encoder: an unfinished one, or one of several seeds.
     """
     folder = Path(path)
-    if (folder / "config.yaml").is_file() or (folder / "encoder").is_dir():
+    if any((folder / name).exists() for name in ("config.yaml", "export", "encoder")):
         folder = find_model(folder) / "encoder"
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no encoder: there is no config.json")
