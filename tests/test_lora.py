@@ -130,6 +130,8 @@ def test_the_llm_is_held_in_bfloat16_and_the_rest_in_float32(llm_folder, samples
         losses = train(model, batch)
     assert losses[-1] < losses[0]
     with torch.no_grad():
+        inputs = processor([samples[0].image], [processor.questions(samples[0], ["bbox2caption"])[0]])
+        assert model.generate(**inputs, max_new_tokens=3).shape[0] == 1
         said = model(batch).logits.float()
         model.save_pretrained(tmp_path)
         again = GranViT.from_pretrained(tmp_path)(batch).logits.float()

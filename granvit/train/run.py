@@ -248,7 +248,8 @@ class Run:
             if "encoder" in stage.train:
                 features[stage.name] |= self._features("after")
             for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
-                found[when] = self.evaluation(stage, stage.steps, when, blind)
+                if blind != "text" or "test" in self.splits:  # else there is nothing that it would measure
+                    found[when] = self.evaluation(stage, stage.steps, when, blind)
             last = found["after"]
         self.world.first(self._export)
         controlled = config.control and config.adapt.steps > 0

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from granvit.lora import Lora
 from granvit.train.presets import PRESETS, Model, TrainConfig, load_config
 
 SFT_STEPS = 5000
@@ -28,7 +29,8 @@ def adapt_config(encoder: str | None) -> TrainConfig:
         return config
     found = _export(encoder)
     shape = {field.name: found[field.name] for field in fields(Model) if field.name in found}
-    return replace(config, model=replace(config.model, whole=None, encoder=encoder, llm=None, **shape))
+    model = replace(config.model, whole=None, encoder=encoder, llm=None, lora=Lora(), **shape)
+    return replace(config, model=model)
 
 
 def sft_config(model: str | None) -> TrainConfig:

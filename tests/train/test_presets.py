@@ -59,6 +59,7 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
         ("--pretrain.learning-rate", "-1", "pretrain.learning_rate is -1.0"),
         ("--pretrain.clip", "0", "pretrain.clip is 0.0"),
         ("--llm.lora", "-1", "lora: rank is -1"),
+        ("--llm.lora", "8", "model.lora.rank is 8; an LLM made from scratch"),
         ("--sft.steps", "-1", "sft.steps is -1"),
     ],
 )

@@ -181,7 +181,7 @@ def test_a_run_goes_on_with_conversations(run, chats, rank, tmp_path):
     train(config)
     assert trained(folder) == [("sft", 1), ("sft", 2), ("sft", 3)]
     measured = {line["evaluation"]: line for line in lines_of(folder) if "evaluation" in line}
-    assert list(measured) == ["before", "after", "other_image", "text_only"]
+    assert list(measured) == ["before", "after", "other_image"]
     names = {name for line in measured.values() for name in line} - {"stage", "step", "evaluation"}
     assert names == {"chat_token_accuracy"} and 0 <= measured["before"]["chat_token_accuracy"] <= 1
     losses = [line["loss"] for line in lines_of(folder) if "loss" in line]
