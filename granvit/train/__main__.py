@@ -30,7 +30,9 @@ def parse(arguments: list[str]) -> TrainConfig:
         known = f"presets {', '.join(PRESETS)}; commands {', '.join((*STARTS, *COMMANDS))}"
         raise SystemExit(f"granvit.train: there is no {preset!r}; {known}")
     default = PRESETS.get(preset) or STARTS[preset].default(_value(rest, STARTS[preset].flag))
+    check = STARTS[preset].check if preset in STARTS else None
     if "--config" in rest:
+        check = None  # what was a run once lacks nothing
         at = rest.index("--config")
         if at + 1 == len(rest):
             raise SystemExit("granvit.train: --config takes the path of a run's config.yaml")
@@ -39,8 +41,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     config = tyro.cli(
         TrainConfig, args=rest, default=default, prog=f"python -m granvit.train {preset}", description=_USAGE
     )
-    if preset in STARTS:
-        STARTS[preset].check(config, default)
+    if check:
+        check(config, default)
     return config
 
 

@@ -66,6 +66,8 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
     folder = Path(config.output)
     began = time.perf_counter()
     started = world.first(lambda: resumes(folder, config))
+    if not config.stages:
+        raise ValueError("no stage has steps: pretrain.steps, adapt.steps and sft.steps are 0")
     if config.data.path == "":
         raise ValueError(f"data.path: the preset {config.preset} has no data of its own; give --data.path DIR")
     if config.data.path is None:

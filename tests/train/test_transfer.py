@@ -18,7 +18,7 @@ from granvit.lora import Lora, adapters
 from granvit.model import VisionEncoder
 from granvit.train.__main__ import parse
 from granvit.train.checkpoint import Checkpoints
-from granvit.train.presets import PRESETS, Model
+from granvit.train.presets import PRESETS, Model, save_config
 from granvit.train.run import train
 
 FEW = ("--adapt.steps", "2", "--adapt.packs", "2", "--adapt.warmup-steps", "0")
@@ -158,6 +158,19 @@ def test_a_seed_of_a_run_has_the_runs_configuration(run, tmp_path):
 def test_what_a_command_lacks_is_said_before_anything_starts(arguments, message):
     with pytest.raises(ValueError, match=message):
         parse(arguments)
+
+
+def test_a_configuration_of_either_command_is_read_back(tmp_path):
+    config = parse(["sft", "--model", "some/model", "--data.path", "some/chats", "--llm.lora", "4"])
+    save_config(config, tmp_path / "config.yaml")
+    for command in ([], ["sft"]):
+        assert parse([*command, "--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_a_run_without_stages_is_refused(small_config, tmp_path):
+    none = {name: dataclasses.replace(getattr(small_config, name), steps=0) for name in ("pretrain", "adapt")}
+    with pytest.raises(ValueError, match="no stage has steps"):
+        train(dataclasses.replace(small_config, output=str(tmp_path / "run"), **none))
 
 
 def test_a_run_that_is_not_finished_has_no_encoder(run, llm_folder, tmp_path):
