@@ -36,6 +36,7 @@ from granvit.data.schema import Region, Sample
 from granvit.machine import commit
 from granvit.model import GranViT
 from granvit.model.config import token_grid
+from granvit.train.compiling import compile_blocks
 from granvit.train.distill import Teacher
 from granvit.train.flops import Sizes, count, one_question_each, operations, padded, pictures_of
 from granvit.train.presets import Distill, Model
@@ -137,21 +138,9 @@ def autocast() -> torch.autocast:
 
 
 def finish(module: torch.nn.Module, teacher: torch.nn.Module | None, compiled: bool) -> None:
-    """Compile the blocks, and hold frozen weights in bfloat16, as the trainer does where it can."""
-    if compiled:
-        from granvit.train.compiling import compile_blocks
-
-        compile_blocks(module)
-        if teacher is not None:
-            compile_blocks(teacher)
-    if DRY:
-        return
-    try:
-        from granvit.train.memory import hold_frozen
-    except ImportError:
-        return
-    for part in filter(None, (module, teacher)):
-        hold_frozen(part, torch.bfloat16)
+    """Compile the blocks, as the trainer does."""
+    for part in filter(None, (module, teacher)) if compiled else ():
+        compile_blocks(part)
 
 
 def ours(model: GranViT, stage: Stage, samples: list[Sample], writer: Writer, compiled: bool) -> Callable:

@@ -36,9 +36,11 @@ def make_sample(seed: int, height: int = 48, width: int = 64, regions: int = 3) 
         found.append(SimpleNamespace(box=box, caption=caption, kind="natural", score=None))
     image = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     caption = f"a scene with {regions} things"
+    chat = (("how many things?", f"{regions} of them"), ("which one is left?", CAPTIONS[1]), ("sure?", "yes"))
     return SimpleNamespace(
-        id=f"sample-{seed}", image=image, caption=caption, regions=tuple(found), source="test"
-    )
+        id=f"sample-{seed}", image=image, caption=caption, regions=tuple(found), source="test",
+        conversations=(chat, chat[1:])[: seed % 3],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +52,31 @@ def samples():
         make_sample(2, 64, 64, 5),
         make_sample(3, 33, 90, 0),
     ]
+
+
+@pytest.fixture(scope="session")
+def llm_folder(samples, tmp_path_factory):
+    """llm_folder("llama" or "qwen2") -> a folder of transformers' with such an LLM at tiny size, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    from granvit.model.tiny import train_tokenizer
+
+    def build(family: str):
+        folder = tmp_path_factory.getbasetemp() / f"tiny-{family}"
+        if not folder.exists():
+            tokenizer = train_tokenizer([region.caption for sample in samples for region in sample.regions], 300)
+            sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+            sizes |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+            if family == "llama":
+                config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
+            else:  # as Qwen's own: grouped heads, biases, and a table longer than the tokenizer
+                config = Qwen2Config(vocab_size=len(tokenizer) + 9, num_key_value_heads=2, **sizes)
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
 
 
 @pytest.fixture(scope="session")

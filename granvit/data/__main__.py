@@ -17,6 +17,7 @@ from granvit.data.shards import Summary, build_dataset
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
 from granvit.data.sources.labelme import Labelme
+from granvit.data.sources.llava import Llava
 from granvit.data.sources.pdf import Pdf
 from granvit.data.sources.refcoco import RefCoco
 from granvit.data.sources.visual_genome import VisualGenome
@@ -48,6 +49,7 @@ FORMATS = {
     "labelme": Labelme,
     "voc": Voc,
     "pdf": Pdf,
+    "llava": Llava,
 }
 
 

@@ -27,12 +27,23 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets import Features
 from tyro.conf import Positional
 
 from granvit.data.files import MAX_BYTES, join, list_files
 from granvit.data.loader import open_rows
 from granvit.data.measures import box_iou, words
-from granvit.data.schema import DataFault, Region, Sample, check_size, decode_image, parse_row
+from granvit.data.schema import (
+    CHAT_FEATURES,
+    FEATURES,
+    DataFault,
+    Region,
+    Sample,
+    check_size,
+    conversation_turns,
+    decode_image,
+    parse_row,
+)
 from granvit.data.shards import Notes, Record, Source
 
 BUCKETS = 2**22
@@ -60,7 +71,7 @@ class Filter(Source):
     ocr_boxes: bool = False
     """Hold boxes of text to box_aspect and box_area as well."""
     min_regions: int = 1
-    """As many regions must be left in a picture; with 0 its caption alone is enough."""
+    """As many regions must be left in a picture; with 0 its caption or a conversation alone is enough."""
     same_box: float = 1
     """Two boxes of a kind in a picture are one where their IoU is above this: the better score stays, else the first.
     1: never."""
@@ -95,6 +106,11 @@ class Filter(Source):
             raise ValueError(
                 f"scripts: got {', '.join(sorted(unknown))}; accepted are LATIN, CYRILLIC, CJK and the like"
             )
+
+    @property
+    def features(self) -> Features:
+        chats = "conversations" in open_rows(self.data, self.split).column_names
+        return CHAT_FEATURES if chats else FEATURES
 
     def inputs(self) -> list[str]:
         open_rows(self.data, self.split)
@@ -134,7 +150,7 @@ class Filter(Source):
         if sample.caption is not None and not in_script(self, sample.caption):
             notes.drop("script image caption")
             sample = replace(sample, caption=None)
-        if len(regions) < self.min_regions or not (regions or sample.caption):
+        if len(regions) < self.min_regions or not (regions or sample.caption or sample.conversations):
             notes.drop("too few regions image")
             return None
         content = _content(row["image"])
@@ -148,6 +164,7 @@ class Filter(Source):
             "regions": [region.fields() for region in regions],
             "source": sample.source,
             "licence": sample.licence,
+            "conversations": [conversation_turns(conversation) for conversation in sample.conversations],
         }
 
     def keep_regions(

@@ -44,7 +44,7 @@ class Lengths:
 
     image: int32 [N], the image part; 0 where a row can't be used or nothing can be asked of it.
     starts: int64 [N + 1]: the questions of row i, in the order of `processor.questions`, are starts[i]:starts[i + 1].
-    question: int32 [Q], prompt and answer. task: int8 [Q], index into `tasks`.
+    question: int32 [Q], prompt and answer, of all turns. task: int8 [Q], index into `tasks`.
     faults: (row, kind, message) of what could be seen without the pictures.
     """
 
@@ -134,13 +134,12 @@ def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, ta
     written = [[] if sample is None else processor.questions(sample, tasks) for sample in samples]
     image = [image_length(sample, processor) if asked else 0 for sample, asked in zip(samples, written, strict=True)]
     flat = [question for asked in written for question in asked]
-    prompts = processor.prompt_ids([question.prompt for question in flat])
-    answers = processor.answer_ids([question.answer for question in flat])
+    turns = processor.turn_ids(flat)
     return Lengths(
         tuple(tasks),
         np.array(image, dtype=np.int32),
         np.cumsum([0, *map(len, written)], dtype=np.int64),
-        np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], dtype=np.int32),
+        np.array([sum(len(p) + len(a) for p, a in question) for question in turns], dtype=np.int32),
         np.array([tasks.index(question.task) for question in flat], dtype=np.int8),
         [],
     )
@@ -214,9 +213,9 @@ def _fingerprint(dataset: GranDataset, processor: GranViTProcessor, tasks: Seque
     # How questions are written is told by those of a sample of its own, so that no change of the code goes unseen.
     pixel = torch.zeros((), dtype=torch.uint8).expand(480, 640, 3)
     region = Region((0.1, 0.2, 0.6, 0.9), "a red ball, 7 <loc_1>", "natural")
-    sample = Sample("", pixel, "a scene", (region, replace(region, caption="OPEN 24 HOURS")), "", "")
-    asked = processor.questions(sample, tasks)
-    ids = processor.prompt_ids([q.prompt for q in asked]) + processor.answer_ids([q.answer for q in asked])
+    chat = (("What is it?", "A ball."), ("Which colour?", "Red."))
+    sample = Sample("", pixel, "a scene", (region, replace(region, caption="OPEN 24 HOURS")), "", "", (chat,))
+    ids = processor.turn_ids(processor.questions(sample, tasks))
     budget = [processor.patch_size, processor.max_image_tokens, processor.pixel_shuffle]
     vocabulary = processor.tokenizer.backend_tokenizer.to_str()
     known = json.dumps([dataset.fingerprint, len(dataset), list(tasks), ids, budget, vocabulary])

@@ -8,13 +8,15 @@
 
 Token i attends to token j where j <= i, both belong to one image, and j belongs to the image part or to i's
 question. So each question sees its image and itself, as if it were asked alone, and the image's tokens are
-there once.
+there once. A conversation is one question whose further turns go on where its first one ends: all of its answers are
+scored, and each turn sees those before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -186,24 +188,24 @@ def write_parts(
     """The parts of a batch, tokenised. Raises ValueError as `pack_questions` does, but for capacity."""
     flat = [question for asked in questions for question in asked]
     for question in flat:
-        if not question.answer.strip():
-            raise ValueError(f"questions: the answer to {question.prompt!r} is empty")
-        if question.prompt.count(REGION) != len(question.boxes):
+        for prompt, answer in question.turns:
+            if not answer.strip():
+                raise ValueError(f"questions: the answer to {prompt!r} is empty")
+        markers = sum(prompt.count(REGION) for prompt, _ in question.turns)
+        if markers != len(question.boxes):
             raise ValueError(
-                f"questions: {question.prompt!r} has {question.prompt.count(REGION)} {REGION} markers, "
-                f"but {len(question.boxes)} boxes"
+                f"questions: {question.prompt!r} has {markers} {REGION} markers, but {len(question.boxes)} boxes"
             )
-    prompts = iter(processor.prompt_ids([question.prompt for question in flat]))
-    answers = iter(processor.answer_ids([question.answer for question in flat]))
+    written = iter(processor.turn_ids(flat))
     parts = []
     for sample, asked in zip(samples, questions, strict=True):
         head = processor.image_part(processor.image_tokens(*sample.image.shape[:2]))
         ids, labels, lengths = list(head), [IGNORE] * len(head), []
-        for _ in asked:
-            prompt, answer = next(prompts), next(answers)
-            ids += prompt + answer
-            labels += [IGNORE] * len(prompt) + answer
-            lengths.append(len(prompt) + len(answer))
+        for turns in islice(written, len(asked)):
+            for prompt, answer in turns:
+                ids += prompt + answer
+                labels += [IGNORE] * len(prompt) + answer
+            lengths.append(sum(len(prompt) + len(answer) for prompt, answer in turns))
         numbers = np.repeat(np.arange(len(lengths) + 1), [len(head), *lengths])
         # Position of a token: its place, less the lengths of the questions between the image and its own.
         skipped = np.repeat(np.cumsum([0, 0, *lengths[:-1]])[: len(lengths) + 1], [len(head), *lengths])

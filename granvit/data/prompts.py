@@ -18,6 +18,7 @@ GLOBAL_CAPTION = "global_caption"
 BBOX2CAPTION = "bbox2caption"
 CAPTION2BBOX = "caption2bbox"
 CHAT = "chat"
+TASKS = (GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX, CHAT)
 
 REGION = "<region>"  # in a prompt: region tokens of the next asked box stand here
 IMAGE = "<image>"
@@ -38,10 +39,11 @@ _MARKER = re.compile(r"<(image|region|loc_\d+|/?s|bos|eos|pad|unk|mask|cls|sep|\
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one image, with its answer.
+    """One question about one image, with its answer; or a conversation, whose first turn they are.
 
     boxes: the boxes (relative xyxy) whose `<region>` markers stand in the prompt, in their order.
     region: index into the sample's regions of the region that is asked about or for; None: the whole image.
+    later: (prompt, answer) of each further turn, which sees those before it.
     """
 
     task: str
@@ -49,6 +51,12 @@ class Question:
     answer: str
     boxes: tuple[Box, ...] = ()
     region: int | None = None
+    later: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """(prompt, answer) of every turn."""
+        return ((self.prompt, self.answer), *self.later)
 
 
 def questions(
@@ -58,9 +66,9 @@ def questions(
 
     global_caption asks once where there is a caption; bbox2caption asks of each region; caption2bbox asks for
     each region whose caption no other region of the image shares (a sentence that fits two boxes has no
-    answer). box_style: "text" | "tokens" | "both"; box_format: "text" | "bins", of `bins` an axis (see
-    GranViTConfig).
-    Raises ValueError for a task it does not know (chat questions come with their own data, not from regions).
+    answer); chat takes each of the sample's conversations, all of its turns. box_style: "text" | "tokens" | "both";
+    box_format: "text" | "bins", of `bins` an axis (see GranViTConfig).
+    Raises ValueError for a task it does not know.
     """
     found: list[Question] = []
     for task in tasks:
@@ -75,10 +83,12 @@ def questions(
             for index, region in enumerate(sample.regions):
                 if counts[region.caption] == 1:
                     found.append(find_box(region.caption, format_box(region.box, box_format, bins), index))
+        elif task == CHAT:
+            for conversation in sample.conversations:
+                (prompt, answer), *later = (tuple(map(without_markers, turn)) for turn in conversation)
+                found.append(Question(task, prompt, answer, later=tuple(later)))
         else:
-            raise ValueError(
-                f"tasks: got {task!r}, accepted are {GLOBAL_CAPTION!r}, {BBOX2CAPTION!r} and {CAPTION2BBOX!r}"
-            )
+            raise ValueError(f"tasks: got {task!r}, accepted are {', '.join(map(repr, TASKS))}")
     return found
 
 

@@ -46,6 +46,10 @@ FEATURES = Features(
     }
 )
 
+CHAT_FEATURES = Features({**FEATURES, "conversations": [[{"role": Value("string"), "content": Value("string")}]]})
+"""The columns with the optional one, for training on chat: conversations about the picture, each a list of turns, the
+user's (`role` "user") and the assistant's ("assistant") by turns."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """The image formats that are read; Pillow's other decoders see no use and much hostile input."""
 
@@ -99,6 +103,10 @@ class Region:
         return {"box": list(self.box), "caption": self.caption, "kind": self.kind, "score": self.score}
 
 
+Conversation = tuple[tuple[str, str], ...]
+"""What the user says and what the assistant answers, turn by turn."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """A checked row. `image` is uint8 [H, W, 3], oriented as EXIF says."""
@@ -109,6 +117,7 @@ class Sample:
     regions: tuple[Region, ...]
     source: str
     licence: str
+    conversations: tuple[Conversation, ...] = ()
 
 
 def parse_row(
@@ -119,13 +128,13 @@ def parse_row(
 ) -> Sample:
     """A row of a Gran dataset as a `Sample`; its `image` is decoded by `datasets` or {"bytes", "path"}.
 
-    Without `drop`, the first fault is raised. With it, faults of single regions are handed to `drop`, those
-    regions are left out, and only what makes the whole row useless is raised. Without `decode`, the picture
+    Without `drop`, the first fault is raised. With it, faults of single regions and conversations are handed to `drop`,
+    those are left out, and only what makes the whole row useless is raised. Without `decode`, the picture
     is not looked at, and the sample's image is a blank of the row's width and height, which must be possible. With it,
     the picture must have that width and height.
 
-    Raises DataFault of kind `id`, `caption`, `regions`, `empty_row`, `source`, `licence`, `size` or of `decode_image`
-    or `parse_region`.
+    Raises DataFault of kind `id`, `caption`, `regions`, `conversations`, `empty_row`, `source`, `licence`, `size` or of
+    `decode_image`, `parse_region` or `parse_conversation`.
     """
     import torch
 
@@ -135,20 +144,10 @@ def parse_row(
     caption = row.get("caption")
     if caption is not None and not _is_text(caption):
         raise DataFault("caption", f"caption must be null or a string with text in it (Unicode), got {caption!r}")
-    listed = row.get("regions") or []
-    if not isinstance(listed, list):
-        raise DataFault("regions", f"regions must be a list, got {type(listed).__name__}")
-    regions = []
-    for index, region in enumerate(listed):
-        try:
-            regions.append(parse_region(region))
-        except DataFault as fault:
-            named = DataFault(fault.kind, f"regions[{index}]: {fault}")
-            if drop is None:
-                raise named from None
-            drop(named)
-    if not regions and caption is None:
-        raise DataFault("empty_row", "neither a caption nor a usable region")
+    regions = _parse_each(row, "regions", parse_region, drop)
+    conversations = _parse_each(row, "conversations", parse_conversation, drop)
+    if not regions and caption is None and not conversations:
+        raise DataFault("empty_row", "neither a caption nor a usable region or conversation")
     for name in ("source", "licence"):
         if not isinstance(row.get(name) or "", str):
             raise DataFault(name, f"{name} must be null or a string, got {row[name]!r:.80}")
@@ -169,7 +168,27 @@ def parse_row(
         regions=tuple(regions),
         source=row.get("source") or "",
         licence=row.get("licence") or "",
+        conversations=tuple(conversations),
     )
+
+
+def _parse_each(
+    row: Mapping[str, Any], column: str, parse: Callable[[Any], Any], drop: Callable[[DataFault], None] | None
+) -> list[Any]:
+    """The entries of a column's list, parsed; faults name their place, and are handed to `drop` where there is one."""
+    listed = row.get(column) or []
+    if not isinstance(listed, list):
+        raise DataFault(column, f"{column} must be a list, got {type(listed).__name__}")
+    parsed = []
+    for index, entry in enumerate(listed):
+        try:
+            parsed.append(parse(entry))
+        except DataFault as fault:
+            named = DataFault(fault.kind, f"{column}[{index}]: {fault}")
+            if drop is None:
+                raise named from None
+            drop(named)
+    return parsed
 
 
 def good_or_none(
@@ -209,6 +228,34 @@ def parse_region(region: Mapping[str, Any]) -> Region:
     if score is not None and not is_number(score):
         raise DataFault("region_score", f"score must be null or a finite number, got {score!r}")
     return Region((x1, y1, x2, y2), caption, kind, None if score is None else float(score))
+
+
+def parse_conversation(turns: Any) -> Conversation:
+    """One entry of `conversations`, checked.
+
+    Raises DataFault of kind `conversations` (no such structure), `conversation_roles` (not user and assistant by turns,
+    from a user's turn to an assistant's) or `conversation_text` (a turn says nothing).
+    """
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataFault("conversations", f"a conversation must be a list of turns of named fields, got {turns!r:.80}")
+    roles = [turn.get("role") for turn in turns]
+    if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
+        told = f"{roles[:6]!r:.80}{' …' if len(roles) > 6 else ''}"
+        raise DataFault("conversation_roles", f"roles must be user, assistant by turns to an assistant's, got {told}")
+    for number, turn in enumerate(turns):
+        if not _is_text(turn.get("content")):
+            told = f"turn {number}: content must be a string with text in it (Unicode), got {turn.get('content')!r:.80}"
+            raise DataFault("conversation_text", told)
+    return tuple((turn["content"], answer["content"]) for turn, answer in zip(turns[::2], turns[1::2], strict=True))
+
+
+def conversation_turns(conversation: Conversation) -> list[dict[str, str]]:
+    """A conversation as an entry of a row's `conversations`."""
+    return [
+        {"role": role, "content": text}
+        for turn in conversation
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def check_size(width: int, height: int, picture: PILImage.Image) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Features
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -102,6 +103,8 @@ class Source(ABC):
 
     unit = "image"
     """What faults and progress count."""
+    features = FEATURES
+    """The columns of its rows: CHAT_FEATURES with conversations."""
 
     @abstractmethod
     def inputs(self) -> list[str]:
@@ -140,6 +143,7 @@ class Summary:
     read: int = 0
     kept: int = 0
     regions: int = 0
+    conversations: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     faulty: int = 0
@@ -153,9 +157,10 @@ class Summary:
     def lines(self) -> list[tuple[str, int]]:
         dropped = [(f"left out: {rule}", number) for rule, number in self.dropped.most_common()]
         faults = [(f"fault: {kind}", number) for kind, number in self.faults.most_common()]
+        conversations = [("conversations written", self.conversations)] if self.conversations else []
         return [
             (f"{self.unit}s read", self.read), ("rows written", self.kept), ("regions written", self.regions),
-            *dropped, (f"{self.unit}s with faults", self.faulty), *faults,
+            *conversations, *dropped, (f"{self.unit}s with faults", self.faulty), *faults,
         ]  # fmt: skip
 
 
@@ -210,6 +215,7 @@ def build_dataset(
             _add_faults(faults, found["faults"])
             summary.kept += found["kept"]
             summary.regions += found["regions"]
+            summary.conversations += found.get("conversations", 0)
             summary.dropped.update(found["dropped"])
             failing += [shard] if found["faults"] else []
             if _hopeless(faults):
@@ -394,23 +400,26 @@ def _make_shard(source: Source, work: Path, shard: int, shard_rows: int) -> None
         query = "SELECT id, name, data FROM records WHERE n >= ? AND n < ? ORDER BY n"
         found = database.execute(query, (shard * shard_rows, (shard + 1) * shard_rows)).fetchall()
     records = [Record(row_id, name, json.loads(data)) for row_id, name, data in found]
-    notes, kept, regions = Notes(), 0, 0
+    notes, kept, regions, conversations = Notes(), 0, 0, 0
     path = work / f"{shard:05d}.parquet"
     partial = path.with_suffix(f".{os.getpid()}")
-    with RowWriter(partial) as writer:
+    with RowWriter(partial, source.features) as writer:
         for row in source.rows(records, notes):
             writer.write(row)
             kept, regions = kept + 1, regions + len(row["regions"])
+            conversations += len(row.get("conversations", ()))
     partial.rename(path)
-    noted = {"kept": kept, "regions": regions, "dropped": notes.dropped, "faults": notes.faults}
+    noted = {"kept": kept, "regions": regions, "conversations": conversations}
+    noted |= {"dropped": notes.dropped, "faults": notes.faults}
     _write(path.with_suffix(".json"), json.dumps(noted))
 
 
 class RowWriter:
     """Writes rows of the schema to a Parquet file, a row group at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._writer = pq.ParquetWriter(path, FEATURES.arrow_schema, compression="zstd")
+    def __init__(self, path: Path, features: Features = FEATURES) -> None:
+        self._schema = features.arrow_schema
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
 
@@ -430,7 +439,7 @@ class RowWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=FEATURES.arrow_schema))
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows, self._bytes = [], 0
 
 

@@ -126,10 +126,10 @@ def _features(axis: Axes, series: Any, stages: dict[str, int]) -> None:
 
 def _controls(summary: dict[str, Any], metric: str) -> dict[str, float | None]:
     stages = summary["mean"]["stages"]
-    blinded = stages["pretrain" if metric.startswith("bbox2caption") else "adapt"].get("other_image", {})
+    blinded = stages.get("pretrain" if metric.startswith("bbox2caption") else "adapt", {}).get("other_image", {})
     controls = {"another image shown": blinded.get(metric)}
     if metric.startswith("caption2bbox"):
-        controls["control: random frozen encoder"] = stages["adapt"].get("control", {}).get(metric)
+        controls["control: random frozen encoder"] = stages.get("adapt", {}).get("control", {}).get(metric)
     return controls
 
 

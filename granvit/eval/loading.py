@@ -43,6 +43,21 @@ def find_model(path: str | Path) -> Path:
     raise ValueError(f"no model in {folder}: found {names}; give {ACCEPTED}")
 
 
+def find_encoder(path: str | Path) -> Path | str:
+    """What VisionEncoder.from_siglip2 takes for the encoder that `path` means: a run's or an export's, else `path` as
+    it is (a folder of SigLIP2's, or a hub name).
+
+    ValueError for a run without one encoder: an unfinished one, or one of several seeds.
+    """
+    folder = Path(path)
+    if any((folder / name).exists() for name in ("config.yaml", "export", "encoder")):
+        folder = find_model(folder) / "encoder"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds no encoder: there is no config.json")
+        return folder
+    return path
+
+
 def load_model(path: str | Path, device: str = "cpu") -> tuple[GranViT, GranViTProcessor]:
     """The model that `path` means (`find_model`), in eval mode on `device`, and its processor.
 

@@ -33,7 +33,7 @@ FLOORS = {
     "whole_image": "whole image",
     "mean_box": "mean box",
 }
-STAGES = {"pretrain": "stage 1", "adapt": "stage 2"}
+STAGES = {"pretrain": "stage 1", "adapt": "stage 2", "sft": "stage 3"}
 STATES = {
     "before": ("before {}", "before"),
     "text_only": ("after {}, text alone", "control"),
@@ -83,7 +83,7 @@ def write_report(run_dir: str | Path) -> Path:
         summary=summary,
         headlines=headlines(summary),
         curves=encoded((report / "curves.png").read_bytes(), "png"),
-        tables=[table(summary, *spec) for spec in TABLES] + [text_table(summary)],
+        tables=[table(summary, *spec) for spec in TABLES] + [text_table(summary), chat_table(summary)],
         features=summary["mean"].get("features", {}),
         groups=[group | {"cards": [_card(p, images) for p in group["predictions"]]} for group in chosen],
     )
@@ -93,22 +93,25 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def headlines(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The two claims of the two stages, each beside what it is to be measured against (in per cent)."""
-    stages, floor = summary["mean"]["stages"], summary["floors"]
+    """The claims of the stages that there were, each beside what it is to be measured against (in per cent)."""
+    pretrain, adapt, sft = (summary["mean"]["stages"].get(name, {}) for name in STAGES)
+    before = ("end of stage 1", pretrain["after"]) if pretrain else ("before stage 2", adapt.get("before", {}))
     claims = (
-        ("Captions of boxes after stage 1", "ROUGE-L", "bbox2caption_rouge_l", stages["pretrain"]["after"], (
-            ("blind floor", floor.get("blind", {})),
-            ("another image", stages["pretrain"].get("other_image", {})),
-            ("text alone", stages["pretrain"].get("text_only", {})),
+        ("Captions of boxes after stage 1", "ROUGE-L", "bbox2caption_rouge_l", pretrain.get("after", {}), (
+            ("blind floor", summary["floors"].get("blind", {})),
+            ("another image", pretrain.get("other_image", {})),
+            ("text alone", pretrain.get("text_only", {})),
         )),
-        ("Boxes of sentences after stage 2", "ACC@0.5", "caption2bbox_acc50", stages["adapt"]["after"], (
-            ("end of stage 1", stages["pretrain"]["after"]),
-            ("random encoder", stages["adapt"].get("control", {})),
-            ("another image", stages["adapt"].get("other_image", {})),
-            ("text alone", stages["adapt"].get("text_only", {})),
+        ("Boxes of sentences after stage 2", "ACC@0.5", "caption2bbox_acc50", adapt.get("after", {}), (
+            before,
+            ("random encoder", adapt.get("control", {})),
+            ("another image", adapt.get("other_image", {})),
+            ("text alone", adapt.get("text_only", {})),
         )),
-        ("Captions of boxes after stage 2", "ROUGE-L", "bbox2caption_rouge_l", stages["adapt"]["after"], (
-            ("end of stage 1", stages["pretrain"]["after"]),
+        ("Captions of boxes after stage 2", "ROUGE-L", "bbox2caption_rouge_l", adapt.get("after", {}), (before,)),
+        ("Answers in conversations after stage 3", "of tokens", "chat_token_accuracy", sft.get("after", {}), (
+            ("before stage 3", sft.get("before", {})),
+            ("another image", sft.get("other_image", {})),
         )),
     )  # fmt: skip
     found = []
@@ -184,6 +187,11 @@ def text_table(summary: dict[str, Any]) -> dict[str, Any]:
         "Text regions, to the letter",
         [("lower is better", "CER", "ocr_cer"), ("", "exact", "ocr_exact")],
     )
+
+
+def chat_table(summary: dict[str, Any]) -> dict[str, Any]:
+    columns = [("foreseen", "all", "chat_token_accuracy")]
+    return _table(summary, "Tokens of the answers in conversations", columns)
 
 
 def _table(summary: dict[str, Any], title: str, columns: list[tuple[str, str, str]]) -> dict[str, Any]:

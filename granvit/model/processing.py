@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -115,7 +116,7 @@ class GranViTProcessor(ProcessorMixin):
             images: the distinct images, or the only one: uint8 tensors or arrays [H, W, 3], or PIL images. None:
                 the rows hold no image (a blinded model), and generate gives zeros for region tokens.
             questions: a prompt or a Question a row, or the only one. A prompt's `<region>` markers stand for its
-                boxes.
+                boxes. A Question of several turns is asked its last one, after the others and their answers.
             boxes: for each row the boxes [R, 4] of its markers, relative xyxy, as lists or tensors; for an only
                 question its boxes alone will do; None: what the Questions carry.
             image_index: for each row its image; None: row i asks of image i, or all rows of the only image.
@@ -140,9 +141,10 @@ class GranViTProcessor(ProcessorMixin):
         if isinstance(questions, str | Question):
             questions = [questions]
             boxes = [boxes] if boxes is not None and _depth(boxes) == 2 else boxes
-        prompts = [item.prompt if isinstance(item, Question) else item for item in questions]
+        asked = [item if isinstance(item, Question) else Question("", item, "") for item in questions]
+        prompts = ["\n".join(prompt for prompt, _ in q.turns) if q.later else q.prompt for q in asked]
         if boxes is None:
-            boxes = [item.boxes if isinstance(item, Question) else () for item in questions]
+            boxes = [question.boxes for question in asked]
         if not isinstance(boxes, list) or not all(isinstance(row, list | tuple) for row in boxes):
             raise ValueError(f"boxes: got {str(boxes):.60}, accepted is a list of boxes (relative xyxy) a question")
         if len(boxes) != len(prompts):
@@ -156,7 +158,10 @@ class GranViTProcessor(ProcessorMixin):
         else:
             index = self._image_index(image_index, len(prompts), len(sizes))
             parts = [self.image_part(self.image_tokens(*sizes[i])) for i in index.tolist()]
-        rows = [part + ids for part, ids in zip(parts, self.prompt_ids(prompts), strict=True)]
+        rows = [
+            part + [i for prompt, answer in turns[:-1] for i in prompt + answer] + turns[-1][0]
+            for part, turns in zip(parts, self.turn_ids(asked), strict=True)
+        ]
         input_ids, attention_mask = self._pad_left(rows)
         data = {"input_ids": input_ids, "attention_mask": attention_mask, "image_index": index}
         flat = [box for row in boxes for box in row]
@@ -189,6 +194,13 @@ class GranViTProcessor(ProcessorMixin):
         """Ids of each answer, closed by eos, which stands nowhere else: a special token in it is plain text."""
         spelt = [_spell_out(answer, self._special_in_answers) for answer in answers]
         return [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(spelt)]
+
+    def turn_ids(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
+        """For each question the ids of each of its turns: (prompt, answer)."""
+        turns = [turn for question in questions for turn in question.turns]
+        prompts, answers = self.prompt_ids([turn[0] for turn in turns]), self.answer_ids([turn[1] for turn in turns])
+        ids = iter(zip(prompts, answers, strict=True))
+        return [list(islice(ids, len(question.turns))) for question in questions]
 
     def decode_answers(self, ids: torch.Tensor) -> list[str]:
         """What generate returned [B, L], as text: without what follows eos, location tokens kept."""

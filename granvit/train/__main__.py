@@ -1,4 +1,8 @@
-"""python -m granvit.train [smoke|compact|paper] [--output DIR] [--any.field value], and commands beside it."""
+"""python -m granvit.train [smoke|compact|paper|adapt|sft] [--output DIR] [--any.field value], and commands beside it.
+
+    python -m granvit.train adapt --encoder RUN --llm NAME_OR_FOLDER [--llm.lora 16]
+    python -m granvit.train sft --model RUN_OR_EXPORT --data.path DIR
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
 from rich.logging import RichHandler
 
 from granvit.train.guard import Failed
 from granvit.train.presets import PRESETS, TrainConfig, load_config
+from granvit.train.transfer import adapt_config, check_adapt, check_sft, sft_config
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -20,24 +26,51 @@ def parse(arguments: list[str]) -> TrainConfig:
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     preset = arguments[0] if arguments and not arguments[0].startswith("-") else "smoke"
     rest = arguments[1:] if arguments and not arguments[0].startswith("-") else list(arguments)
-    if preset not in PRESETS:
-        known = f"presets {', '.join(PRESETS)}; commands {', '.join(COMMANDS)}"
+    if preset not in PRESETS and preset not in STARTS:
+        known = f"presets {', '.join(PRESETS)}; commands {', '.join((*STARTS, *COMMANDS))}"
         raise SystemExit(f"granvit.train: there is no {preset!r}; {known}")
-    default = PRESETS[preset]
+    default = PRESETS.get(preset) or STARTS[preset].default(_value(rest, STARTS[preset].flag))
+    check = STARTS[preset].check if preset in STARTS else None
     if "--config" in rest:
+        check = None  # what was a run once lacks nothing
         at = rest.index("--config")
         if at + 1 == len(rest):
             raise SystemExit("granvit.train: --config takes the path of a run's config.yaml")
         default = load_config(Path(rest[at + 1]))
         rest = rest[:at] + rest[at + 2 :]
-    return tyro.cli(
+    config = tyro.cli(
         TrainConfig, args=rest, default=default, prog=f"python -m granvit.train {preset}", description=_USAGE
     )
+    if check:
+        check(config, default)
+    return config
 
 
-_USAGE = """Train GranViT through both stages. The first word picks a preset (smoke, compact, paper) or a command
-(replay), --config FILE reloads a run's config.yaml, and the same command again goes on where the run was. Under
-torchrun every rank runs it. Exit code 75: SIGTERM came, everything is saved, the same command goes on."""
+def _value(arguments: list[str], flag: str) -> str | None:
+    """What stands behind a flag, under either of its names; None where it is not given."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name in (f"--{flag}", f"--model.{'whole' if flag == 'model' else flag}"):
+            found = value if equals else following
+    return found
+
+
+class Start(NamedTuple):
+    """A command that is a run whose configuration begins with what lies at a path."""
+
+    flag: str
+    default: Callable[[str | None], TrainConfig]
+    check: Callable[[TrainConfig, TrainConfig], None]
+
+
+STARTS = {"adapt": Start("encoder", adapt_config, check_adapt), "sft": Start("model", sft_config, check_sft)}
+
+
+_USAGE = """Train GranViT through its stages. The first word picks a preset (smoke, compact, paper) or a command:
+adapt is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on conversations,
+replay looks into a dump. --config FILE reloads a run's config.yaml, and the same command again goes on where the run
+was. Under torchrun every rank runs it. Exit code 75: SIGTERM came, everything is saved, the same command goes on."""
 
 
 def run_preset(arguments: list[str]) -> None:

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from granvit.data.loader import GranDataset
+from granvit.eval.loading import find_encoder, load_model
+from granvit.lora import add_adapters
 from granvit.model import GranViT, GranViTProcessor
 from granvit.model.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
 from granvit.train.presets import Model
 
+SHARED = ("pixel_shuffle", "region_tokens", "box_style", "box_format", "bins", "max_image_tokens")
+"""Fields that a model's own configuration has under the same names."""
 
-def build(config: Model, data: GranDataset) -> tuple[GranViT, GranViTProcessor]:
+
+def build(config: Model, data: GranDataset, frozen: torch.dtype = torch.float32) -> tuple[GranViT, GranViTProcessor]:
     """A GranViT and its processor; what has no name in `config` is made from scratch, its tokenizer of `data`'s text.
 
+    frozen: the dtype of an LLM under adapters; whatever learns is float32.
     Random weights come from torch's global generator: seed it before. Raises ValueError for a name that is no model.
     """
-    encoder = config.encoder or tiny_encoder(
-        TinyVision(
-            config.encoder_width,
-            config.encoder_layers,
-            config.encoder_heads,
-            mlp=4 * config.encoder_width,
-            patch_size=config.patch_size,
+    if config.whole:
+        model, processor = load_model(config.whole)
+        model.float()
+        if config.lora.rank:
+            add_adapters(model.llm.to(frozen), config.lora)
+        return model, processor
+    encoder = (
+        find_encoder(config.encoder)
+        if config.encoder
+        else tiny_encoder(
+            TinyVision(
+                config.encoder_width,
+                config.encoder_layers,
+                config.encoder_heads,
+                mlp=4 * config.encoder_width,
+                patch_size=config.patch_size,
+            )
         )
     )
     llm = config.llm or tiny_llm(
@@ -34,8 +52,13 @@ def build(config: Model, data: GranDataset) -> tuple[GranViT, GranViTProcessor]:
             vocab=config.vocabulary,
         ),
     )
-    shared = ("pixel_shuffle", "region_tokens", "box_style", "box_format", "bins", "max_image_tokens")
-    return GranViT.from_parts(encoder, llm, **{name: getattr(config, name) for name in shared})
+    return GranViT.from_parts(
+        encoder,
+        llm,
+        llm_kwargs={"dtype": frozen if config.lora.rank else torch.float32},
+        lora=config.lora,
+        **{name: getattr(config, name) for name in SHARED},
+    )
 
 
 def training_text(data: GranDataset) -> Iterator[str]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from granvit.data.batches import Batch, PackLoader
+from granvit.lora import ADAPTER, adapters
 from granvit.model import GranViT
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.compiling import compile_blocks
@@ -223,8 +224,11 @@ class Phase:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors under the names that they have in a checkpoint."""
-    return {f"model.{name}": value for name, value in model.state_dict().items()}
+    """A model's tensors under the names that they have in a checkpoint. The weights under an LLM's adapters are left
+    out: they never change, and are read where the LLM is."""
+    under = {f"llm.{name}" for name, _ in model.llm.named_parameters()} if adapters(model.llm) else set()
+    under -= {name for name in under if ADAPTER in name}
+    return {f"model.{name}": value for name, value in model.state_dict().items() if name not in under}
 
 
 def faulty(answers: Tensor, batch: Batch) -> list[int]:

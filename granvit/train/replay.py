@@ -28,7 +28,7 @@ def replay(dump: Path, device: str = "auto") -> bool:
     values = read_values(dump)
     try:
         config = TypeAdapter(TrainConfig).validate_python(values["config"])
-        stage = {one.name: one for one in (config.warmup, config.pretrain, config.adapt)}[values["stage"]]
+        stage = {one.name: one for one in (config.warmup, *config.stages)}[values["stage"]]
     except (KeyError, ValidationError) as error:
         raise ValueError(f"{dump} is no dump of a step that this version can take again: {error}") from error
     config = replace(config, trackers=())  # this is no part of the run

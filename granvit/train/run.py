@@ -17,12 +17,14 @@ import torch
 from rich.console import Console
 
 from granvit.data.batches import Batch, PackLoader, collate
-from granvit.data.loader import GranDataset
+from granvit.data.loader import GranDataset, open_dataset
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.data.sample import cached_sample
 from granvit.data.schema import Region, Sample
 from granvit.eval import evaluate
+from granvit.eval.chat import score_chat
 from granvit.eval.report import write_report
+from granvit.lora import adapters, save_adapters
 from granvit.machine import commit, device_name
 from granvit.model import GranViT
 from granvit.train.build import build
@@ -64,6 +66,8 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
     folder = Path(config.output)
     began = time.perf_counter()
     started = world.first(lambda: resumes(folder, config))
+    if not config.stages:
+        raise ValueError("no stage has steps: pretrain.steps, adapt.steps and sft.steps are 0")
     if config.data.path == "":
         raise ValueError(f"data.path: the preset {config.preset} has no data of its own; give --data.path DIR")
     if config.data.path is None:
@@ -71,10 +75,8 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
             data = world.first(lambda: str(cached_sample(config.data.images, seed=0)))
     else:
         data = config.data.path
-    splits = {split: GranDataset(data, split, config.data.fault_budget) for split in ("train", "test")}
-    for split in splits.values():
-        _need_regions(split)
     found = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+    splits = open_splits(found)
     folders = {folder: found}
     if config.seeds > 1:
         seeds = range(config.seed, config.seed + config.seeds)
@@ -92,9 +94,40 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
         results.append(run.finish())
     seconds = max(time.perf_counter() - began, sum(one["seconds"] for one in results))
     if world.leads:
-        write_summary(folder, found, results, seconds)
-        console.print(f"report: [bold]{write_report(folder)}[/bold]")
+        write_summary(folder, found, splits, results, seconds)
+        if "test" in splits:
+            console.print(f"report: [bold]{write_report(folder)}[/bold]")
+        else:
+            console.print(f"no pictures to report: the test split of {data} has no region to be asked about")
     return folder
+
+
+def open_splits(config: TrainConfig) -> dict[str, GranDataset]:
+    """What a run reads: "train" and "test", whose regions it learns and is asked about, and where it has the stage sft
+    "chat" and "chat_test", conversations to learn and to be scored on.
+
+    A run of sft alone may lack the first two, and any "chat_test". Raises ValueError where another one is missing, or
+    there is nothing to ask.
+    """
+    data, found = config.data, {}
+    if any(stage is not config.sft for stage in config.stages) or config.warmup.steps:
+        for split in ("train", "test"):
+            found[split] = GranDataset(data.path, split, data.fault_budget)
+            _need_regions(found[split])
+    elif _has(data.path, "train") and _has(data.path, "test"):
+        both = {split: GranDataset(data.path, split, data.fault_budget) for split in ("test", "train")}
+        found |= both if all(map(_regions, both.values())) else {}
+    if config.sft.steps:
+        chats = data.chat or data.path
+        found["chat"] = GranDataset(chats, "train", data.fault_budget)
+        if _has(chats, "test"):
+            found["chat_test"] = GranDataset(chats, "test", data.fault_budget)
+    return found
+
+
+def _has(path: str, split: str) -> bool:
+    found = open_dataset(path)
+    return split in found if isinstance(found, dict) else split == "train"
 
 
 def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
@@ -144,8 +177,12 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + name, value
 
 
+def _regions(data: GranDataset) -> bool:
+    return any(sample is not None and sample.regions for sample in map(data.annotations, range(len(data))))
+
+
 def _need_regions(data: GranDataset) -> None:
-    if not any(sample is not None and sample.regions for sample in map(data.annotations, range(len(data)))):
+    if not _regions(data):
         raise ValueError(f"{data.path}: its split {data.split} has no region, so nothing can be asked about one")
 
 
@@ -162,11 +199,10 @@ class Run:
         self.config, self.folder, self.world, self.device, self.asked = config, folder, world, device, asked
         if config.threads:
             torch.set_num_threads(config.threads)
-        budget = config.data.fault_budget
-        self.data = GranDataset(config.data.path, "train", budget)
-        self.test = GranDataset(config.data.path, "test", budget)
+        self.splits = open_splits(config)
         torch.manual_seed(config.seed)
-        self.model, self.processor = build(config.model, self.data)
+        texts = self.splits["train"] if "train" in self.splits else self.splits["chat"]
+        self.model, self.processor = build(config.model, texts, self._precision)
         self._need_room()
         self.model.to(device)
         trackers: list[Tracker] = []  # the first rank's; they can't be sent
@@ -179,10 +215,10 @@ class Run:
 
     def _checkpoint_bytes(self) -> int:
         """Of the largest checkpoint: the model, two moments of what is trained, and a teacher."""
-        groups = {name: sum(p.numel() for p in group) for name, group in self.model.groups().items()}
-        stages = (self.config.warmup, self.config.pretrain, self.config.adapt)
+        groups = {name: sum(p.nbytes for p in group) for name, group in self.model.groups().items()}
+        stages = (self.config.warmup, *self.config.stages)
         most = max(2 * sum(groups[g] for g in s.train) + bool(s.distill) * groups["encoder"] for s in stages)
-        return 4 * (sum(groups.values()) + most)
+        return sum(tensor.nbytes for tensor in model_tensors(self.model).values()) + most
 
     def _need_room(self) -> None:
         """Raises ValueError where a packed sequence can't hold the largest image and a short question."""
@@ -202,26 +238,27 @@ class Run:
         known = self.world.first(lambda: json.loads(path.read_text()) if path.exists() else None)
         if known is not None:
             return known
-        pretrain, adapt = config.pretrain, config.adapt
         if config.warmup.steps:
             self.phase(config.warmup)
-        stages: dict[str, dict] = {pretrain.name: {"before": self.evaluation(pretrain.name, 0, "before")}}
-        features = {pretrain.name: self._features("before")}
-        self.phase(pretrain)
-        features[pretrain.name] |= self._features("after")
-        for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
-            stages[pretrain.name][when] = self.evaluation(pretrain.name, pretrain.steps, when, blind)
-        stages[adapt.name] = {"before": stages[pretrain.name]["after"]}
-        if self.world.leads and self._written(adapt.name, 0, "before") is None:
-            before = stages[adapt.name]["before"]
-            self.metrics.write(stage=adapt.name, step=0, evaluation="before", **before, seconds=0.0)
-        self.phase(adapt)
-        for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
-            stages[adapt.name][when] = self.evaluation(adapt.name, adapt.steps, when, blind)
+        stages: dict[str, dict] = {}
+        features: dict[str, dict] = {}
+        last = None
+        for stage in config.stages:
+            found = stages[stage.name] = {"before": self.evaluation(stage, 0, "before", known=last)}
+            if "encoder" in stage.train:
+                features[stage.name] = self._features("before")
+            self.phase(stage)
+            if "encoder" in stage.train:
+                features[stage.name] |= self._features("after")
+            for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
+                if blind != "text" or "test" in self.splits:  # else there is nothing that it would measure
+                    found[when] = self.evaluation(stage, stage.steps, when, blind)
+            last = found["after"]
         self.world.first(self._export)
-        if config.control:
-            stages[adapt.name]["control"] = self._control()
-        logs = [self.metrics] + ([MetricsLog(self.folder / "control" / "metrics.jsonl")] if config.control else [])
+        controlled = config.control and config.adapt.steps > 0
+        if controlled:
+            stages[config.adapt.name]["control"] = self._control()
+        logs = [self.metrics] + ([MetricsLog(self.folder / "control" / "metrics.jsonl")] if controlled else [])
         peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         result = {
             "seed": config.seed,
@@ -232,7 +269,7 @@ class Run:
             "commit": commit(),
             "device": device_name(self.device.type),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
-            "faults": {"train": self.data.faults.summary(), "test": self.test.faults.summary()},
+            "faults": {name: split.faults.summary() for name, split in self.splits.items()},
         }
         if self.world.leads:
             write_aside(path, json.dumps(result, indent=1))
@@ -269,7 +306,8 @@ class Run:
             return stage_loss(model, teacher, batch, stage, config.distill, share)
 
         loader = PackLoader(
-            self.data, processor, stage.weights, capacity=config.data.capacity, packs=stage.packs,
+            self.splits["chat" if stage is config.sft else "train"], processor, stage.weights,
+            capacity=config.data.capacity, packs=stage.packs,
             questions=config.data.questions_per_image, seed=zlib.crc32(f"{config.seed} {stage.name}".encode()),
             rank=world.rank, ranks=world.ranks, workers=config.data.workers, pixels=not warming,
         )  # fmt: skip
@@ -277,27 +315,39 @@ class Run:
 
     def _blank(self, stage: Stage) -> Batch:
         image = torch.zeros(32, 32, 3, dtype=torch.uint8)
-        sample = Sample("", image, "nothing", (Region((0.25, 0.25, 0.75, 0.75), "nothing", "natural"),), "", "")
+        region, chat = Region((0.25, 0.25, 0.75, 0.75), "nothing", "natural"), (("what", "nothing"),)
+        sample = Sample("", image, "nothing", (region,), "", "", (chat,))
         questions = self.processor.questions(sample, stage.tasks)[:1]
         return collate([sample], [questions], self.processor, self.config.data.capacity)
 
-    def evaluation(self, stage: str, step: int, when: str, blind: str | None = None) -> dict[str, float]:
-        """Metrics of the model as it is, over the test split, written to metrics.jsonl (or read from it)."""
-        known = self.world.first(lambda: self._written(stage, step, when))
-        if known is not None:
-            return known
+    def evaluation(
+        self, stage: Stage, step: int, when: str, blind: str | None = None, known: dict[str, float] | None = None
+    ) -> dict[str, float]:
+        """Metrics of the model as it is, over the test splits, written to metrics.jsonl (or read from it). known: those
+        of the regions, if they are."""
+        written = self.world.first(lambda: self._written(stage.name, step, when))
+        if written is not None:
+            return written
         began, limit, world = time.perf_counter(), self.config.data.eval_images, self.world
+        metrics, predictions = dict(known or {}), None
         with self._autocast(), eager():
-            found = evaluate(
-                self.model, self.processor, self.test, TASKS, blind=blind, limit=limit,
-                rank=world.rank, ranks=world.ranks, gather=world.gather,
-            )  # fmt: skip
+            if known is None and "test" in self.splits:
+                found = evaluate(
+                    self.model, self.processor, self.splits["test"], TASKS, blind=blind, limit=limit,
+                    rank=world.rank, ranks=world.ranks, gather=world.gather,
+                )  # fmt: skip
+                metrics, predictions = found.metrics, found.predictions
+            if stage is self.config.sft and "chat_test" in self.splits and blind != "text":
+                metrics |= score_chat(
+                    self.model, self.processor, self.splits["chat_test"], self.config.data.capacity, blind, limit,
+                    world.rank, world.ranks, world.total,
+                )  # fmt: skip
         seconds = time.perf_counter() - began
         if world.leads:
-            if when == "after":  # first, as what has its line is not done again
-                self._keep_predictions(stage, found.predictions)
-            self.metrics.write(stage=stage, step=step, evaluation=when, **found.metrics, seconds=seconds)
-        return found.metrics
+            if when == "after" and predictions is not None:  # first, as what has its line is not done again
+                self._keep_predictions(stage.name, predictions)
+            self.metrics.write(stage=stage.name, step=step, evaluation=when, **metrics, seconds=seconds)
+        return metrics
 
     def _written(self, stage: str, step: int, when: str) -> dict[str, float] | None:
         """The metrics of the evaluation that metrics.jsonl holds under these names, or None."""
@@ -317,27 +367,37 @@ class Run:
     def _features(self, when: str) -> dict[str, float]:
         """Effective rank and standard deviation of the encoder's features of test images."""
         self.model.eval()
-        samples = [self.test[i] for i in range(min(64, len(self.test)))]
+        test = self.splits["test"]
+        samples = [test[i] for i in range(min(64, len(test)))]
         with eager():
             features, _ = self.model.encode([s.image.to(self.device) for s in samples if s is not None])
         return {f"{name}_{when}": value for name, value in feature_statistics(features).items()}
 
+    @property
+    def _precision(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
+
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == torch.bfloat16)
 
     def _export(self) -> None:
         folder = self.folder / "export"
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         self.model.encoder.save_siglip2(folder / "encoder")
+        if adapters(self.model.llm):
+            save_adapters(self.model.llm, folder / "lora")
 
     def _control(self) -> dict[str, float]:
         """Metrics of stage 2 alone, from this run's warm LLM and an encoder with random weights: what stage 1 has to
         beat. It lies in control/, and goes on where it was as the run does."""
         adapt = self.config.adapt
         run = Run(self.config, self.folder / "control", self.world, self.device, self.asked)
+        if self.config.model.encoder or self.config.model.whole:  # else it was drawn at random
+            torch.manual_seed(self.config.seed)
+            run.model.encoder.reset_parameters()
         warm = self.checkpoints.final(self.config.warmup.name)
         if warm is not None:
             load(warm, model_tensors(run.model), group=self.world.control)
         run.phase(adapt, title="control")
-        return run.evaluation(adapt.name, adapt.steps, "after")
+        return run.evaluation(adapt, adapt.steps, "after")

@@ -8,10 +8,9 @@ from typing import Literal
 
 import tyro
 
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
+from granvit.data.prompts import BBOX2CAPTION, GLOBAL_CAPTION, TASKS
 
 GROUPS = ("encoder", "projector", "llm")
-TASKS = (GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX, CHAT)
 
 
 @dataclass(frozen=True)

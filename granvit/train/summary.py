@@ -13,9 +13,12 @@ from granvit.eval import floors
 from granvit.train.presets import TrainConfig
 
 
-def write_summary(folder: Path, config: TrainConfig, results: list[dict], seconds: float) -> Path:
-    """Write folder/report/summary.json from the results of one or several seeds, and return its path."""
-    train, test = (GranDataset(config.data.path, split, config.data.fault_budget) for split in ("train", "test"))
+def write_summary(
+    folder: Path, config: TrainConfig, splits: dict[str, GranDataset], results: list[dict], seconds: float
+) -> Path:
+    """Write folder/report/summary.json from the results of one or several seeds, and return its path. splits: what the
+    run read (`run.open_splits`)."""
+    train, test = splits.get("train"), splits.get("test")
     path = folder / "report" / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     summary = {
@@ -25,12 +28,11 @@ def write_summary(folder: Path, config: TrainConfig, results: list[dict], second
         "peak_memory_mb": max(result["peak_memory_mb"] for result in results),
         "data": {
             "path": config.data.path,
-            "train": len(train),
-            "test": len(test),
+            **{name: len(split) for name, split in splits.items()},
             "evaluated": config.data.eval_images,
         },
         "config": asdict(config),
-        "floors": floors(train, test, limit=config.data.eval_images),
+        "floors": floors(train, test, limit=config.data.eval_images) if test else {},
         "runs": results,
         "mean": mean([{key: run[key] for key in ("stages", "features")} for run in results]),
     }

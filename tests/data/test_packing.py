@@ -7,6 +7,7 @@ from granvit.data.packing import IGNORE, pack_questions
 from granvit.data.prompts import BBOX2CAPTION, Question
 
 TASKS = ("global_caption", "bbox2caption", "caption2bbox")
+ALL = (*TASKS, "chat")
 VARIANTS = {
     "bins, region token and text": {},
     "text only": {"box_format": "text", "box_style": "text"},
@@ -15,8 +16,8 @@ VARIANTS = {
 }
 
 
-def pack(processor, samples, capacity=100_000):
-    return pack_questions(samples, [processor.questions(s, TASKS) for s in samples], processor, capacity)
+def pack(processor, samples, capacity=100_000, tasks=TASKS):
+    return pack_questions(samples, [processor.questions(s, tasks) for s in samples], processor, capacity)
 
 
 def score(model, batch):
@@ -28,7 +29,8 @@ def score(model, batch):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_packed_equals_one_question_at_a_time(tiny, samples, name):
     model, processor = tiny(**VARIANTS[name])
-    batch = pack(processor, samples)
+    batch = pack(processor, samples, tasks=ALL)
+    assert any(question.later for sample in samples for question in processor.questions(sample, ALL))
     assert batch.input_ids.shape[0] == 1, "several images are meant to share a sequence"
     packed, packed_targets = score(model, batch)
     (packed.float().log_softmax(-1).gather(1, packed_targets[:, None]).sum()).backward()
@@ -37,7 +39,7 @@ def test_packed_equals_one_question_at_a_time(tiny, samples, name):
 
     logits, targets = [], []
     for sample in samples:
-        for question in processor.questions(sample, TASKS):
+        for question in processor.questions(sample, ALL):
             alone = pack_questions([sample], [[question]], processor, 100_000)
             one, wanted = score(model, alone)
             one.float().log_softmax(-1).gather(1, wanted[:, None]).sum().backward()
@@ -123,6 +125,29 @@ def test_layout_of_a_sequence(tiny, samples):
             assert positions == list(range(0 if q == 0 else start, (0 if q == 0 else start) + len(positions)))
 
 
+def test_a_conversations_turns_see_those_before_and_are_all_scored(tiny, samples):
+    model, processor = tiny()
+    turns = (("what is there", "a dog"), ("which colour", "red"), ("sure", "yes"))
+    asked = [Question("chat", *turns[0], later=turns[1:]), Question("chat", *turns[1])]
+    batch = pack_questions(samples[:1], [asked], processor, 1000)
+    assert processor.tokenizer.decode(batch.targets) == "a dog<eos>red<eos>yes<eos>red<eos>"
+    mine = batch.question_index[0] == 1
+    start = int((batch.question_index[0] == 0).sum())
+    text = processor.tokenizer.decode(batch.input_ids[0, mine])
+    assert text == "\nwhat is there\na dog<eos>\nwhich colour\nred<eos>\nsure\nyes<eos>"
+    assert batch.position_ids[0, mine].tolist() == list(range(start, start + int(mine.sum())))
+
+    before, _ = score(model, batch)
+    first = batch.input_ids[0, batch.answer_slots[0] + 1].item()
+    batch.input_ids[0, batch.answer_slots[0] + 1] = first - 1  # a word of the first answer
+    after, _ = score(model, batch)
+    changed = (before != after).any(1).tolist()
+    scored, lengths = [], [len(ids) for ids in processor.answer_ids([answer for _, answer in turns])]
+    for number, length in enumerate(lengths):
+        scored += [number > 0 or i > 0 for i in range(length)]
+    assert changed == scored + [False] * lengths[1]
+
+
 def test_mask_is_the_contracts(tiny, samples):
     _, processor = tiny()
     batch = pack(processor, samples, capacity=190)
@@ -156,5 +181,7 @@ def test_faults_are_named(tiny, samples):
         pack_questions(samples[:2], [[]], processor, 100)
     with pytest.raises(ValueError, match="answer to 'what' is empty"):
         pack_questions(samples[:1], [[Question("chat", "what", " ")]], processor, 100)
+    with pytest.raises(ValueError, match="answer to 'and' is empty"):
+        pack_questions(samples[:1], [[Question("chat", "what", "it", later=(("and", ""),))]], processor, 100)
     with pytest.raises(ValueError, match="1 <region> markers, but 0 boxes"):
         pack_questions(samples[:1], [[Question("chat", "a <region>", "b")]], processor, 100)

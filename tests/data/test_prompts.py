@@ -82,8 +82,8 @@ def test_a_sentence_that_fits_two_boxes_asks_for_none():
 
 
 def test_unknown_settings_are_named():
-    with pytest.raises(ValueError, match="tasks: got 'chat'"):
-        questions(sample("a dog"), (CHAT,))
+    with pytest.raises(ValueError, match="tasks: got 'talk', accepted are 'global_caption'.* 'chat'"):
+        questions(sample("a dog"), ("talk",))
     with pytest.raises(ValueError, match="box_style: got 'arrow'"):
         questions(sample("a dog"), (BBOX2CAPTION,), "arrow")
     with pytest.raises(ValueError, match="box_format: got 'polar'"):
@@ -97,6 +97,14 @@ def test_markers_in_captions_are_only_text():
     assert find_box("<region>").prompt.endswith(": region")
     asked = questions(sample("a <region>", caption="<image>"), (GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX))
     assert [q.answer for q in asked[:2]] == ["image", "a region"]
+
+
+def test_a_conversation_is_one_question_of_several_turns():
+    chat = (("<image> What is it?", "A <region>."), ("Red?", "Yes.<eos> No."))
+    talked = SimpleNamespace(caption=None, regions=(), conversations=(chat, chat[1:]))
+    first, second = questions(talked, (CHAT, BBOX2CAPTION))
+    assert first.turns == (("image What is it?", "A region."), ("Red?", "Yes.eos No."))
+    assert (second.task, second.turns, second.region) == (CHAT, (("Red?", "Yes.eos No."),), None)
 
 
 def test_special_tokens_in_captions_are_only_text():

@@ -9,7 +9,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from granvit.data import schema
-from granvit.data.schema import DataFault, decode_image, parse_region, parse_row
+from granvit.data.schema import (
+    DataFault,
+    conversation_turns,
+    decode_image,
+    parse_conversation,
+    parse_region,
+    parse_row,
+)
 
 REGION = {"box": [0.1, 0.2, 0.5, 0.6], "caption": "red ball", "kind": "natural", "score": None}
 
@@ -113,6 +120,46 @@ def test_a_bad_region_is_raised_or_dropped():
     faults = []
     assert len(parse_row(row(regions=regions), drop=faults.append).regions) == 1
     assert [fault.kind for fault in faults] == ["region_caption", "box"]
+
+
+def turn(role: str, content) -> dict:
+    return {"role": role, "content": content}
+
+
+CHAT = [turn("user", "What is it?"), turn("assistant", "A ball."), turn("user", "Red?"), turn("assistant", "Yes.")]
+
+
+def test_conversations_are_optional_and_enough():
+    assert parse_row(row()).conversations == () == parse_row(row(conversations=None)).conversations
+    sample = parse_row(row(caption=None, regions=[], conversations=[CHAT, CHAT[:2]]))
+    assert sample.conversations == ((("What is it?", "A ball."), ("Red?", "Yes.")), (("What is it?", "A ball."),))
+    assert [conversation_turns(one) for one in sample.conversations] == [CHAT, CHAT[:2]]
+
+
+@pytest.mark.parametrize(
+    ("turns", "kind", "message"),
+    [
+        ("text", "conversations", "list of turns"),
+        ([CHAT[0], 3], "conversations", "list of turns"),
+        ([], "conversation_roles", r"got \[\]"),
+        (CHAT[:1], "conversation_roles", "to an assistant's, got \\['user'\\]"),
+        (CHAT[:3], "conversation_roles", "'user', 'assistant', 'user'"),
+        (CHAT[1:3], "conversation_roles", "'assistant', 'user'"),
+        ([CHAT[0], CHAT[0]], "conversation_roles", "'user', 'user'"),
+        ([turn("system", "Be brief."), *CHAT], "conversation_roles", "'system', 'user'"),
+        ([turn(["user"], "What?"), CHAT[1]], "conversation_roles", "user"),
+        ([CHAT[0], turn("assistant", " \n")], "conversation_text", "turn 1: content must be a string with text"),
+        ([CHAT[0], turn("assistant", None)], "conversation_text", "turn 1"),
+        ([turn("user", "\ud800"), CHAT[1]], "conversation_text", "turn 0.*Unicode"),
+    ],
+)
+def test_conversation_faults(turns, kind, message):
+    with pytest.raises(DataFault, match=message) as caught:
+        parse_conversation(turns)
+    assert caught.value.kind == kind
+    faults = []
+    assert len(parse_row(row(conversations=[CHAT, turns]), drop=faults.append).conversations) == 1
+    assert [str(fault).partition(":")[0] for fault in faults] == ["conversations[1]"]
 
 
 def test_only_regular_files_are_opened(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from granvit.data.packing import pack_questions
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT
 from granvit.model import GranViT, GranViTConfig, GranViTProcessor, VisionEncoder
 from granvit.model.tiny import train_tokenizer
 from granvit_kernels import pack_patches
@@ -26,6 +26,9 @@ VARIANTS = {
     "text": {"box_format": "text", "box_style": "text"},
     "shuffle": {"pixel_shuffle": 2, "region_tokens": 3, "box_style": "tokens"},
 }
+
+
+ALL = (*TASKS, CHAT)
 
 
 def rows(processor, samples, blind=False):
@@ -65,8 +68,9 @@ def test_generate_is_the_packed_models_greedy_choice(tiny, samples, name):
     """Each generated token is the one that the packed model, given the tokens before it, thinks likeliest: so
     prompts, positions, padding, cache and image sharing agree with training."""
     model, processor = tiny(**VARIANTS[name])
-    asked = [(i, q) for i, sample in enumerate(samples) for q in processor.questions(sample, TASKS)]
-    made = model.generate(**rows(processor, samples), max_new_tokens=6)
+    asked = [(i, q) for i, sample in enumerate(samples) for q in processor.questions(sample, ALL)]
+    inputs = processor([s.image for s in samples], [q for _, q in asked], image_index=[i for i, _ in asked])
+    made = model.generate(**inputs, max_new_tokens=6)
     assert len(made) == len(asked)
     for (i, question), ids in zip(asked, made, strict=True):
         ids = (
@@ -74,10 +78,16 @@ def test_generate_is_the_packed_models_greedy_choice(tiny, samples, name):
             if model.config.eos_token_id in ids
             else ids
         )
-        batch = pack_questions([samples[i]], [[replace(question, answer="x" * 40)]], processor, 10_000)
-        first = int(batch.answer_slots[0]) + 1
+        *before, last = question.turns  # of a conversation, its last answer is made
+        prompt, answer, *later = [text for turn in (*before, (last[0], "x" * 40)) for text in turn]
+        later = tuple(zip(later[::2], later[1::2], strict=True))
+        batch = pack_questions(
+            [samples[i]], [[replace(question, prompt=prompt, answer=answer, later=later)]], processor, 10_000
+        )
+        skipped = sum(map(len, processor.answer_ids([answer for _, answer in before])))
+        first = int(batch.answer_slots[skipped]) + 1
         batch.input_ids[0, first : first + len(ids)] = ids
-        likeliest = model(batch).logits.argmax(-1)
+        likeliest = model(batch).logits.argmax(-1)[skipped:]
         assert torch.equal(likeliest[: len(ids)], ids)
 
 

@@ -11,7 +11,7 @@ from granvit.data.batches import collate
 from granvit.data.schema import Region, Sample
 from granvit.train.distill import Teacher
 from granvit.train.loop import freeze
-from granvit.train.memory import Kept, checkpoint_activations, hold_frozen
+from granvit.train.memory import Kept, checkpoint_activations
 from granvit.train.presets import PRESETS
 from granvit.train.step import stage_loss
 
@@ -97,36 +97,3 @@ def test_a_frozen_llm_keeps_no_input_of_its_linear_layers(parts, frozen):
     assert len(inputs) == 6
     held = [one.untyped_storage()._cdata in kept.storages for one in inputs]
     assert not any(held) if frozen else all(held)
-
-
-def bfloat16_weights(model) -> None:
-    """As if the LLM had been published in bfloat16."""
-    with torch.no_grad():
-        for parameter in model.llm.parameters():
-            parameter.copy_(parameter.bfloat16())
-
-
-def test_frozen_weights_are_held_in_bfloat16_without_a_trace(parts):
-    model, batch = parts
-    bfloat16_weights(model)
-    kept, expected = step(model, batch, SMOKE.pretrain, autocast=True)
-    freed = hold_frozen(model, torch.bfloat16)
-    fewer, found = step(model, batch, SMOKE.pretrain, autocast=True)
-    assert_equal(found, expected)
-    linear = [p for p in model.llm.parameters() if p.dtype == torch.bfloat16]
-    # each weight's half, and the copy that autocast made of it for the backward pass
-    assert freed == sum(p.nbytes for p in linear) > 0
-    assert fewer == kept - freed
-    assert model.llm.get_input_embeddings().weight.dtype == torch.float32
-    model.float()
-    assert hold_frozen(model, torch.bfloat16) == freed
-
-
-def test_weights_that_would_lose_a_bit_or_learn_are_left_alone(parts):
-    model, _ = parts
-    freeze(model.groups(), SMOKE.pretrain.train)
-    assert hold_frozen(model, torch.bfloat16) == 0
-    bfloat16_weights(model)
-    freeze(model.groups(), SMOKE.adapt.train)
-    assert hold_frozen(model.llm, torch.bfloat16) == 0
-    assert all(p.dtype == torch.float32 for p in model.llm.parameters())

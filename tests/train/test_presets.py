@@ -58,7 +58,9 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
         ("--threads", "-1", "config.threads is -1"),
         ("--pretrain.learning-rate", "-1", "pretrain.learning_rate is -1.0"),
         ("--pretrain.clip", "0", "pretrain.clip is 0.0"),
-        ("--adapt.tasks", "chat", "adapt.tasks has 'chat'"),
+        ("--llm.lora", "-1", "lora: rank is -1"),
+        ("--llm.lora", "8", "model.lora.rank is 8; an LLM made from scratch"),
+        ("--sft.steps", "-1", "sft.steps is -1"),
     ],
 )
 def test_a_value_out_of_range_is_named_before_anything_starts(flag, value, message, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,7 @@ def picture_row(
     caption: str | None = None,
     source: str = "",
     licence: str = "",
+    conversations: Sequence[list[dict[str, str]]] = (),
 ) -> dict[str, Any]:
     """A row of the schema; boxes become relative, and those that leave the picture by a pixel or less are cut to it.
 
@@ -109,9 +110,9 @@ def picture_row(
             regions.append(_region(one, *picture.size))
         except DataFault as fault:
             notes.fault(record, DataFault(fault.kind, f"box {index}: {fault}"))
-    if not regions and caption is None:
+    if not regions and caption is None and not conversations:
         raise DataFault("empty_row", "neither a caption nor a usable region")
-    return {
+    row = {
         "id": record.id,
         "image": {"bytes": content, "path": name.rpartition("/")[2]},
         "width": picture.width,
@@ -121,6 +122,7 @@ def picture_row(
         "source": source,
         "licence": licence,
     }
+    return row | {"conversations": list(conversations)} if conversations else row
 
 
 def _region(one: PixelBox, width: int, height: int) -> dict[str, Any]:

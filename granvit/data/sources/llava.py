@@ -1,0 +1,117 @@
+"""LLaVA's conversations: a JSON list of {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}.
+
+A picture is named by many items, one a conversation: they become one row, whose picture is then encoded once for all of
+them. Items are joined in SQLite, on disk, since there are millions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as brief  # of an item nested deeply too
+from typing import Any
+
+from tyro.conf import Positional
+
+from granvit.data.files import local, read_image
+from granvit.data.prompts import IMAGE
+from granvit.data.schema import CHAT_FEATURES, DataFault, conversation_turns, is_unicode, parse_conversation
+from granvit.data.shards import Notes, Record, Source
+from granvit.data.sources.rows import picture_row
+from granvit.data.sources.stream import elements
+
+ROLES = {"human": "user", "gpt": "assistant"}
+
+# Pictures that other converters know by these ids, where they lie as LLaVA's own lists have it.
+_ELSEWHERE = (
+    ("coco", re.compile(r"(?:^|/)(?:train|val|test)20\d\d/(?:COCO_\w+_)?0*(\d+)\.jpg$")),
+    ("vg", re.compile(r"(?:^|/)(?:VG_100K(?:_2)?|gqa/images)/(\d+)\.jpg$")),
+)
+
+
+@dataclass(frozen=True)
+class Llava(Source):
+    """Conversations in LLaVA's JSON, for the stage sft. The picture always comes first: "<image>" is taken out."""
+
+    annotations: Positional[str]
+    """FILE or URL of the JSON list."""
+    images: str
+    """Folder or URL that the items' image paths are relative to."""
+    name: str = "llava"
+    """What ids (NAME/IMAGE PATH) and `source` say."""
+    licence: str = ""
+    """Noted in every row."""
+
+    features = CHAT_FEATURES
+
+    def inputs(self) -> list[str]:
+        return [self.annotations, *local(self.images)]
+
+    def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
+        with closing(sqlite3.connect(scratch / "items.sqlite")) as database:
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute("CREATE TABLE items (n INTEGER PRIMARY KEY, image TEXT, turns TEXT)")
+            for index, (_, item) in enumerate(elements(self.annotations)):
+                if isinstance(item, dict) and item.get("image") in (None, "", []):
+                    notes.drop("conversation without image")
+                    continue
+                try:
+                    values = (index, _image(item), json.dumps(_turns(item)))
+                    database.execute("INSERT INTO items VALUES (?, ?, ?)", values)
+                except DataFault as fault:
+                    notes.unreadable(f"{self.annotations}[{index}]", fault)
+            database.execute("CREATE INDEX by_image ON items (image, n)")
+            pictures = database.execute("SELECT image, min(n) AS first FROM items GROUP BY image ORDER BY first")
+            for image, first in pictures:
+                found = database.execute("SELECT turns FROM items WHERE image = ? ORDER BY n", (image,))
+                data = {"image": image, "conversations": [json.loads(turns) for (turns,) in found]}
+                aliases = tuple(f"{name}/{match[1]}" for name, known in _ELSEWHERE if (match := known.search(image)))
+                yield Record(f"{self.name}/{image}", f"{self.annotations}[{first}]", data, aliases)
+
+    def row(self, record: Record, notes: Notes) -> dict[str, Any]:
+        image, conversations = record.data["image"], record.data["conversations"]
+        content = read_image(self.images, image)
+        told = {"source": self.name, "licence": self.licence, "conversations": conversations}
+        return picture_row(record, content, image, (), notes, **told)
+
+
+def _image(item: Any) -> str:
+    """The path of an item's only image."""
+    image = item.get("image") if isinstance(item, dict) else None
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise DataFault("images", f"has {len(image)} images; a conversation about one is accepted")
+        [image] = image
+    if not isinstance(image, str) or not image or not is_unicode(image):
+        raise DataFault("path", f"image must be a path relative to the folder, got {brief(item)}")
+    return image
+
+
+def _turns(item: dict[str, Any]) -> list[dict[str, str]]:
+    """An item's conversation as the schema has it."""
+    listed = item.get("conversations")
+    if not isinstance(listed, list) or not all(isinstance(turn, dict) for turn in listed):
+        raise DataFault("conversations", f"conversations must be a list of objects, got {brief(listed)}")
+    marked = sum(_text(turn).count(IMAGE) for turn in listed if turn.get("from") == "human")
+    if marked > 1:
+        raise DataFault("images", f"says {IMAGE} {marked} times; a conversation about one is accepted")
+    turns = []
+    for turn in listed:
+        role, text = turn.get("from"), _text(turn)
+        # A role that is none stays, to be named in the fault; it may be anything that JSON holds.
+        turns.append({"role": ROLES.get(role, role) if isinstance(role, str) else brief(role), "content": text})
+        if role == "human":
+            turns[-1]["content"] = text.replace(IMAGE, "").strip()
+    return conversation_turns(parse_conversation(turns))
+
+
+def _text(turn: dict[str, Any]) -> str:
+    text = turn.get("value")
+    if not isinstance(text, str):
+        raise DataFault("conversation_text", f"value must be a string, got {brief(text)}")
+    return text

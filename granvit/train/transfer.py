@@ -1,0 +1,80 @@
+"""The commands adapt (stage 2 with another LLM, on the encoder of a run) and sft (conversations, on a whole model).
+
+Here is what their configurations are before any flag, and what they can't do without. Both are runs as any other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from granvit.lora import Lora
+from granvit.train.presets import PRESETS, Model, TrainConfig, load_config
+
+SFT_STEPS = 5000
+"""Of the command sft, where no run says another number."""
+
+
+def adapt_config(encoder: str | None) -> TrainConfig:
+    """Stage 2 alone, on this encoder, which stays frozen.
+
+    Data, seed and precision are those of the encoder's run, and so are the forms of questions and sizes of images that
+    it learnt with. The stage is the run's, too, where its LLM was a pretrained one, as this one is; else, and where
+    there is no run, the preset compact's.
+    """
+    config = _goes_on(encoder, "adapt")
+    if encoder is None:
+        return config
+    found = _export(encoder)
+    shape = {field.name: found[field.name] for field in fields(Model) if field.name in found}
+    model = replace(config.model, whole=None, encoder=encoder, llm=None, lora=Lora(), **shape)
+    return replace(config, model=model)
+
+
+def sft_config(model: str | None) -> TrainConfig:
+    """The stage sft alone, on this model: data (conversations come by data.chat), seed and precision are its run's."""
+    config = _goes_on(model, "sft")
+    return replace(config, model=Model(whole=model), sft=replace(config.sft, steps=config.sft.steps or SFT_STEPS))
+
+
+def check_adapt(config: TrainConfig, default: TrainConfig) -> None:
+    """Raises ValueError where the flags named no encoder or no LLM."""
+    if not config.model.encoder or not config.model.llm:
+        raise ValueError("adapt takes --encoder RUN (or an export, or a SigLIP2) and --llm NAME_OR_FOLDER")
+
+
+def check_sft(config: TrainConfig, default: TrainConfig) -> None:
+    """Raises ValueError where the flags named no model or no conversations."""
+    if not config.model.whole or (config.data.chat is None and config.data.path == default.data.path):
+        raise ValueError(
+            "sft takes --model RUN_OR_EXPORT and a Gran dataset with conversations: --data.path DIR, or --data.chat "
+            "DIR to be evaluated on the regions of the model's own run besides"
+        )
+
+
+def _goes_on(path: str | None, name: str) -> TrainConfig:
+    """The configuration of the run at `path`, or else of the preset compact, with the one stage `name` left."""
+    compact, run = PRESETS["compact"], PRESETS["compact"]
+    folder = Path(path or "")
+    for found in (folder / "config.yaml", folder.parent / "config.yaml"):
+        if path is not None and found.is_file() and (found.parent == folder or folder.name.startswith("seed-")):
+            run = load_config(found)
+            break
+    pretrained = run.model.llm is not None or run.model.whole is not None
+    stages = {other: replace(getattr(run, other), steps=0) for other in ("warmup", "pretrain", "adapt", "sft")}
+    stages[name] = getattr(run if pretrained or name == "sft" else compact, name)
+    return replace(run, preset=name, output=f"runs/{name}", control=False, seeds=1, **stages)
+
+
+def _export(path: str) -> dict[str, Any]:
+    """The configuration of the GranViT that lies at `path`, a run's folder or an export; {} where there is none."""
+    for folder in (Path(path), Path(path) / "export"):
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and found.get("model_type") == "granvit":
+            return found
+    return {}
