@@ -32,6 +32,7 @@ def small_config(sample_set):
         adapt=dataclasses.replace(smoke.adapt, steps=4, **few),
         checkpoint_every=2,
         log_every=1,
+        threads=1,  # on a busy machine two wait for each other most of the time
         control=False,
         device="cpu",
     )  # fmt: skip

@@ -32,15 +32,13 @@ def config(small_config, sample_set, tmp_path_factory):
     rows.save_to_disk(folder / "faulty")
     stages = {name: replace(getattr(small_config, name), packs=4) for name in ("warmup", "pretrain", "adapt")}
     data = replace(small_config.data, path=str(folder), capacity=128, fault_budget=1.0)
-    return replace(small_config, **stages, data=data, threads=1)
+    return replace(small_config, **stages, data=data)
 
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
     """What one process finds."""
-    threads = torch.get_num_threads()
-    yield outcomes(config, tmp_path_factory.mktemp("alone"), World(), "ddp")
-    torch.set_num_threads(threads)
+    return outcomes(config, tmp_path_factory.mktemp("alone"), World(), "ddp")
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -65,7 +65,7 @@ def test_sigterm_ends_at_once_where_nobody_waits_for_it_and_is_noted_where_someb
 
 @pytest.fixture()
 def config(small_config, tmp_path):
-    return replace(small_config, output=str(tmp_path / "run"), threads=1, nonfinite_limit=3)
+    return replace(small_config, output=str(tmp_path / "run"), nonfinite_limit=3)
 
 
 @pytest.fixture()

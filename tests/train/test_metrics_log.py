@@ -82,7 +82,7 @@ def tracker(monkeypatch):
 
 def test_trackers_get_every_line_of_a_run_and_one_that_fails_no_more(small_config, tmp_path, tracker, caplog):
     trackers = ("mine:failing", "mine:make", "tensorboard")
-    config = replace(small_config, output=str(tmp_path / "run"), threads=1, trackers=trackers)
+    config = replace(small_config, output=str(tmp_path / "run"), trackers=trackers)
     train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert tracker.got == ["failed", *lines]

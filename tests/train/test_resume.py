@@ -11,7 +11,6 @@ from pathlib import Path
 import datasets
 import pytest
 import stopping
-import torch
 from ranks import environment, torchrun
 
 from granvit.train import loop
@@ -27,16 +26,13 @@ def config(small_config):
     steps = {"warmup": 2, "pretrain": 10, "adapt": 6}
     stages = {name: replace(getattr(small_config, name), steps=n, packs=4) for name, n in steps.items()}
     data = replace(small_config.data, capacity=128, eval_images=2)
-    return replace(small_config, **stages, data=data, checkpoint_every=3, threads=1)
+    return replace(small_config, **stages, data=data, checkpoint_every=3)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
     """The lines of a run that nothing came between."""
-    threads = torch.get_num_threads()
-    folder = train(replace(config, output=str(tmp_path_factory.mktemp("runs") / "run")))
-    torch.set_num_threads(threads)
-    return lines_of(folder)
+    return lines_of(train(replace(config, output=str(tmp_path_factory.mktemp("runs") / "run"))))
 
 
 def lines_of(folder: Path) -> list[dict]:
