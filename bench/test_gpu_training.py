@@ -30,7 +30,7 @@ for needed in ("datasets", "tyro", "pydantic", "yaml"):  # what the trainer impo
     pytest.importorskip(needed)
 
 from granvit.data.batches import collate
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION
+from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question
 from granvit.data.prompts import questions as questions_of
 from granvit.data.schema import Region, Sample
 from granvit.machine import commit
@@ -100,6 +100,12 @@ class Writer:
     def answer_ids(self, answers: list[str]) -> list[list[int]]:
         heads = {"[": CAPTION2BBOX, "a": BBOX2CAPTION, "i": GLOBAL_CAPTION}  # as `samples` writes them
         return [self._ids(answer, heads[answer[0]], 1) for answer in answers]
+
+    def turn_ids(self, questions: list[Question]) -> list[list[tuple[list[int], list[int]]]]:
+        return [
+            list(zip(self.prompt_ids([question.prompt]), self.answer_ids([question.answer]), strict=True))
+            for question in questions
+        ]
 
 
 def samples(images: int) -> list[Sample]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> TrainConfig:
         TrainConfig, args=rest, default=default, prog=f"python -m granvit.train {preset}", description=_USAGE
     )
     if check:
-        check(config, default)
+        check(config, {word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")})
     return config
 
 
@@ -57,11 +57,14 @@ def _value(arguments: list[str], flag: str) -> str | None:
 
 
 class Start(NamedTuple):
-    """A command that is a run whose configuration begins with what lies at a path."""
+    """A command that is a run whose configuration begins with what lies at a path.
+
+    check: raises ValueError for a configuration that lacks something; it gets the flags that were given, too.
+    """
 
     flag: str
     default: Callable[[str | None], TrainConfig]
-    check: Callable[[TrainConfig, TrainConfig], None]
+    check: Callable[[TrainConfig, Collection[str]], None]
 
 
 STARTS = {"adapt": Start("encoder", adapt_config, check_adapt), "sft": Start("model", sft_config, check_sft)}

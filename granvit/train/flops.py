@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from granvit.data.prompts import Question
 from granvit.data.schema import Sample
+from granvit.lora import adapters
 from granvit.model import GranViT, GranViTProcessor
 from granvit.model.config import cached_fit_grid
 
@@ -34,7 +35,8 @@ class Sizes:
     """What the operations of a model depend on: weights of its matrices, a of its attention, parameters of its groups.
 
     cells, geometry: what embeds the places of image tokens and of boxes. region_keys: the region prompt's, of every
-    patch; region: its projector. output: the LLM's output table; locations: the rows of location tokens.
+    patch; region: its projector. output: the LLM's output table; locations: the rows of location tokens. adapters: the
+    LLM's (LoRA), counted apart from its own weights, which never learn under them.
     """
 
     patch: int
@@ -51,6 +53,7 @@ class Sizes:
     output: int
     locations: int
     parameters: dict[str, int]
+    adapters: int = 0
 
     @classmethod
     def of(cls, model: GranViT) -> Sizes:
@@ -59,6 +62,8 @@ class Sizes:
         prompt, llm, vision = model.region_prompt, model.llm, model.encoder.config
         text = llm.config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        added = sum(parameter.numel() for parameter in adapters(llm))
+        parameters = {name: sum(p.numel() for p in group) for name, group in model.groups().items()}
         return cls(
             patch=_weights(model.encoder.embeddings),
             encoder=_weights(model.encoder.encoder),
@@ -69,11 +74,12 @@ class Sizes:
             region_keys=_weights(prompt.key) + _weights(prompt.value),
             region=_weights(prompt.projector),
             region_attention=vision.hidden_size,
-            llm=_weights(llm.get_decoder()),
+            llm=_weights(llm.get_decoder()) - added,
             llm_attention=text.num_hidden_layers * text.num_attention_heads * head,
             output=llm.get_output_embeddings().weight.numel(),
             locations=model.locations.output.numel(),
-            parameters={name: sum(p.numel() for p in group) for name, group in model.groups().items()},
+            parameters=parameters | {"llm": sum(p.numel() for p in llm.parameters()) - added},
+            adapters=added,
         )
 
 
@@ -251,6 +257,7 @@ def operations(sizes: Sizes, counts: Counts, train: Iterable[str]) -> Operations
     trains = set(train)
     encoder, projector, llm = (name in trains for name in ("encoder", "projector", "llm"))
     into_llm = encoder or projector or llm  # the embedding table comes before the LLM's layers
+    whole_llm = llm and not sizes.adapters
 
     def matrices(weights: int, tokens: int, trained: bool, carries: bool) -> int:
         return 2 * weights * tokens * (1 + trained + carries)
@@ -272,9 +279,10 @@ def operations(sizes: Sizes, counts: Counts, train: Iterable[str]) -> Operations
             + (matrices(sizes.region_keys, counts.patches, projector, encoder) if counts.prompts else 0)
             + matrices(sizes.region, counts.prompts, projector, ours)
             + attention(sizes.region_attention, counts.prompt_pairs, ours),
-            "llm": matrices(sizes.llm, counts.tokens, llm, into_llm)
+            "llm": matrices(sizes.llm, counts.tokens, whole_llm, into_llm)
+            + matrices(sizes.adapters, counts.tokens, llm, into_llm)
             + attention(sizes.llm_attention, counts.pairs, into_llm),
-            "output": matrices(sizes.output, counts.answers, llm, into_llm)
+            "output": matrices(sizes.output, counts.answers, whole_llm, into_llm)
             + matrices(sizes.locations, counts.answers, projector, into_llm),
         }
     )

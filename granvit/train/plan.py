@@ -27,6 +27,7 @@ from granvit.data.loader import GranDataset, spread
 from granvit.data.planning import FULL, Lane, Order
 from granvit.data.prompts import BBOX2CAPTION, GLOBAL_CAPTION
 from granvit.data.sample import cached_sample
+from granvit.eval.loading import find_model
 from granvit.model import GranViTConfig, GranViTProcessor
 from granvit.model.config import cached_fit_grid
 from granvit.model.llm import SMOLLM2, load_llm
@@ -46,7 +47,7 @@ from granvit.train.flops import (
     pictures_of,
 )
 from granvit.train.presets import PRESETS, TrainConfig, load_config
-from granvit.train.shapes import config_of, on_meta
+from granvit.train.shapes import ALSO, config_of, on_meta
 from granvit.train.stages import Stage
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -109,13 +110,12 @@ class Lengths:
     region: Question
     caption: Question
     rows: list[list[Picture]] = field(default_factory=list)
-    regions_an_image: float = 6.0
 
 
 def assumed_lengths(plan: PlanConfig, stage: Stage) -> Lengths:
     region = Question(plan.prompt_tokens + plan.answer_tokens, plan.answer_tokens)
     caption = Question(plan.prompt_tokens + plan.caption_tokens, plan.caption_tokens)
-    return Lengths(ASSUMED, region, caption, regions_an_image=plan.regions / plan.images)
+    return Lengths(ASSUMED, region, caption)
 
 
 def measured_lengths(plan: PlanConfig, stage: Stage, data: GranDataset, processor: GranViTProcessor) -> Lengths:
@@ -142,7 +142,6 @@ def measured_lengths(plan: PlanConfig, stage: Stage, data: GranDataset, processo
         _mean([one for one in every if one.region]),
         _mean([one for one in every if not one.region]),
         placed,
-        float(np.mean([len(sample.regions) for sample in samples])),
     )
 
 
@@ -166,10 +165,17 @@ def tokenizer_for(plan: PlanConfig, data: GranDataset) -> tuple[PreTrainedTokeni
     return train_tokenizer(training_text(data), 8192), f"; the tokenizer of {name} is not here, one of 8192 tokens is"
 
 
-def processor_for(config: GranViTConfig, tokenizer: PreTrainedTokenizerBase) -> GranViTProcessor:
+def processor_for(plan: PlanConfig, config: GranViTConfig, data: GranDataset) -> tuple[GranViTProcessor, str]:
+    """The run's processor, and what to say of it. The table of an LLM that is made from scratch gets its size here."""
+    model = plan.run.model
+    if model.whole:
+        return GranViTProcessor.from_pretrained(find_model(model.whole)), ""
+    tokenizer, note = tokenizer_for(plan, data)
+    if model.llm is None:
+        config.text_config.vocab_size = len(tokenizer)
     known = deepcopy(config)
     known.text_vocab = len(tokenizer)
-    return GranViTProcessor.from_config(known, tokenizer)
+    return GranViTProcessor.from_config(known, tokenizer), note
 
 
 # ---- recipes ----
@@ -250,13 +256,16 @@ def gpu_hours(total: float, mfu: float, device_tflops: float) -> float:
 # ---- memory ----
 
 
-def memory(sizes: Sizes, stage: Stage, ranks: int = 1) -> dict[str, float]:
-    """Bytes a rank holds between steps, weights and state in float32 as the trainer keeps them; `ranks`: 1 for DDP,
-    where each holds all, else FSDP's, where each holds its part. Activations come on top."""
-    trained = sum(sizes.parameters[name] for name in stage.train)
+def memory(sizes: Sizes, stage: Stage, ranks: int = 1, precision: str = "float32") -> dict[str, float]:
+    """Bytes a rank holds between steps, weights and state in float32 as the trainer keeps them, but for an LLM's under
+    adapters, which it keeps in the run's `precision`. `ranks`: 1 for DDP, where each holds all, else FSDP's, where each
+    holds its part. Activations come on top."""
+    learns = sizes.parameters | ({"llm": sizes.adapters} if sizes.adapters else {})
+    under = sizes.parameters["llm"] if sizes.adapters else 0
+    trained = sum(learns[name] for name in stage.train)
     teacher = sizes.parameters["encoder"] if stage.distill else 0
-    every = sum(sizes.parameters.values())
-    parts = {"weights": 4 * every, "gradients": 4 * trained, "Adam": 8 * trained, "teacher": 4 * teacher}
+    weights = 4 * sum(learns.values()) + (2 if precision == "bfloat16" else 4) * under
+    parts = {"weights": weights, "gradients": 4 * trained, "Adam": 8 * trained, "teacher": 4 * teacher}
     return {name: number / ranks for name, number in parts.items()}
 
 
@@ -310,7 +319,7 @@ def repeated(sizes: Sizes, config: GranViTConfig, stage: Stage, counts: Counts) 
 
 
 def measurements(plan: PlanConfig, stage: Stage, results: Path = RESULTS) -> dict[str, Any] | None:
-    """The newest measured training step of a GPU with this plan's shapes (bench/test_training.py), if there is one."""
+    """The last measured training step of a GPU with this plan's shapes (bench/test_gpu_training.py), or None."""
     found = None
     for path in sorted(results.glob("gpu-training*.json")):
         for row in json.loads(path.read_text()):
@@ -322,22 +331,19 @@ def measurements(plan: PlanConfig, stage: Stage, results: Path = RESULTS) -> dic
 
 
 def _known(name: str | None) -> str | None:
-    from granvit.train.shapes import ALSO
-
     return ALSO.get(name, name)
 
 
 def report(plan: PlanConfig, console: Console) -> None:
     """Print all tables. Raises ValueError for shapes that are not known and data that is none."""
+    stages = [stage for stage in (plan.run.pretrain, plan.run.adapt) if stage.steps]
+    if not stages:
+        raise ValueError("nothing to plan: pretrain.steps and adapt.steps are 0")
     config = config_of(plan.run.model)
     data = dataset(plan, console)
     if data is not None:
-        tokenizer, note = tokenizer_for(plan, data)
-        processor = processor_for(config, tokenizer)
-        if plan.run.model.llm is None:
-            config.text_config.vocab_size = len(tokenizer)
-    sizes = Sizes.of(on_meta(config))
-    stages = [plan.run.pretrain, plan.run.adapt]
+        processor, note = processor_for(plan, config, data)
+    sizes = Sizes.of(on_meta(config, plan.run.model.lora))
     lengths = {}
     for stage in stages:
         if data is None:
@@ -374,7 +380,7 @@ def _recipes(plan: PlanConfig, config: GranViTConfig, stage: Stage, lengths: Len
     crop_grid, capacity = plan.run.distill.crop_grid, plan.run.data.capacity
     if lengths.rows:
         return compare(lengths.rows, crop_grid, plan.samples, capacity)
-    one = typical(plan, config, stage, lengths, round(lengths.regions_an_image), plan.image_size)
+    one = typical(plan, config, stage, lengths, round(plan.regions / plan.images), plan.image_size)
     images = 64  # enough for full batches of the other recipe
     return compare([[one] * images], crop_grid, plan.samples, round(images * one.length / FULL))
 
@@ -386,6 +392,8 @@ def _model_table(plan: PlanConfig, sizes: Sizes) -> Table:
     names = {"encoder": model.encoder or "tiny", "llm": model.llm or "tiny", "projector": "with the region prompt"}
     for name, number in sizes.parameters.items():
         table.add_row(f"{name} ({names[name]})", f"{number / 1e6:,.2f}", f"{meets[name] / 1e6:,.2f}")
+    if sizes.adapters:
+        table.add_row(f"its adapters (rank {model.lora.rank})", *[f"{sizes.adapters / 1e6:,.2f}"] * 2)
     return table
 
 
@@ -439,7 +447,7 @@ def _memory_table(plan: PlanConfig, config: GranViTConfig, sizes: Sizes, stages:
     for stage in stages:
         activations = activation_bytes(config, stage, capacity, capacity * config.pixel_shuffle**2)
         for label, ranks in (("ddp: everything", 1), (f"fsdp: 1 of {plan.ranks}", plan.ranks)):
-            parts = memory(sizes, stage, ranks)
+            parts = memory(sizes, stage, ranks, plan.run.precision)
             table.add_row(
                 stage.name, label, *(f"{parts[name] / 2**30:.3g}" for name in columns),
                 f"{sum(parts.values()) / 2**30:.3g}", *(f"{number / 2**30:.3g}" for number in activations),

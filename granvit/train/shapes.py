@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Siglip2VisionConfig
 
+from granvit.eval.loading import find_encoder, find_model
+from granvit.lora import Lora, add_adapters
 from granvit.model import GranViT, GranViTConfig
 from granvit.train.presets import Model
 
@@ -66,8 +68,10 @@ ALSO = {
 
 
 def config_of(model: Model) -> GranViTConfig:
-    """The configuration of a GranViT of these parts: names that stand above, folders with a config.json, or None for
-    the tiny ones. Nothing is downloaded. Raises ValueError for another name."""
+    """The configuration of a GranViT of these parts: names that stand above, folders with a config.json (of an encoder,
+    a run's too), or None for the tiny ones. Nothing is downloaded. Raises ValueError for another name."""
+    if model.whole:
+        return GranViTConfig.from_pretrained(find_model(model.whole))
     return GranViTConfig(
         vision_config=_encoder(model),
         text_config=_text(model),
@@ -80,10 +84,13 @@ def config_of(model: Model) -> GranViTConfig:
     )
 
 
-def on_meta(config: GranViTConfig) -> GranViT:
-    """A model without memory, to be counted."""
+def on_meta(config: GranViTConfig, lora: Lora | None = None) -> GranViT:
+    """A model without memory, to be counted; lora: with these adapters on its LLM."""
     with torch.device("meta"):
-        return GranViT(config)
+        model = GranViT(config)
+        if lora is not None and lora.rank:
+            add_adapters(model.llm, lora)
+    return model
 
 
 def _encoder(model: Model) -> Siglip2VisionConfig:
@@ -93,7 +100,7 @@ def _encoder(model: Model) -> Siglip2VisionConfig:
     name = ALSO.get(model.encoder, model.encoder)
     if name in ENCODERS:
         return Siglip2VisionConfig(**ENCODERS[name])
-    return Siglip2VisionConfig.from_pretrained(_folder("encoder", name, ENCODERS))
+    return Siglip2VisionConfig.from_pretrained(_folder("encoder", str(find_encoder(name)), ENCODERS))
 
 
 def _text(model: Model) -> PretrainedConfig:

@@ -6,6 +6,7 @@ Here is what their configurations are before any flag, and what they can't do wi
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,16 @@ def sft_config(model: str | None) -> TrainConfig:
     return replace(config, model=Model(whole=model), sft=replace(config.sft, steps=config.sft.steps or SFT_STEPS))
 
 
-def check_adapt(config: TrainConfig, default: TrainConfig) -> None:
+def check_adapt(config: TrainConfig, flags: Collection[str]) -> None:
     """Raises ValueError where the flags named no encoder or no LLM."""
     if not config.model.encoder or not config.model.llm:
         raise ValueError("adapt takes --encoder RUN (or an export, or a SigLIP2) and --llm NAME_OR_FOLDER")
 
 
-def check_sft(config: TrainConfig, default: TrainConfig) -> None:
-    """Raises ValueError where the flags named no model or no conversations."""
-    if not config.model.whole or (config.data.chat is None and config.data.path == default.data.path):
+def check_sft(config: TrainConfig, flags: Collection[str]) -> None:
+    """Raises ValueError where the flags named no model or no conversations; what they name may be what the model's run
+    had."""
+    if not config.model.whole or (config.data.chat is None and "data.path" not in flags):
         raise ValueError(
             "sft takes --model RUN_OR_EXPORT and a Gran dataset with conversations: --data.path DIR, or --data.chat "
             "DIR to be evaluated on the regions of the model's own run besides"

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from granvit.data.batches import collate
 from granvit.data.schema import Region, Sample
+from granvit.lora import Lora, adapters, add_adapters
 from granvit.train.distill import Teacher
 from granvit.train.flops import (
     Sizes,
@@ -60,6 +62,22 @@ def test_matrices_are_those_that_torch_counts(step, train):
     if "encoder" not in train:
         counts = replace(counts, crop_patches=0, crop_pairs=0)
     assert counts.tokens == batch.packed.input_ids.numel() and counts.answers == len(batch.packed.targets)
+    without_attention = replace(sizes, encoder_attention=0, llm_attention=0, region_attention=0)
+    found = counted(model, batch, train)
+    assert sum(found.get(name, 0) for name in MATRICES) == operations(without_attention, counts, train).total
+
+
+@pytest.mark.parametrize("train", STAGES)
+def test_adapters_learn_in_place_of_the_llm(step, train):
+    given, batch, pictures = step
+    model, whole = deepcopy(given), Sizes.of(given)
+    add_adapters(model.llm, Lora(4))
+    sizes = Sizes.of(model)
+    assert sizes.adapters == sum(parameter.numel() for parameter in adapters(model.llm))
+    assert replace(sizes, adapters=0) == whole
+    counts = count(pictures, (2, 2))
+    if "encoder" not in train:
+        counts = replace(counts, crop_patches=0, crop_pairs=0)
     without_attention = replace(sizes, encoder_attention=0, llm_attention=0, region_attention=0)
     found = counted(model, batch, train)
     assert sum(found.get(name, 0) for name in MATRICES) == operations(without_attention, counts, train).total

@@ -6,7 +6,9 @@ import pytest
 from rich.console import Console
 
 from granvit.data.loader import GranDataset
+from granvit.lora import Lora
 from granvit.train import plan as planning
+from granvit.train.build import build
 from granvit.train.flops import (
     Asked,
     Picture,
@@ -85,8 +87,10 @@ def test_a_shape_that_is_not_known_says_what_is(tmp_path):
 def test_packs_are_the_trainer_s(small_config, sample_set):
     plan = PlanConfig(small_config, rows=40)
     data = GranDataset(sample_set)
-    tokenizer, note = planning.tokenizer_for(plan, data)
-    processor = planning.processor_for(config_of(small_config.model), tokenizer)
+    config = config_of(small_config.model)
+    processor, note = planning.processor_for(plan, config, data)
+    model, its = build(small_config.model, data)
+    assert Sizes.of(on_meta(config)) == Sizes.of(model) and len(its.tokenizer) == len(processor.tokenizer)
     for stage in (small_config.pretrain, small_config.adapt):
         found = measured_lengths(plan, stage, data, processor)
         lengths = [sum(one.length for one in row) for row in found.rows]
@@ -96,6 +100,39 @@ def test_packs_are_the_trainer_s(small_config, sample_set):
         both = compare(found.rows, (4, 4), 8, small_config.data.capacity)
         assert both.ours.questions == both.theirs.questions and both.ours.answers == both.theirs.answers
         assert both.theirs_padded.tokens > both.theirs.tokens > both.ours.tokens
+
+
+def test_an_llm_under_adapters_is_frozen():
+    stage = PRESETS["paper"].adapt
+    model = Model(encoder="siglip2-base", llm="llama3-8b", box_format="text", lora=Lora(16))
+    sizes = Sizes.of(on_meta(config_of(model), model.lora))
+    whole = Sizes.of(on_meta(config_of(replace(model, lora=Lora()))))
+    assert sizes.adapters == 41_943_040 and sizes.parameters == whole.parameters and sizes.llm == whole.llm
+    parts = memory(sizes, stage, precision="bfloat16")
+    ours = sizes.parameters["encoder"] + sizes.parameters["projector"]
+    assert parts["weights"] == 4 * (ours + sizes.adapters) + 2 * sizes.parameters["llm"]
+    assert parts["gradients"] == 4 * (sizes.parameters["projector"] + sizes.adapters)
+    assert memory(sizes, stage)["weights"] == parts["weights"] + 2 * sizes.parameters["llm"]
+    without = replace(sizes, llm_attention=0)
+    assert operations(without, count([IMAGE]), STAGE_2).parts["llm"] == 4 * sizes.llm * 40 + 6 * sizes.adapters * 40
+    assert operations(without, count([IMAGE]), STAGE_2).parts["output"] == 4 * sizes.output * 12
+
+
+def test_a_run_that_is_finished_can_be_planned_anew(small_config, tiny, sample_set, tmp_path, capsys):
+    model, processor = tiny()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "export")
+    model.encoder.save_siglip2(tmp_path / "export" / "encoder")
+    assert Sizes.of(on_meta(config_of(Model(whole=str(tmp_path))))) == Sizes.of(model)
+    for path in (tmp_path, tmp_path / "export"):
+        assert config_of(Model(encoder=str(path))).vision_config.hidden_size == model.encoder.config.hidden_size
+    whole = replace(small_config, model=Model(whole=str(tmp_path)))
+    report(PlanConfig(replace(whole, pretrain=replace(whole.pretrain, steps=0)), rows=20), Console(width=200))
+    said = capsys.readouterr().out
+    assert "adapt" in said and "pretrain" not in said
+    with pytest.raises(ValueError, match="nothing to plan"):
+        none = {name: replace(getattr(whole, name), steps=0) for name in ("pretrain", "adapt")}
+        report(PlanConfig(replace(whole, **none)), Console())
 
 
 def test_memory_and_hours():

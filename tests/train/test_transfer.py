@@ -206,6 +206,15 @@ def test_a_run_goes_on_with_conversations(run, chats, rank, tmp_path):
     train(config)
 
 
+def test_sft_goes_on_with_the_conversations_of_its_own_run(small_config, tmp_path):
+    data = dataclasses.replace(small_config.data, path="some/chats")
+    save_config(dataclasses.replace(small_config, data=data), tmp_path / "config.yaml")
+    for flag in (["--data.path", "some/chats"], ["--data.path=some/chats"]):
+        assert parse(["sft", "--model", str(tmp_path), *flag]).data == data
+    with pytest.raises(ValueError, match="sft takes --model RUN_OR_EXPORT"):
+        parse(["sft", "--model", str(tmp_path)])
+
+
 def test_sft_keeps_an_eye_on_the_regions_of_the_models_run(run, chats, tmp_path):
     train(parse(["sft", "--model", str(run), "--data.chat", str(chats), "--output", str(tmp_path / "run"), *SFT]))
     after = [line for line in lines_of(tmp_path / "run") if line.get("evaluation") == "after"][0]
