@@ -34,7 +34,7 @@ gpu-build:
 	$(PYTHON) -m granvit_kernels
 
 gpu-test:  # --ff: what failed last time comes first
-	$(PYTHON) -m pytest tests/kernels tests/model/test_vision.py -m gpu --ff
+	$(PYTHON) -m pytest tests/kernels tests/model/test_vision.py tests/model/test_question_attention.py -m gpu --ff
 
 gpu-sanitize:
 	$(PYTHON) bench/sanitize.py

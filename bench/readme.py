@@ -21,8 +21,6 @@ def write() -> None:
         end = text.index(END, begin)
         text = text[:begin] + "\n" + "\n".join(lines) + "\n\n" + text[end:]
     readme.write_text(text)
-
-
     (ROOT / "docs" / "performance.md").write_text("\n".join(performance()) + "\n")
     plot(ROOT / "docs" / "performance.png")
 

@@ -30,6 +30,7 @@ EVALUATIONS = (
             "blind": "blind box",
         },
     ),
+    ("Answers in conversations: tokens foreseen (%)", "chat_token_accuracy", {}),
 )
 
 
@@ -43,7 +44,8 @@ def smooth(values: list[float], share: float = 0.9) -> list[float]:
 
 
 def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
-    """A figure of four panels: caption loss; distillation loss and features; both evaluation metrics.
+    """A figure of four panels: loss of the answers; distillation loss and features; the first two of EVALUATIONS that
+    were measured, which are those of conversations where there are no regions.
 
     `lines` are metrics.jsonl's objects: a training line has "loss", an evaluation line has metrics. Steps
     count from 1 in each stage; here the stages stand one after the other.
@@ -77,7 +79,10 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
 
     _losses(axes[0, 0], series, stages)
     _features(axes[0, 1], series, stages)
-    for axis, (title, metric, floors) in zip(axes[1], EVALUATIONS, strict=True):
+    measured = [one for one in EVALUATIONS if any(series(one[1], stage)[0] for stage in stages)]
+    for axis in axes[1, len(measured) :]:
+        axis.set_visible(False)
+    for axis, (title, metric, floors) in zip(axes[1], measured, strict=False):
         axis.set_title(title, size=10, loc="left", pad=16)
         points = [point for stage in stages for point in zip(*series(metric, stage), strict=True)]
         steps, percent = [step for step, _ in points], [100 * value for _, value in points]
@@ -126,7 +131,8 @@ def _features(axis: Axes, series: Any, stages: dict[str, int]) -> None:
 
 def _controls(summary: dict[str, Any], metric: str) -> dict[str, float | None]:
     stages = summary["mean"]["stages"]
-    blinded = stages.get("pretrain" if metric.startswith("bbox2caption") else "adapt", {}).get("other_image", {})
+    stage = {"bbox2caption": "pretrain", "caption2bbox": "adapt"}.get(metric.partition("_")[0], "sft")
+    blinded = stages.get(stage, {}).get("other_image", {})
     controls = {"another image shown": blinded.get(metric)}
     if metric.startswith("caption2bbox"):
         controls["control: random frozen encoder"] = stages.get("adapt", {}).get("control", {}).get(metric)

@@ -56,25 +56,29 @@ def write_report(run_dir: str | Path) -> Path:
 
     Of a run of several seeds, which has a folder seed-N for each, curves and pictures are the first one's and
     the figures the means. ValueError naming the first of metrics.jsonl, report/summary.json and
-    report/predictions.json that is missing.
+    report/predictions.json (but where there are no floors: nothing was asked of regions) that is missing.
     """
     run = Path(run_dir)
     report = run / "report"
     seeds = sorted(int(folder.name.removeprefix("seed-")) for folder in run.glob("seed-*"))
     first = run / f"seed-{seeds[0]}" if seeds else run
-    wanted = (first / "metrics.jsonl", report / "summary.json", first / "report" / "predictions.json")
-    for path in wanted:
+
+    def text(path: Path) -> str:
         if not path.is_file():
             raise ValueError(f"{run} is no finished run: {path.relative_to(run)} is missing")
-    lines = [json.loads(line) for line in wanted[0].read_text().splitlines()]
-    summary, predictions = (json.loads(path.read_text()) for path in wanted[1:])
+        return path.read_text()
+
+    lines = [json.loads(line) for line in text(first / "metrics.jsonl").splitlines()]
+    summary = json.loads(text(report / "summary.json"))
+    predictions = json.loads(text(first / "report" / "predictions.json")) if summary["floors"] else {}
 
     figure = draw_curves(lines, summary)
     figure.savefig(report / "curves.png", dpi=150)
     plt.close(figure)
 
     chosen = choose(predictions)
-    images = _images(summary["data"]["path"], {p["id"] for group in chosen for p in group["predictions"]})
+    shown = {p["id"] for group in chosen for p in group["predictions"]}
+    images = _images(summary["data"]["path"], shown) if shown else {}
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files("granvit.eval").joinpath("report.html").read_text(encoding="utf-8")
     )

@@ -70,10 +70,11 @@ class Start(NamedTuple):
 STARTS = {"adapt": Start("encoder", adapt_config, check_adapt), "sft": Start("model", sft_config, check_sft)}
 
 
-_USAGE = """Train GranViT through its stages. The first word picks a preset (smoke, compact, paper) or a command:
-adapt is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on conversations,
-replay looks into a dump. --config FILE reloads a run's config.yaml, and the same command again goes on where the run
-was. Under torchrun every rank runs it. Exit code 75: SIGTERM came, everything is saved, the same command goes on."""
+_USAGE = """Train GranViT through its stages. The first word picks a preset (smoke, compact, paper) or a command: adapt
+is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on conversations, plan says
+what a run costs, replay looks into a dump. --config FILE reloads a run's config.yaml, and the same command again goes
+on where the run was. Under torchrun every rank runs it. Exit code 75: SIGTERM came, everything is saved, the same
+command goes on."""
 
 
 def run_preset(arguments: list[str]) -> None:

@@ -95,10 +95,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
     seconds = max(time.perf_counter() - began, sum(one["seconds"] for one in results))
     if world.leads:
         write_summary(folder, found, splits, results, seconds)
-        if "test" in splits:
-            console.print(f"report: [bold]{write_report(folder)}[/bold]")
-        else:
-            console.print(f"no pictures to report: the test split of {data} has no region to be asked about")
+        console.print(f"report: [bold]{write_report(folder)}[/bold]")
     return folder
 
 

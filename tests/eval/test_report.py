@@ -216,6 +216,19 @@ def test_curves_put_the_stages_one_after_the_other(summary):
     assert {round(line.get_ydata()[0], 6) for line in rouge.lines[1:]} == {25.0, 20.0}  # blind, another image
 
 
+def test_conversations_have_a_curve_where_regions_have_none():
+    lines = [{"stage": "sft", "step": 1, "loss": 2.0, "loss_caption": 2.0}]
+    lines += [
+        {"stage": "sft", "step": step, "evaluation": when, "chat_token_accuracy": share}
+        for step, when, share in ((0, "before", 0.1), (1, "after", 0.4), (1, "other_image", 0.3))
+    ]
+    stages = {"sft": {"other_image": {"chat_token_accuracy": 0.3}}}
+    figure = draw_curves(lines, {"floors": {}, "mean": {"stages": stages}})
+    (curve, blind) = figure.axes[2].lines
+    assert list(curve.get_ydata()) == pytest.approx([10, 40]) and blind.get_ydata()[0] == pytest.approx(30)
+    assert "conversations" in figure.axes[2].get_title(loc="left") and not figure.axes[3].get_visible()
+
+
 def test_smooth_starts_at_the_first_value_and_keeps_a_constant():
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert smooth([1.0, 2.0])[1] == pytest.approx((0.09 * 1 + 0.1 * 2) / 0.19)

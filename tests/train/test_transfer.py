@@ -203,6 +203,8 @@ def test_a_run_goes_on_with_conversations(run, chats, rank, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     load_model(folder)
     assert json.loads((folder / "report" / "summary.json").read_text())["floors"] == {}
+    page = (folder / "report" / "index.html").read_text()
+    assert "Answers in conversations after stage 3" in page and "Test pictures" not in page
     train(config)
 
 
@@ -230,6 +232,7 @@ def test_conversations_without_a_test_split_are_learnt_and_not_scored(run, chats
     train(parse(["sft", "--model", str(run / "export"), "--data.path", str(tmp_path / "chats"),
                  "--output", str(folder), "--data.capacity", "256", "--precision", "float32", *SFT]))  # fmt: skip
     assert trained(folder)[-1] == ("sft", 3) and load_model(folder)
+    assert (folder / "report" / "index.html").is_file()
 
 
 def test_sft_can_be_the_third_stage_of_a_run(small_config, chats, tmp_path):
