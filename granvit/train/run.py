@@ -303,7 +303,7 @@ class Run:
             return stage_loss(model, teacher, batch, stage, config.distill, share)
 
         loader = PackLoader(
-            self.splits["chat" if stage is config.sft else "train"], processor, stage.weights,
+            self.splits["chat" if stage.name == config.sft.name else "train"], processor, stage.weights,
             capacity=config.data.capacity, packs=stage.packs,
             questions=config.data.questions_per_image, seed=zlib.crc32(f"{config.seed} {stage.name}".encode()),
             rank=world.rank, ranks=world.ranks, workers=config.data.workers, pixels=not warming,

@@ -57,7 +57,7 @@ def portion_batches(run: Run, stage, world: World, splits=SPLITS) -> Iterator[Ba
     for split in splits:
         samples, asked = [], []
         for row, many, whole in [one for portion in split[world.rank :: world.ranks] for one in portion]:
-            sample = run.data[row]
+            sample = run.splits["train"][row]
             sample = sample if whole else replace(sample, regions=(), caption=f"a picture, number {row}")
             samples.append(sample)
             asked.append(run.processor.questions(sample, stage.tasks)[:many])
