@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 def _value(arguments: list[str], flag: str) -> str | None:
     """What stands behind a flag, under either of its names; None where it is not given."""
     found = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
         if name in (f"--{flag}", f"--model.{'whole' if flag == 'model' else flag}"):
             found = value if equals else following
@@ -69,8 +70,9 @@ STARTS = {"adapt": Start("encoder", adapt_config, check_adapt), "sft": Start("mo
 
 _USAGE = """Train GranViT through its stages. The first word picks a preset (smoke, compact, paper) or a command:
 adapt is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on conversations,
-replay looks into a dump. --config FILE reloads a run's config.yaml, and the same command again goes on where the run
-was. Under torchrun every rank runs it. Exit code 75: SIGTERM came, everything is saved, the same command goes on."""
+plan says what a run will cost, replay looks into a dump. --config FILE reloads a run's config.yaml, and the same
+command again goes on where the run was. Under torchrun every rank runs it. Exit code 75: SIGTERM came, everything is
+saved, the same command goes on."""
 
 
 def run_preset(arguments: list[str]) -> None:
