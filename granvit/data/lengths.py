@@ -6,10 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.loader import GranDataset
-from granvit.data.parallel import progress
+from granvit.data.parallel import end_with_parent, progress
 from granvit.data.schema import DataFault, Region, Sample, good_or_none
 from granvit.machine import cache_folder
 
@@ -190,23 +187,9 @@ def as_it_is(found: Any) -> Any:
 
 
 def start_worker(_: int) -> None:
-    """For a DataLoader's workers: tokenizers warn after a fork, and their threads are not wanted beside processes.
-
-    A worker ends with its parent: one whose parent was killed would wait for ever to hand over what it has read. And
-    of SIGTERM it takes only its parent's. torchrun and schedulers send it to all processes of a run, to have it saved,
-    and a worker that went then would take the run with it.
-    """
+    """For a DataLoader's workers: tokenizers warn after a fork, and their threads are not wanted beside processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if hasattr(signal, "sigtimedwait"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(multiprocessing.parent_process().pid,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    told = None
-    while os.getppid() == parent and (told is None or told.si_pid != parent):
-        told = signal.sigtimedwait({signal.SIGTERM}, 2)
-    os._exit(0)
+    end_with_parent()
 
 
 def _fingerprint(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[str]) -> str:

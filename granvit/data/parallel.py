@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -36,3 +37,24 @@ def progress(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
     """The steps, with a progress bar where stderr is a terminal."""
     console = Console(stderr=True)
     return track(steps, title, total=total, console=console, disable=not console.is_terminal)
+
+
+def end_with_parent() -> None:
+    """For a process that works for its parent: end with it, and of SIGTERM take only its parent's.
+
+    One whose parent was killed would wait for ever to hand over what it has made. And torchrun, schedulers and timeout
+    send SIGTERM to all processes of a run, to have it saved: a worker that went then would take the run with it, and
+    one forked with the run's handler for it would raise in the middle of handing something over, and keep the lock.
+    """
+    if hasattr(signal, "sigtimedwait"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_with(parent: int) -> None:
+    told = None
+    while os.getppid() == parent and (told is None or told.si_pid != parent):
+        told = signal.sigtimedwait({signal.SIGTERM}, 2)
+    os._exit(0)

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 def _value(arguments: list[str], flag: str) -> str | None:
     """What stands behind a flag, under either of its names; None where it is not given."""
     found = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
         if name in (f"--{flag}", f"--model.{'whole' if flag == 'model' else flag}"):
             found = value if equals else following

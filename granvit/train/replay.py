@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +21,7 @@ from granvit.train.presets import TrainConfig
 from granvit.train.run import Run
 
 
-def replay(dump: Path, device: str = "auto") -> bool:
+def replay(dump: Annotated[Path, tyro.conf.Positional], device: str = "auto") -> bool:
     """Take the dumped step again and print where numbers stop being finite, in the order in which they did. Returns
     whether any did. One process does what all ranks of the run did.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -11,6 +12,7 @@ import resource
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -44,25 +46,27 @@ from granvit.train.warmup import warmup_loss
 log = logging.getLogger(__name__)
 console = Console()
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
+LOCK = ".lock"
 QUESTION_ROOM = 64  # tokens that a packed sequence has beside its image, at least: a question and its answer
 
 
 def train(config: TrainConfig) -> Path:
     """Run what `config` says, or go on with it. Returns the run's folder; report/index.html in it is there to look at.
 
-    Under torchrun every rank calls this. Raises ValueError where the folder holds another run, the dataset is none or
-    has changed since, or a name in the configuration is wrong; Terminated (a SystemExit of guard.STOPPED) when SIGTERM
-    came; Failed (NotFinite is one) as `train_phase` does, and on the ranks that did not fail themselves.
+    Under torchrun every rank calls this. Raises ValueError where the folder holds another run or is another process's
+    just now, the dataset is none or has changed since, or a name in the configuration is wrong; Terminated (a
+    SystemExit of guard.STOPPED) when SIGTERM came; Failed (NotFinite is one) as `train_phase` does, and on the ranks
+    that did not fail themselves.
     """
     world, device = start(config.device)
     try:
-        with termination() as asked:
-            return _train(config, world, device, asked)
+        with termination() as asked, ExitStack() as held:
+            return _train(config, world, device, asked, held)
     finally:
         stop()
 
 
-def _train(config: TrainConfig, world: World, device: torch.device, asked: Termination) -> Path:
+def _train(config: TrainConfig, world: World, device: torch.device, asked: Termination, held: ExitStack) -> Path:
     folder = Path(config.output)
     began = time.perf_counter()
     started = world.first(lambda: resumes(folder, config))
@@ -85,10 +89,18 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
             for seed in seeds
         }
     results = []
+
+    def claim() -> None:
+        held.enter_context(alone(folder))
+
+    if started:
+        world.first(claim)
     for path, one in folders.items():
         run = Run(one, path, world, device, asked)
         if not started:  # only now: a setting that can't be built must not claim the folder
-            world.first(lambda: save_config(config, folder / "config.yaml"))
+            world.first(claim)
+            if not world.first(lambda: resumes(folder, config)):  # still: another process may have been faster
+                world.first(lambda: save_config(config, folder / "config.yaml"))
             started = True
         world.first(lambda: same_data(folder / "data.json", splits))
         results.append(run.finish())
@@ -160,9 +172,31 @@ def resumes(folder: Path, config: TrainConfig) -> bool:
             shown = "; ".join(f"{name}: {theirs[name]} there, {ours[name]} now" for name in differing)
             raise ValueError(f"{folder} holds a run of another configuration ({shown}); choose another --output")
         return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.rglob("*")))):
         raise ValueError(f"{folder} is not an empty folder and holds no run (no config.yaml); choose another --output")
     return False
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a path in a folder without config.yaml is none of what a run leaves that was killed before it wrote one.
+    """
+    return not path.is_dir() and path.name not in (LOCK, "config.yaml.tmp")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process trains in `folder`: two would take each other's checkpoints away. Raises ValueError
+    where one does. It may have been killed at any moment: what holds is a lock, and no file that would be left."""
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a child doesn't hold it, as it would flock's
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"another process trains in {folder} just now; wait for its end, or choose another --output"
+            ) from error
+        except OSError as error:
+            log.warning("%s can't be locked (%s): see that no other process trains there", folder, error)
+        yield
 
 
 def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -58,15 +58,17 @@ class Stage:
         for field, low in {"steps": 0, "packs": 1, "accumulate": 1}.items():
             if getattr(self, field) < low:
                 raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is at least {low}")
-        for field in ("global_captions", "box_captions", "learning_rate", "warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is finite and at least 0")
+        for field in ("global_captions", "box_captions", "distill", "learning_rate", "projector_learning_rate",
+                      "warmup_steps", "weight_decay"):  # fmt: skip
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{self.name}.{field} is {value}; it is finite and at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"{self.name}.betas are {self.betas}; each is at least 0 and below 1")
         if not self.clip > 0:
             raise ValueError(f"{self.name}.clip is {self.clip}; it is above 0 (inf clips nothing)")
-        if self.distill < 0 or (self.distill > 0 and "encoder" not in self.train):
-            raise ValueError(
-                f"{self.name}.distill is {self.distill}; it is at least 0, and 0 where the encoder is frozen"
-            )
+        if self.distill and "encoder" not in self.train:
+            raise ValueError(f"{self.name}.distill is {self.distill}; it is 0 where the encoder is frozen")
 
     @property
     def weights(self) -> dict[str, float]:

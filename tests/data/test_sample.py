@@ -2,6 +2,12 @@
 
 import io
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -282,6 +288,56 @@ def test_the_cache_builds_once(tmp_path, monkeypatch):
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path))
     assert cached_sample(16, seed=1, workers=0, scenes=SceneConfig(kinds=4)) != first
     assert len(list(tmp_path.iterdir())) == 2
+
+
+BUILDING = """
+import signal, sys
+from granvit.data.sample import build_sample
+
+def asked(*_):
+    raise SystemExit(75)
+
+signal.signal(signal.SIGTERM, asked)
+build_sample(sys.argv[1], 100_000, workers=2)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, and sigtimedwait")
+@pytest.mark.parametrize(("name", "everybody", "code"), [("TERM", True, 75), ("TERM", False, 75), ("KILL", False, -9)])
+def test_nobody_is_left_when_the_process_that_builds_it_is_ended(tmp_path, name, everybody, code):
+    """With a handler of its own, as a run has, which forked processes inherit; the signal comes to all as torchrun,
+    schedulers and `timeout` send it, or to the one."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", BUILDING, str(tmp_path / "set")]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        wait_until(lambda: any(path.stat().st_size for path in tmp_path.rglob("*.arrow")))
+        if everybody:  # one that obeyed in the middle of handing something over would leave the others waiting
+            for child in map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+                os.kill(child, signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(3)
+        (os.killpg if everybody else os.kill)(process.pid, signal.Signals[f"SIG{name}"])
+        assert process.wait(60) == code
+        wait_until(lambda: not alive(process.pid))
+    finally:
+        if alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until(there, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_skipped_steps_are_counted_and_too_many_leave_a_dump_that_shows_the_caus
     assert read_values(dump)["step"] == 5 and read_values(dump)["streak"] == 3
 
     written = (Path(config.output) / "metrics.jsonl").read_text()
-    monkeypatch.setattr(sys, "argv", ["granvit.train", "replay", "--dump", str(dump), "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["granvit.train", "replay", str(dump), "--device", "cpu"])
     __main__.main()
     output = capsys.readouterr().out
     assert "pretrain step 6" in output and "llm.model.norm" in output and "output, of finite input" in output

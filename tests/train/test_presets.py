@@ -57,6 +57,9 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
         ("--seeds", "-2", "config.seeds is -2"),
         ("--threads", "-1", "config.threads is -1"),
         ("--pretrain.learning-rate", "-1", "pretrain.learning_rate is -1.0"),
+        ("--pretrain.projector-learning-rate", "-1", "pretrain.projector_learning_rate is -1.0"),
+        ("--pretrain.distill", "nan", "pretrain.distill is nan"),
+        ("--pretrain.betas", "0.9 1", "pretrain.betas are (0.9, 1.0)"),
         ("--pretrain.clip", "0", "pretrain.clip is 0.0"),
         ("--llm.lora", "-1", "lora: rank is -1"),
         ("--llm.lora", "8", "model.lora.rank is 8; an LLM made from scratch"),
@@ -65,7 +68,7 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
 )
 def test_a_value_out_of_range_is_named_before_anything_starts(flag, value, message, capsys):
     with pytest.raises((ValueError, SystemExit)) as raised:
-        parse([flag, value])
+        parse([flag, *value.split()])
     assert message in str(raised.value) + "".join(capsys.readouterr())
 
 

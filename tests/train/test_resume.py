@@ -1,6 +1,7 @@
 """A run that was stopped, however and wherever, goes on as if it had not been."""
 
 import json
+import multiprocessing
 import random
 import shutil
 import subprocess
@@ -13,11 +14,11 @@ import pytest
 import stopping
 from ranks import environment, torchrun
 
-from granvit.train import loop
+from granvit.train import loop, run
 from granvit.train.checkpoint import Checkpoints
 from granvit.train.guard import STOPPED
 from granvit.train.presets import save_config
-from granvit.train.run import train
+from granvit.train.run import alone, resumes, train
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,40 @@ def test_a_line_of_an_evaluation_that_was_cut_short_is_measured_again(config, un
     metrics.write_text("\n".join([*before, '{"stage": "pretrain", "step": 0, "eval']))
     train(config)
     assert lines_of(tmp_path / "run") == undisturbed
+
+
+def test_a_second_process_in_a_run_s_folder_is_refused_and_one_after_it_is_not(config, tmp_path):
+    config = replace(config, output=str(tmp_path / "run"), warmup=replace(config.warmup, steps=0))
+    config = replace(config, pretrain=replace(config.pretrain, steps=1), adapt=replace(config.adapt, steps=0))
+    (tmp_path / "run").mkdir()
+    fork = multiprocessing.get_context("fork")
+    locked, never = fork.Event(), fork.Event()
+
+    def hold() -> None:
+        with alone(tmp_path / "run"):
+            locked.set()
+            never.wait()
+
+    other = fork.Process(target=hold)
+    other.start()
+    assert locked.wait(60)
+    with pytest.raises(ValueError, match=f"another process trains in {tmp_path / 'run'} just now"):
+        train(config)
+    other.kill()
+    other.join()
+    train(config)
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_configuration_begins_again(config, tmp_path, monkeypatch):
+    config = replace(config, output=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert (tmp_path / "run" / "checkpoints").is_dir() and not resumes(tmp_path / "run", config)
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="not an empty folder and holds no run"):
+        resumes(tmp_path / "run", config)
 
 
 def test_another_configuration_is_refused_with_the_difference(config, tmp_path, monkeypatch):

@@ -149,6 +149,8 @@ def test_a_seed_of_a_run_has_the_runs_configuration(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["adapt"], "adapt takes --encoder RUN"),
+        (["sft"], "sft takes --model RUN_OR_EXPORT"),
         (["adapt", "--llm", "some/llm"], "adapt takes --encoder RUN"),
         (["adapt", "--encoder", "some/encoder"], "adapt takes --encoder RUN"),
         (["sft", "--data.path", "some/chats"], "sft takes --model RUN_OR_EXPORT"),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from granvit.data.parallel import progress
+from granvit.data.parallel import end_with_parent, progress
 from granvit.data.sample.pages import draw_page
 from granvit.data.sample.photographs import FOLDER, photographs
 from granvit.data.sample.scenes import SceneConfig, draw_scene
@@ -110,8 +110,7 @@ def build_sample(
     # fork can't carry over. They start here, before the progress bar's thread does.
     executor = None
     if processes > 1:
-        quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a word, and whatever lock it holds
-        executor = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), signal.signal, quiet)
+        executor = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker)
     try:
         chunks = {split: (executor.map if executor else map)(make, todo) for split, todo in tasks.items()}
         splits = {
@@ -145,6 +144,11 @@ def cached_sample(
             if not folder.exists():  # else another process was faster, and what it wrote is the same
                 raise
     return folder
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a word, and whatever lock it holds
+    end_with_parent()
 
 
 def _make(task: _Task, seed: int, scenes: SceneConfig) -> list[dict[str, Any]]:
