@@ -323,7 +323,10 @@ class Run:
             log.info("%s goes on from step %d", stage.name, phase.step)
         if self.world.leads:
             self.metrics.drop(lambda line: line["stage"] == stage.name and line["step"] > phase.step)
-        train_phase(phase, self.checkpoints, self.metrics, self.asked, title)
+        try:
+            train_phase(phase, self.checkpoints, self.metrics, self.asked, title)
+        finally:
+            self.checkpoints.wait()  # whoever catches what was raised may go on in this folder
         self.model.to(self.device)
 
     def new_phase(self, stage: Stage, model: GranViT) -> Phase:
