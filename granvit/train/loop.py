@@ -146,9 +146,12 @@ class Phase:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ValueError where it is damaged, or of other data or arguments."""
         values = load(path, self.tensors(), group=self.world.control)
-        self.loader.load_state_dict(values["loader"])
-        self.step, self.streak.length = values["step"], values["streak"]
-        self.spikes.restore(values["spikes"])
+        try:
+            self.loader.load_state_dict(values["loader"])
+            self.step, self.streak.length = values["step"], values["streak"]
+            self.spikes.restore(values["spikes"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no checkpoint of a stage on its way: {error!r} in its values") from error
 
     # Steps
 

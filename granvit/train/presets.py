@@ -268,9 +268,10 @@ def load_config(path: Path) -> TrainConfig:
     """Read a run's config.yaml. Raises ValueError naming the file and every field that does not fit."""
     try:
         values = yaml.safe_load(path.read_text())
-        return TypeAdapter(TrainConfig).validate_python(values)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: no readable configuration ({error})") from error
+    try:
+        return TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{path} does not fit this version of granvit: {faults}") from error

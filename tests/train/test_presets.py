@@ -35,12 +35,20 @@ def test_an_unknown_preset_is_named():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("preset: [", "no readable configuration"), ("seed: many", "seed: "), ("colour: red", "colour: ")],
+    [
+        ("preset: [", "no readable configuration"),
+        ("[" * 3000, "no readable configuration"),
+        ("seed: " + "9" * 5000, "no readable configuration"),
+        ("\xff", "no readable configuration"),
+        ("seed: many", "seed: "),
+        ("colour: red", "colour: "),
+    ],
+    ids=len,
 )
 def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
     path = tmp_path / "config.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
         load_config(path)
 
 
