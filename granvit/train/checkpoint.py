@@ -136,28 +136,35 @@ class Checkpoints:
         self.failures = 0 if self._error is None else self.failures + 1
 
     def newest(self, phase: str) -> Path | None:
-        """The checkpoint from which `phase` goes on, or None."""
+        """The checkpoint from which `phase` goes on, or None. Raises ValueError where its manifest is damaged: one
+        flipped bit must not send a run back, or a stage that has ended to its begin."""
+
+        def last() -> Path | None:
+            found = self._of(phase)
+            if not found:
+                return None
+            try:
+                _manifest(found[-1])
+            except ValueError as error:
+                raise ValueError(f"{error}; {_advice(found[-1])}") from error
+            return found[-1]
+
         self.wait()
         # the first rank's answer: a network's file system may show the others a new one later
-        found = _together(self.group, (lambda: self._complete(phase)) if self._first else None)[0]
-        return found[-1] if found else None
+        return _together(self.group, last if self._first else None)[0]
 
     def final(self, phase: str) -> Path | None:
         """The checkpoint with which `phase` ended, or None."""
         newest = self.newest(phase)
         return newest if newest is not None and newest.name.endswith("-final") else None
 
-    def _complete(self, phase: str) -> list[Path]:
-        """The checkpoints of `phase` that have a manifest, the newest last."""
+    def _of(self, phase: str) -> list[Path]:
+        """The checkpoints of `phase`, the newest last."""
         found = []
         for path in self.folder.iterdir():
             match = _NAME.fullmatch(path.name)
             if match and match["phase"] == phase and path.is_dir() and not path.is_symlink():
-                try:
-                    _manifest(path)
-                    found.append((int(match["step"]), match["final"] is not None, path))
-                except ValueError as error:
-                    log.warning("passed over, as if it were not there: %s", error)
+                found.append((int(match["step"]), match["final"] is not None, path))
         return [path for _, _, path in sorted(found)]
 
     def _write(self, name: str, planner: _Planner, body: dict) -> None:
@@ -216,7 +223,7 @@ class Checkpoints:
 
     def _prune(self, phase: str, step: int, name: str) -> None:
         """Remove what isn't to be kept now that `name` is there."""
-        steps = {path: int(_NAME.fullmatch(path.name)["step"]) for path in self._complete(phase)}
+        steps = {path: int(_NAME.fullmatch(path.name)["step"]) for path in self._of(phase)}
         running = [path for path in steps if not path.name.endswith("-final")]
         # later ones: the run could not go on from them and went back, so they are none of its past
         past = [path for path in running if steps[path] <= step]
@@ -255,8 +262,7 @@ def load(
     try:
         _together(group, check)
     except ValueError as error:
-        advice = f"remove the folder {path}, and the same command goes on from what is there besides"
-        raise ValueError(f"{error}; {advice}") from error
+        raise ValueError(f"{error}; {_advice(path)}") from error
     _together(group, lambda: _check_tensors(path, tensors, subset))
     reader, planner = dcp.HuggingFaceStorageReader(str(path)), DefaultLoadPlanner(flatten_state_dict=False)
     try:
@@ -266,6 +272,10 @@ def load(
     except dcp.CheckpointException as error:  # a BaseException
         raise OSError(f"{path} could not be read to its end: {_cause(error)}") from error
     return _manifest(path).values
+
+
+def _advice(path: Path) -> str:
+    return f"remove the folder {path}, and the same command goes on from what is there besides"
 
 
 def read_values(path: Path) -> dict:

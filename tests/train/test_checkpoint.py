@@ -264,7 +264,8 @@ def test_a_manifest_that_is_not_the_schema_is_refused(tmp_path, change):
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="manifest.json is not a checkpoint's manifest"):
         load(path, state(0))
-    assert Checkpoints(tmp_path, keep=1).newest("adapt") is None
+    with pytest.raises(ValueError, match=f"{path}/manifest.json is not a checkpoint's manifest.*; remove the folder"):
+        Checkpoints(tmp_path, keep=1).newest("adapt")
 
 
 def test_a_changed_value_is_seen(tmp_path):
