@@ -44,12 +44,15 @@ class Termination:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Inside, `asked` is looked at, and nothing is interrupted."""
+        """Inside, `asked` is looked at, and nothing is interrupted. What nobody has looked at is made good at the end.
+        """
         self.patient = True
         try:
             yield
         finally:
             self.patient = False
+        if self.asked:
+            raise Terminated
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def test_a_streak_is_broken_by_one_finite_step():
 def test_sigterm_ends_at_once_where_nobody_waits_for_it_and_is_noted_where_somebody_does():
     before = signal.getsignal(signal.SIGTERM)
     with termination() as asked:
-        with asked.awaited():
+        with pytest.raises(Terminated), asked.awaited():  # nobody looked, after it came
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked.asked
         with pytest.raises(Terminated) as raised:
