@@ -13,15 +13,17 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Siglip2VisionConfig
+from transformers import AutoModelForCausalLM, Siglip2VisionConfig
 
 from granvit.data.batches import PackLoader
 from granvit.data.loader import GranDataset
 from granvit.data.packing import PackedBatch
 from granvit.data.sample import build_sample
+from granvit.data.segments import find_segments
 from granvit.machine import commit, device_name
 from granvit.model import GranViT, GranViTConfig, VisionEncoder
 from granvit.train.build import build
@@ -29,6 +31,7 @@ from granvit.train.distill import Teacher
 from granvit.train.loop import freeze
 from granvit.train.memory import Kept, checkpoint_activations
 from granvit.train.presets import PRESETS
+from granvit.train.shapes import ENCODERS, LLMS
 from granvit.train.stages import GROUPS, Stage
 from granvit.train.step import stage_loss
 from granvit_kernels import PackedLayout
@@ -37,16 +40,7 @@ RESULTS = Path(__file__).parent / "results" / "frozen.json"
 SMOKE, PAPER = PRESETS["smoke"], PRESETS["paper"]
 PACKS = 12
 
-ENCODERS = {
-    "SigLIP2-base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "SigLIP2-so400m": {
-        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-    },
-}  # fmt: skip
-QWEN = {
-    "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+NAMES = {"SigLIP2-base": "siglip2-base", "SigLIP2-so400m": "siglip2-so400m"}
 GRID, IMAGES, TEXT, ANSWERS = (32, 32), 3, 340, 120  # an image's grid, a sequence's images, an image's text and answers
 
 
@@ -94,11 +88,12 @@ def smoke_step(model: GranViT, batch, stage: Stage) -> dict[str, int]:
 def paper() -> dict:
     """FLOPs of stage 2, for two encoders and both pixel shuffles."""
     found = {}
-    for name, sizes in ENCODERS.items():
+    for name, shape in NAMES.items():
         for factor in (1, 2):
             with torch.device("meta"):
-                vision = Siglip2VisionConfig(**sizes, patch_size=16, num_patches=256, vision_use_head=False)
-                text = Qwen2Config(**QWEN)
+                vision = Siglip2VisionConfig(**ENCODERS[shape])
+                kind, sizes = LLMS["qwen2.5-1.5b"]
+                text = kind(**sizes)
                 config = GranViTConfig(
                     vision_config=vision, text_config=text, text_vocab=151665, pixel_shuffle=factor, box_format="text",
                     box_style="text", attn_implementation="sdpa", max_image_tokens=1024,
@@ -133,7 +128,10 @@ def sequence(image_tokens: int, text_tokens: int, answers: int) -> PackedBatch:
     numbers |= dict.fromkeys(("position_ids", "labels", "image_index", "question_index"), numbers["input_ids"])
     numbers |= {"box_image_index": (0,), "answer_slots": (answers,), "targets": (answers,)}
     tensors = {name: torch.empty(shape, dtype=torch.int64, device="meta") for name, shape in numbers.items()}
-    return PackedBatch(images=[], boxes=torch.empty(0, 4, device="meta"), regions=0, **tensors)
+    nothing = np.zeros((1, 0), dtype=np.int64)  # the dense mask is counted, which needs no segments
+    segments = find_segments(nothing, nothing)
+    boxes = torch.empty(0, 4, device="meta")
+    return PackedBatch(images=[], boxes=boxes, regions=0, segments=segments, **tensors)
 
 
 def saving(counts: dict[str, int]) -> dict[str, float]:
