@@ -6,7 +6,6 @@ the bandwidth of a large copy, measured in the same run. A row that the file alr
 again. GRANVIT_BENCH_DEVICE=cpu is a dry run: tiny workloads, nothing kept, no aim asserted.
 """
 
-import json
 import os
 import platform
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpu_rows import Rows
 from peers import HALF, corners, pack_patches_peers, region_attention_peers, roi_gather_peers, unpadded
 from torch import Tensor
 from workloads import AIMS, DESCRIPTIONS, PATCH, pictures, randn, regions
@@ -104,22 +104,11 @@ def machine() -> dict:
     return {"device": name, "versions": versions, "commit": commit(), "copy_bytes_per_second": bandwidth()}
 
 
-def path() -> Path:
-    return RESULTS / f"{launch.slug(torch.cuda.get_device_name())}.json"
+def path() -> Path | None:
+    return None if DRY else RESULTS / f"{launch.slug(torch.cuda.get_device_name())}.json"
 
 
-def key(row: dict) -> tuple:
-    return row["operator"], row["mode"], row["workload"], row["provider"]
-
-
-def kept() -> list[dict]:
-    return [] if DRY or not path().exists() else json.loads(path().read_text())
-
-
-def save(row: dict) -> None:
-    if not DRY:
-        rows = [old for old in kept() if key(old) != key(row)] + [row]
-        path().write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+ROWS = Rows(path, ("operator", "mode", "workload", "provider"))
 
 
 @pytest.fixture
@@ -134,8 +123,8 @@ def compare(benchmark) -> Callable:
     def compare(operator, mode, workload, nbytes, ours, peers, check, captured=None):
         letter = workload.split(",")[0]
         if any(
-            row["commit"] == commit() and key(row)[:3] == (operator, mode, workload) and row["provider"] == "granvit"
-            for row in kept()
+            row["commit"] == commit() and ROWS.of(row) == (operator, mode, workload, "granvit")
+            for row in ROWS.kept()
         ):
             pytest.skip("measured at this commit")
         graph = "granvit, CUDA graph"
@@ -152,7 +141,7 @@ def compare(benchmark) -> Callable:
             except AssertionError:
                 raise
             except Exception as error:  # a peer's own trouble is a row, not our failure
-                save({**common, "provider": name, "failed": f"{type(error).__name__}: {error}"[:200]})
+                ROWS.save({**common, "provider": name, "failed": f"{type(error).__name__}: {error}"[:200]})
                 if DRY and not isinstance(error, (ImportError, NotImplementedError)):  # FlexAttention's backward
                     raise
         times: dict[str, list[float]] = {name: [] for name in providers}
@@ -176,7 +165,7 @@ def compare(benchmark) -> Callable:
                 "share": nbytes / median / machine()["copy_bytes_per_second"],
             }
             figures[name] = row
-            save(row)
+            ROWS.save(row)
         benchmark.extra_info["ratios"] = {name: row["ratio"] for name, row in figures.items()}
         if DRY:
             return

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gpu_rows import Rows
 from one_question import OneQuestion, Samples, prepare, trainer
 from workloads import image_sizes
 
@@ -220,22 +221,11 @@ def halving(number: int, run: Callable[[int], tuple]) -> tuple[int, tuple]:
 # ---- the rows ----
 
 
-def path() -> Path:
-    return RESULTS / f"gpu-training-{launch.slug(torch.cuda.get_device_name())}.json"
+def path() -> Path | None:
+    return None if DRY else RESULTS / f"gpu-training-{launch.slug(torch.cuda.get_device_name())}.json"
 
 
-def key(row: dict) -> tuple:
-    return row["mode"], row["workload"], row["provider"], row["compiled"]
-
-
-def kept() -> list[dict]:
-    return [] if DRY or not path().exists() else json.loads(path().read_text())
-
-
-def save(row: dict) -> None:
-    if not DRY:
-        rows = [old for old in kept() if key(old) != key(row)] + [row]
-        path().write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+ROWS = Rows(path, ("mode", "workload", "provider", "compiled"))
 
 
 def peak(device: str) -> float | None:
@@ -251,7 +241,7 @@ def test_training(shape: str, name: str, compiled: bool):
     device = "dry run" if DRY else torch.cuda.get_device_name()
     peers = {"one question a sample": False} | ({"one question a sample, crops at once": True} if stage.distill else {})
     known = {
-        row["provider"] for row in kept()
+        row["provider"] for row in ROWS.kept()
         if (row["mode"], row["shape"], row["compiled"], row["commit"]) == (name, shape, compiled, commit())
     }  # fmt: skip
     if known == {"granvit", *peers}:
@@ -289,7 +279,7 @@ def test_training(shape: str, name: str, compiled: bool):
         }  # fmt: skip
 
     mine = row("granvit", seconds, memory, loss, useful)
-    save(mine)
+    ROWS.save(mine)
     gc.collect()
     if not DRY:
         torch.cuda.empty_cache()
@@ -317,7 +307,7 @@ def test_training(shape: str, name: str, compiled: bool):
         samples_at_a_time, measured = halving(at_a_time, run_theirs)
         other = row(peer, *measured, once, at_a_time=samples_at_a_time, **ratios)
         other["ratio"] = other["median"] / mine["median"]
-        save(other)
+        ROWS.save(other)
         print(json.dumps(other))
         # From the same weights, on the same questions and after as many steps, both have to be in one place.
         tolerance = 1e-4 if DRY else 0.02

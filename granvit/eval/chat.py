@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from granvit.data.lengths import image_length
 from granvit.data.loader import GranDataset, spread
 from granvit.data.packing import pack_questions
 from granvit.data.prompts import CHAT
@@ -46,7 +47,7 @@ def score_chat(
         for question in processor.questions(sample, [CHAT])
     ][rank::ranks]
     lengths = [
-        len(processor.image_part(processor.image_tokens(*sample.image.shape[:2])))
+        image_length(sample, processor)
         + sum(len(prompt) + len(answer) for prompt, answer in turns)
         for (sample, _), turns in zip(pairs, processor.turn_ids([question for _, question in pairs]), strict=True)
     ]

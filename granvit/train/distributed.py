@@ -7,7 +7,7 @@ decisions, goes over gloo, so that no GPU is waited for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from granvit.model import GranViT
+from granvit.train.compiling import blocks
 from granvit.train.guard import Failed
 
 PATIENCE = timedelta(hours=24)  # of a rank that waits for the others on the host: they may evaluate, or build data
@@ -105,16 +106,16 @@ def stop() -> None:
 
 def distribute(
     losses: nn.Module,
-    encoders: Sequence[nn.Module],
     model: GranViT,
+    teacher: nn.Module | None,
     world: World,
     parallel: Literal["ddp", "fsdp"],
     precision: torch.dtype,
 ) -> nn.Module:
     """What is called in place of `losses` (a module around `model`), so that its gradients become the ranks' mean.
 
-    "ddp": copies; "fsdp": the parameters of model and encoders (those outside of it: a teacher) become pieces, in
-    place, and so do the gradients and what an optimiser makes of them. precision: in which FSDP gathers weights.
+    "ddp": copies; "fsdp": the parameters of model and teacher (an encoder outside of it) become pieces, in place, and
+    so do the gradients and what an optimiser makes of them. precision: in which FSDP gathers weights.
     """
     if world.ranks == 1:
         return losses
@@ -123,20 +124,13 @@ def distribute(
         return DistributedDataParallel(losses, find_unused_parameters=True, gradient_as_bucket_view=True)
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.ranks,))
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
-    blocks = [block for encoder in encoders for block in encoder.encoder.layers]
-    for block in [*blocks, *decoder_blocks(model.llm)]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    for encoder in encoders:
-        if encoder is not model.encoder:  # no backward puts a teacher back into pieces
-            fully_shard(encoder, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in (model, teacher):
+        for block in blocks(module) if module is not None else ():
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    if teacher is not None:  # no backward puts it back into pieces
+        fully_shard(teacher, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(losses, mesh=mesh, mp_policy=policy)
     return losses
-
-
-def decoder_blocks(llm: nn.Module) -> list[nn.Module]:
-    """The blocks of an LLM that transformers itself keeps in one piece."""
-    names = set(getattr(llm, "_no_split_modules", None) or ())
-    return [module for module in llm.modules() if type(module).__name__ in names]
 
 
 def synchronise(module: nn.Module, wanted: bool) -> None:

@@ -110,15 +110,14 @@ class Phase:
         self.blank, self.world, self.device = blank, world, device
         freeze(model.groups(), stage.train)
         self.teacher = Teacher(model.encoder, config.distill.alpha) if stage.distill > 0 else None
-        whole = [model] + ([self.teacher.encoder] if self.teacher else [])
+        teacher = self.teacher.encoder if self.teacher else None
         if config.checkpointing:
             checkpoint_activations(model)
-        for module in whole if config.compile else ():
+        for module in filter(None, (model, teacher)) if config.compile else ():
             compile_blocks(module)
-        encoders = [model.encoder] + ([self.teacher.encoder] if self.teacher else [])
         precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         losses = Losses(model, self.teacher, loss_of)
-        self.losses = distribute(losses, encoders, model, world, config.parallel, precision)
+        self.losses = distribute(losses, model, teacher, world, config.parallel, precision)
         groups = model.groups()  # anew: FSDP has put pieces in the parameters' places
         self.trained = [p for name in stage.train for p in groups[name]]
         self.optimizer = make_optimizer(groups, stage)

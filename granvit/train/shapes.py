@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 from granvit.eval.loading import find_encoder, find_model
 from granvit.lora import Lora, add_adapters
 from granvit.model import GranViT, GranViTConfig
+from granvit.train.build import SHARED
 from granvit.train.presets import Model
 
 
@@ -75,12 +76,7 @@ def config_of(model: Model) -> GranViTConfig:
     return GranViTConfig(
         vision_config=_encoder(model),
         text_config=_text(model),
-        pixel_shuffle=model.pixel_shuffle,
-        region_tokens=model.region_tokens,
-        box_style=model.box_style,
-        box_format=model.box_format,
-        bins=model.bins,
-        max_image_tokens=model.max_image_tokens,
+        **{name: getattr(model, name) for name in SHARED},
     )
 
 
