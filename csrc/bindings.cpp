@@ -51,7 +51,7 @@ void bind_pack_patches_cuda(py::module_& m) {
                                granvit::Dtype(dtype), at<void>(patches), at<int32_t>(layout_grids),
                                at<int32_t>(cu_seqlens)};
     };
-    py::class_<PackPatchesCuda>(m, "PackPatchesCuda").def(py::init(job));
+    py::class_<PackPatchesCuda>(m, "PackPatchesCuda", py::module_local()).def(py::init(job));
     m.def("pack_patches_emulated", [](const PackPatchesCuda& all, bool backwards) {
         granvit::pack_patches_emulated(all, backwards);
     }, Release());
@@ -92,7 +92,7 @@ void bind_region_attention(py::module_& m) {
         p.output = at<void>(output), p.lse = at<float>(lse);
         return p;
     };
-    py::class_<RegionAttention>(m, "RegionAttention").def(py::init(problem));
+    py::class_<RegionAttention>(m, "RegionAttention", py::module_local()).def(py::init(problem));
     m.def("region_attention_forward", [](const RegionAttention& p, Address boxes, Address image, bool coverage, int threads) {
         granvit::region_attention_forward(p, at<float>(boxes), at<int64_t>(image), coverage, threads);
     }, Release());
@@ -113,7 +113,7 @@ void bind_roi_gather(py::module_& m) {
         return RoiGather{granvit::Dtype(dtype), at<int32_t>(grids), at<int32_t>(cu_seqlens), at<float>(boxes),
                          at<int64_t>(image), images, num_boxes, channels, num_tokens, out_h, out_w, sampling_ratio, threads};
     };
-    py::class_<RoiGather>(m, "RoiGather").def(py::init(problem));
+    py::class_<RoiGather>(m, "RoiGather", py::module_local()).def(py::init(problem));
     m.def("roi_gather_forward", [](const RoiGather& p, Address tokens, Address out) {
         granvit::roi_gather_forward(p, at<void>(tokens), at<void>(out));
     }, Release());

@@ -3,10 +3,10 @@
 `python -m granvit_kernels` prints which backend runs where, and why the others don't.
 """
 
-from granvit_kernels.layout import PackedLayout, fit_grid
-from granvit_kernels.ops.patch_packing import pack_patches, plan_packing, unpack_patches
-from granvit_kernels.ops.region_attention import region_attention
-from granvit_kernels.ops.roi_gather import roi_gather
+from .layout import PackedLayout, fit_grid
+from .ops.patch_packing import pack_patches, plan_packing, unpack_patches
+from .ops.region_attention import region_attention
+from .ops.roi_gather import roi_gather
 
 __all__ = [
     "PackedLayout",

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from granvit_kernels import backends, native
+from . import backends, native
 
 
 def main() -> None:

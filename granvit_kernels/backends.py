@@ -81,7 +81,7 @@ def _forced(value: str) -> dict[str, str]:
 
 def operators() -> dict[str, dict[str, ModuleType]]:
     """{operator: {backend: module}} of every package under granvit_kernels.ops."""
-    from granvit_kernels import ops
+    from . import ops
 
     found: dict[str, dict[str, ModuleType]] = {}
     for package in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):

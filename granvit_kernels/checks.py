@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from granvit_kernels.layout import PackedLayout
+    from .layout import PackedLayout
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 

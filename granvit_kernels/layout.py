@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from granvit_kernels import checks
+from . import checks
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        module = importlib.import_module("granvit_kernels._native")
+        module = importlib.import_module(f"{__package__}._native")
         built = getattr(module, "interface", None)
         if built != INTERFACE:
             return None, f"the native library is of other sources (interface {built}, not {INTERFACE}): {REBUILD}"

@@ -25,12 +25,15 @@ _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 
-LIBRARY = torch.library.Library("granvit", "DEF")
+NAMESPACE = "granvit" if __package__ == "granvit_kernels" else __package__.replace(".", "_")
+"""Of the operators in torch.ops: a copy of this package under another name must not define the same ones again."""
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 def register(schema: str, launch: Callable, fake: Callable) -> Callable:
-    """Registers granvit::NAME and returns it as torch.ops has it.
+    """Registers NAMESPACE::name and returns it as torch.ops has it.
 
     schema: as torch.library's, "name(Tensor x, int n) -> Tensor". launch: runs it on real tensors of any
     device. fake: gives empty outputs of the right shape, dtype and device.
@@ -38,8 +41,8 @@ def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=TAGS)
     LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"granvit::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.granvit, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Operator:
         registered_backward = register(backward_schema, backward_launch, backward_fake)
         name = schema.split("(", 1)[0]
         torch.library.register_autograd(
-            f"granvit::{name}",
+            f"{NAMESPACE}::{name}",
             functools.partial(backward, registered_backward),
             setup_context=lambda ctx, inputs, output: setup_context(ctx, inputs, output),
             lib=LIBRARY,

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from granvit_kernels import backends
-from granvit_kernels.checks import describe
-from granvit_kernels.layout import PackedLayout
-from granvit_kernels.ops.patch_packing import cpu, cuda, planning, reference
-from granvit_kernels.ops.patch_packing.arguments import check_format, check_packing
-from granvit_kernels.ops.patch_packing.planning import plan_packing
+from ... import backends
+from ...checks import describe
+from ...layout import PackedLayout
+from . import cpu, cuda, planning, reference
+from .arguments import check_format, check_packing
+from .planning import plan_packing
 
 __all__ = ["pack_patches", "plan_packing", "unpack_patches"]
 

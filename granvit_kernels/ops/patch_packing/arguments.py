@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from granvit_kernels import native
-from granvit_kernels.checks import FLOAT_DTYPES, describe, integer
-from granvit_kernels.layout import PackedLayout
+from ... import native
+from ...checks import FLOAT_DTYPES, describe, integer
+from ...layout import PackedLayout
 
 ORDERS = ("hwc", "chw")
 MAX_PATCH_SIZE = 2**15

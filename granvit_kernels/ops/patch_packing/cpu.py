@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from granvit_kernels import native
-from granvit_kernels.layout import PackedLayout
-from granvit_kernels.native import cpu_why_not as why_not
-from granvit_kernels.ops.patch_packing.arguments import Packing
+from ... import native
+from ...layout import PackedLayout
+from ...native import cpu_why_not as why_not
+from .arguments import Packing
 
 __all__ = ["forward", "why_not"]
 

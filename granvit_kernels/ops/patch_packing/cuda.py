@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from granvit_kernels import launch, native
-from granvit_kernels.layout import PackedLayout
-from granvit_kernels.ops.patch_packing.arguments import Packing
+from ... import launch, native
+from ...layout import PackedLayout
+from .arguments import Packing
 
 __all__ = ["forward", "why_not"]
 

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from granvit_kernels.layout import PackedLayout
-from granvit_kernels.ops.patch_packing.arguments import Packing
+from ...layout import PackedLayout
+from .arguments import Packing
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

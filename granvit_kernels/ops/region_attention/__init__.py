@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from granvit_kernels import checks
-from granvit_kernels.layout import PackedLayout
-from granvit_kernels.ops.region_attention.op import CANDIDATES, operator
+from ... import checks
+from ...layout import PackedLayout
+from .op import CANDIDATES, operator
 
 __all__ = ["CANDIDATES", "region_attention"]
 

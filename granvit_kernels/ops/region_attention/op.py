@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granvit_kernels import backends, checks
-from granvit_kernels.ops.region_attention import cpu, reference, triton
-from granvit_kernels.registration import Operator
+from ... import backends, checks
+from ...registration import Operator
+from . import cpu, reference, triton
 
 CANDIDATES = {"region_attention": {"triton": triton, "cpu": cpu, "reference": reference}}
 

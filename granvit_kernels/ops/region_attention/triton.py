@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granvit_kernels import launch
-from granvit_kernels.launch import power_of_two, why_not
+from ... import launch
+from ...launch import power_of_two, why_not
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -128,7 +128,7 @@ def backward(
     grad_key, grad_value = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (key, value))
     if not output.numel() or not key.numel():
         return query.new_zeros(query.shape), grad_key.zero_(), grad_value.zero_()
-    from granvit_kernels.tiles import tile_tokens
+    from ...tiles import tile_tokens
 
     call = _Call(query, key, value, grids, cu_seqlens, boxes, image_index, scale)
     grad_output, grad_lse, output, lse = (t.contiguous() for t in (grad_output, grad_lse, output, lse))
@@ -218,6 +218,6 @@ def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """triton_kernels, imported here: the package works without triton."""
-    from granvit_kernels.ops.region_attention import triton_kernels
+    from . import triton_kernels
 
     return triton_kernels

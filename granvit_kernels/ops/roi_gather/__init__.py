@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from granvit_kernels import checks
-from granvit_kernels.layout import PackedLayout
-from granvit_kernels.ops.roi_gather.op import CANDIDATES, operator
+from ... import checks
+from ...layout import PackedLayout
+from .op import CANDIDATES, operator
 
 __all__ = ["CANDIDATES", "roi_gather"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granvit_kernels import native
-from granvit_kernels.native import cpu_why_not as why_not
+from ... import native
+from ...native import cpu_why_not as why_not
 
 __all__ = ["backward", "forward", "why_not"]
 

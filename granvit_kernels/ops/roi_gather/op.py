@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from granvit_kernels import backends, checks
-from granvit_kernels.ops.roi_gather import cpu, reference, triton
-from granvit_kernels.registration import Operator
+from ... import backends, checks
+from ...registration import Operator
+from . import cpu, reference, triton
 
 CANDIDATES = {"roi_gather": {"triton": triton, "cpu": cpu, "reference": reference}}
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from granvit_kernels import launch
-from granvit_kernels.launch import why_not
+from ... import launch
+from ...launch import why_not
 
 __all__ = ["Config", "backward", "forward", "why_not"]
 
@@ -54,7 +54,7 @@ def forward(
     out_h: int, out_w: int, sampling_ratio: int,
 ) -> Tensor:  # fmt: skip
     """As reference.forward."""
-    from granvit_kernels.ops.roi_gather import triton_kernels
+    from . import triton_kernels
 
     tokens = tokens.contiguous()
     (regions, channels), images = (boxes.shape[0], tokens.shape[1]), grids.shape[0]
@@ -77,8 +77,8 @@ def backward(
     num_tokens: int, sampling_ratio: int,
 ) -> Tensor:  # fmt: skip
     """As reference.backward. No atomics: equal bits in every run."""
-    from granvit_kernels import tiles
-    from granvit_kernels.ops.roi_gather import triton_kernels
+    from ... import tiles
+    from . import triton_kernels
 
     grad = grad.contiguous()
     _, out_h, out_w, channels = grad.shape

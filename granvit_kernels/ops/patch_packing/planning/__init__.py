@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from granvit_kernels import backends
-from granvit_kernels.checks import integer, shown
-from granvit_kernels.ops.patch_packing.planning import cpu, reference
-from granvit_kernels.ops.patch_packing.planning.reference import best_fit_decreasing
+from .... import backends
+from ....checks import integer, shown
+from . import cpu, reference
+from .reference import best_fit_decreasing
 
 __all__ = ["CANDIDATES", "best_fit_decreasing", "plan_packing"]
 

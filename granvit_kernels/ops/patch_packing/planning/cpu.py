@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import torch
 
-from granvit_kernels import native
+from .... import native
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
