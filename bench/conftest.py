@@ -8,7 +8,6 @@ faults of a fresh output would be timed with the work, for every provider.
 from __future__ import annotations
 
 import ctypes
-import json
 import platform
 import sys
 import time
@@ -19,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from granvit.machine import commit, device_name
+from granvit.machine import device_name
 from granvit_kernels import native
 
-BENCH = Path(__file__).resolve().parent
-THREADS = 2
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/*.py import one another
+from rows import Rows, provenance, results_folder  # noqa: E402
 
-sys.path.insert(0, str(BENCH))  # bench/*.py import one another
+THREADS = 2
+KEY = ("mode", "workload", "provider", "device")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,8 +41,8 @@ def compare(benchmark) -> Callable[..., dict[str, float]]:
     """compare(operator, mode, workload, providers, rounds=15, **figures) -> {provider: its median over ours}.
 
     providers: {name: function without arguments}, ours first. figures: kept in each row. Each round calls every one
-    once; the rows go to bench/results/DEVICE-OPERATOR.json, in place of older rows of the same provider, mode,
-    workload, device and torch.
+    once; the rows go to cpu-OPERATOR.json among the results (rows.py), in place of older ones of equal KEY; times in
+    seconds.
     """
 
     def compare(
@@ -63,45 +63,25 @@ def compare(benchmark) -> Callable[..., dict[str, float]]:
         seconds[ours] = benchmark.stats.stats.data
         medians = {name: float(np.median(times)) for name, times in seconds.items()}
         ratios = {name: median / medians[ours] for name, median in medians.items()}
-        common = {"operator": operator, "mode": mode, "workload": workload, **machine(), **figures}
-        save(
-            [
-                {
-                    **common,
-                    "provider": name,
-                    "median": medians[name],
-                    "quantiles": np.quantile(seconds[name], [0.1, 0.9]).tolist(),
-                    "ratio": ratios[name],
-                }
-                for name in providers
-            ]
-        )
+        common = {"operator": operator, "mode": mode, "workload": workload, **provenance(device()), **figures}
+        rows = [
+            {
+                **common,
+                "provider": name,
+                "median": medians[name],
+                "quantiles": np.quantile(seconds[name], [0.1, 0.9]).tolist(),
+                "ratio": ratios[name],
+            }
+            for name in providers
+        ]
+        Rows(results_folder() / f"cpu-{operator}.json", KEY).save(*rows)
         benchmark.extra_info["ratios"] = ratios
         return ratios
 
     return compare
 
 
-def machine() -> dict:
-    """What a timing depends on besides the code, and which code it was."""
+def device() -> str:
+    """What a timing depends on besides the code and its versions."""
     isa = native.library().isa() if native.why_not() is None else "no native library"
-    return {
-        "device": f"{device_name()}, {isa}, {THREADS} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit(),
-    }
-
-
-def save(rows: list[dict]) -> None:
-    """Adds rows to their operator's result file; times in seconds, ratio of a provider's median to ours."""
-    path = BENCH / "results" / f"cpu-{rows[0]['operator']}.json"
-    path.parent.mkdir(exist_ok=True)
-
-    def key(row: dict) -> tuple:
-        return row["mode"], row["workload"], row["provider"], row["device"], row["versions"]["torch"]
-
-    old = json.loads(path.read_text()) if path.exists() else []
-    new = {key(row) for row in rows}
-    kept = [row for row in old if key(row) not in new]
-    lines = ",\n".join(json.dumps(row) for row in kept + rows)
-    path.write_text(f"[\n{lines}\n]\n")
+    return f"{device_name()}, {isa}, {THREADS} threads"

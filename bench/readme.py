@@ -36,7 +36,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def workload(row: dict[str, Any]) -> tuple:
     """What the rows of one comparison have in common."""
-    return row["operator"], row["mode"], row["workload"], row["device"], row["versions"]["torch"], row["commit"]
+    return row["operator"], row["mode"], row["workload"], row["device"]
 
 
 def kernels() -> list[str]:
@@ -44,13 +44,13 @@ def kernels() -> list[str]:
     rows, machines = [], set()
     for path in sorted(RESULTS.glob("cpu-*.json")):
         for key, group in groupby(sorted(json.loads(path.read_text()), key=workload), workload):
-            operator, mode, what, device, torch, commit = key
-            times = {row["provider"]: row["median"] for row in group}
-            ours = times.pop("granvit")
-            peers = ", ".join(f"{peer} **{time / ours:.1f}**" for peer, time in times.items())
+            operator, mode, what, device = key
+            providers = {row["provider"]: row for row in group}
+            ours = providers.pop("granvit")
+            peers = ", ".join(f"{peer} **{row['ratio']:.1f}**" for peer, row in providers.items())
             isa = device.split(", ")[1]
-            rows.append([operator, mode, what, f"{1000 * ours:.1f}", peers, isa, torch])
-            machines.add(f"{device} (commit {commit})")
+            rows.append([operator, mode, what, f"{1000 * ours['median']:.1f}", peers, isa, ours["versions"]["torch"]])
+            machines.add(f"{device} (commit {ours['commit']})")
     head = ["operator", "mode", "workload", "ours, ms", "a peer takes times as long", "ISA", "torch"]
     return [
         f"Medians of alternating runs in one process, on {'; '.join(sorted(machines))}.",
@@ -223,7 +223,7 @@ def performance() -> list[str]:
 
 
 def steps_on_gpus() -> list[str]:
-    """Training steps of real shapes: bench/results/gpu-training-DEVICE.json (bench/test_gpu_training.py)."""
+    """Training steps of real shapes: bench/results/DEVICE-training.json (bench/test_gpu_training.py)."""
     lines = ["## Training steps on GPUs", ""]
     lines += [
         "Random weights, bfloat16, six questions an image of up to 1024 patches: SigLIP2-so400m with Qwen2.5-1.5B "
@@ -233,8 +233,10 @@ def steps_on_gpus() -> list[str]:
     ]
     head = ["device", "shape", "stage", "recipe", "compiled", "regions/s", "tokens/s", "MFU", "peak GiB", "times ours"]
     table = []
-    for path in sorted(RESULTS.glob("gpu-training-*.json")):
+    for path in sorted(RESULTS.glob("*-training.json")):
         for row in json.loads(path.read_text()):
+            if "shape" not in row:  # a CPU's steps
+                continue
             bound = f"{row['ratio']:.2f} (bound {row['ratio_padded']:.2f})" if "ratio" in row else "1"
             table.append(
                 [row["device"], row["shape"], row["mode"], row["provider"], "yes" if row["compiled"] else "no"]

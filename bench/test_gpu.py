@@ -1,4 +1,4 @@
-"""The operators on a GPU beside what others would write: rows go to bench/results/DEVICE.json as they are measured.
+"""The operators on a GPU beside what others would write: rows go to DEVICE.json as they are measured.
 
 Every call starts with a cold L2: a buffer larger than it is written between any two. Providers alternate within a run;
 times are CUDA events' medians. Ours is measured once more as a CUDA graph's replay, and that time gives its share of
@@ -7,29 +7,25 @@ again. GRANVIT_BENCH_DEVICE=cpu is a dry run: tiny workloads, nothing kept, no a
 """
 
 import os
-import platform
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from gpu_rows import Rows
 from peers import HALF, corners, pack_patches_peers, region_attention_peers, roi_gather_peers, unpadded
+from rows import Rows, gpu_file, gpu_name, provenance
 from torch import Tensor
 from workloads import AIMS, DESCRIPTIONS, PATCH, pictures, randn, regions
 
-from granvit.machine import commit
-from granvit_kernels import launch, pack_patches, region_attention, roi_gather
+from granvit_kernels import pack_patches, region_attention, roi_gather
 
 DEVICE = os.environ.get("GRANVIT_BENCH_DEVICE", "cuda")
 DRY = DEVICE == "cpu"
 if not DRY and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DTYPE = torch.float32 if DRY else torch.bfloat16
 ROUNDS = 2 if DRY else 15
 FEW = {"images": 3, "boxes": 2} if DRY else {}
@@ -95,20 +91,10 @@ def replay(make: Callable) -> Callable:
 
 @cache
 def machine() -> dict:
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    try:
-        versions["triton"] = __import__("triton").__version__
-    except ImportError:
-        versions["triton"] = None
-    name = "dry run" if DRY else torch.cuda.get_device_name()
-    return {"device": name, "versions": versions, "commit": commit(), "copy_bytes_per_second": bandwidth()}
+    return {**provenance(gpu_name()), "copy_bytes_per_second": bandwidth()}
 
 
-def path() -> Path | None:
-    return None if DRY else RESULTS / f"{launch.slug(torch.cuda.get_device_name())}.json"
-
-
-ROWS = Rows(path, ("operator", "mode", "workload", "provider"))
+ROWS = Rows(gpu_file(), ("operator", "mode", "workload", "provider"))
 
 
 @pytest.fixture
@@ -122,10 +108,7 @@ def compare(benchmark) -> Callable:
 
     def compare(operator, mode, workload, nbytes, ours, peers, check, captured=None):
         letter = workload.split(",")[0]
-        if any(
-            row["commit"] == commit() and ROWS.of(row) == (operator, mode, workload, "granvit")
-            for row in ROWS.kept()
-        ):
+        if ROWS.has(operator=operator, mode=mode, workload=workload, provider="granvit"):
             pytest.skip("measured at this commit")
         graph = "granvit, CUDA graph"
         providers = {"granvit": ours, graph: replay(captured or (lambda: ours))}

@@ -1,7 +1,7 @@
 """A training step on a GPU at the shapes of real models, beside the recipe of one question a sample (one_question.py).
 
 Random weights, bfloat16 autocast, six questions an image of up to 1024 patches; rows go to
-bench/results/gpu-training-DEVICE.json as they are measured, and one that stands there for this commit is not measured
+DEVICE-training.json as they are measured, and one that stands there for this commit is not measured
 again. MFU is of useful operations alone (granvit.train.flops): no recomputation, no padding, a frozen LLM 4 a parameter
 and token. What does not fit is halved until it does. GRANVIT_BENCH_DEVICE=cpu is a dry run at a tiny size, in float32.
 """
@@ -12,19 +12,17 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import random
 import time
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from gpu_rows import Rows
 from one_question import OneQuestion, Samples, prepare, trainer
+from rows import Rows, gpu_file, gpu_name, provenance
 from workloads import image_sizes
 
 for needed in ("datasets", "tyro", "pydantic", "yaml"):  # what the trainer imports and a kernel's machine may lack
@@ -34,7 +32,6 @@ from granvit.data.batches import collate
 from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question
 from granvit.data.prompts import questions as questions_of
 from granvit.data.schema import Region, Sample
-from granvit.machine import commit
 from granvit.model import GranViT
 from granvit.model.config import token_grid
 from granvit.train.compiling import compile_blocks
@@ -44,14 +41,12 @@ from granvit.train.presets import Distill, Model
 from granvit.train.shapes import config_of
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
-from granvit_kernels import launch
 
 DEVICE = os.environ.get("GRANVIT_BENCH_DEVICE", "cuda")
 DRY = DEVICE == "cpu"
 if not DRY and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PEAKS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "B200": 2250.0}
 """10^12 dense bfloat16 operations a second, by the vendor's data sheets (SXM)."""
 ROUNDS = 1 if DRY else 4
@@ -221,11 +216,7 @@ def halving(number: int, run: Callable[[int], tuple]) -> tuple[int, tuple]:
 # ---- the rows ----
 
 
-def path() -> Path | None:
-    return None if DRY else RESULTS / f"gpu-training-{launch.slug(torch.cuda.get_device_name())}.json"
-
-
-ROWS = Rows(path, ("mode", "workload", "provider", "compiled"))
+ROWS = Rows(gpu_file("training"), ("mode", "workload", "provider", "compiled"))
 
 
 def peak(device: str) -> float | None:
@@ -238,20 +229,15 @@ def peak(device: str) -> float | None:
 def test_training(shape: str, name: str, compiled: bool):
     shapes, images, at_a_time = SHAPES[shape]
     stage = STAGES[name]
-    device = "dry run" if DRY else torch.cuda.get_device_name()
+    device = gpu_name()
     peers = {"one question a sample": False} | ({"one question a sample, crops at once": True} if stage.distill else {})
-    known = {
-        row["provider"] for row in ROWS.kept()
-        if (row["mode"], row["shape"], row["compiled"], row["commit"]) == (name, shape, compiled, commit())
-    }  # fmt: skip
-    if known == {"granvit", *peers}:
+    if all(ROWS.has(mode=name, shape=shape, compiled=compiled, provider=who) for who in ("granvit", *peers)):
         pytest.skip("measured at this commit")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     config = config_of(shapes)
     writer = Writer(config)
     common = {
         "operator": "training", "mode": name, "shape": shape, "shapes": [shapes.encoder, shapes.llm],
-        "compiled": compiled, "device": device, "device_tflops": peak(device), "versions": versions, "commit": commit(),
+        "compiled": compiled, "device_tflops": peak(device), **provenance(device),
     }  # fmt: skip
 
     def run_ours(number: int) -> tuple:

@@ -321,7 +321,7 @@ def repeated(sizes: Sizes, config: GranViTConfig, stage: Stage, counts: Counts) 
 def measurements(plan: PlanConfig, stage: Stage, results: Path = RESULTS) -> dict[str, Any] | None:
     """The last measured training step of a GPU with this plan's shapes (bench/test_gpu_training.py), or None."""
     found = None
-    for path in sorted(results.glob("gpu-training*.json")):
+    for path in sorted(results.glob("*-training.json")):
         for row in json.loads(path.read_text()):
             shapes = (plan.run.model.encoder, plan.run.model.llm)
             if row.get("provider") == "granvit" and row["mode"] == stage.name and "mfu" in row:
