@@ -20,8 +20,8 @@ import torch
 import transformers
 from rich.progress import track
 
-from granvit.data.audit.cycle import IMAGES, PARTS, Checked, auc, check_regions
-from granvit.data.audit.planting import VARIANTS, plant
+from granvit.audit.cycle import IMAGES, PARTS, Checked, auc, check_regions
+from granvit.audit.planting import VARIANTS, plant
 from granvit.data.loader import GranDataset, spread
 from granvit.data.sample import cached_sample
 from granvit.eval.loading import load_model

@@ -19,19 +19,19 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Siglip2VisionConfig
 
+from granvit.cost.shapes import ENCODERS, LLMS
 from granvit.data.batches import PackLoader
 from granvit.data.loader import GranDataset
-from granvit.data.packing import PackedBatch
 from granvit.data.sample import build_sample
-from granvit.data.segments import find_segments
 from granvit.machine import commit, device_name
 from granvit.model import GranViT, GranViTConfig, VisionEncoder
+from granvit.questions.packing import PackedBatch
+from granvit.questions.segments import find_segments
 from granvit.train.build import build
 from granvit.train.distill import Teacher
 from granvit.train.loop import freeze
-from granvit.train.memory import Kept, checkpoint_activations
+from granvit.train.parallel.memory import Kept, checkpoint_activations
 from granvit.train.presets import PRESETS
-from granvit.train.shapes import ENCODERS, LLMS
 from granvit.train.stages import GROUPS, Stage
 from granvit.train.step import stage_loss
 from granvit_kernels import PackedLayout

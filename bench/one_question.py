@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from granvit.data.prompts import Question
-from granvit.data.schema import Sample
 from granvit.model import GranViT, GranViTProcessor
 from granvit.model.region_prompt import box_features
+from granvit.questions.prompts import Question
+from granvit.questions.schema import Sample
 from granvit.train.distill import distillation_loss
 from granvit.train.presets import Distill
 from granvit.train.stages import Stage

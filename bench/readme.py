@@ -227,7 +227,7 @@ def steps_on_gpus() -> list[str]:
     lines = ["## Training steps on GPUs", ""]
     lines += [
         "Random weights, bfloat16, six questions an image of up to 1024 patches: SigLIP2-so400m with Qwen2.5-1.5B "
-        "(large), ViT-B/16 with SmolLM2-135M (base). MFU is of useful operations alone (`granvit.train.flops`); the "
+        "(large), ViT-B/16 with SmolLM2-135M (base). MFU is of useful operations alone (`granvit.cost.flops`); the "
         "aim is 45 % at the larger shape on an H100. The bound is the ratio of operations, with padding.",
         "",
     ]

@@ -2,7 +2,7 @@
 
 Random weights, bfloat16 autocast, six questions an image of up to 1024 patches; rows go to
 DEVICE-training.json as they are measured, and one that stands there for this commit is not measured
-again. MFU is of useful operations alone (granvit.train.flops): no recomputation, no padding, a frozen LLM 4 a parameter
+again. MFU is of useful operations alone (granvit.cost.flops): no recomputation, no padding, a frozen LLM 4 a parameter
 and token. What does not fit is halved until it does. GRANVIT_BENCH_DEVICE=cpu is a dry run at a tiny size, in float32.
 """
 # ruff: noqa: E402
@@ -28,17 +28,17 @@ from workloads import image_sizes
 for needed in ("datasets", "tyro", "pydantic", "yaml"):  # what the trainer imports and a kernel's machine may lack
     pytest.importorskip(needed)
 
+from granvit.cost.flops import Sizes, count, one_question_each, operations, padded, pictures_of
+from granvit.cost.shapes import config_of
 from granvit.data.batches import collate
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question
-from granvit.data.prompts import questions as questions_of
-from granvit.data.schema import Region, Sample
 from granvit.model import GranViT
 from granvit.model.config import token_grid
-from granvit.train.compiling import compile_blocks
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question
+from granvit.questions.prompts import questions as questions_of
+from granvit.questions.schema import Region, Sample
 from granvit.train.distill import Teacher
-from granvit.train.flops import Sizes, count, one_question_each, operations, padded, pictures_of
+from granvit.train.parallel.compiling import compile_blocks
 from granvit.train.presets import Distill, Model
-from granvit.train.shapes import config_of
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
 

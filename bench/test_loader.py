@@ -16,7 +16,7 @@ from granvit.data.batches import PackLoader
 from granvit.data.loader import GranDataset
 from granvit.data.sample import SceneConfig, build_sample, cached_sample
 from granvit.data.schema import parse_row
-from granvit.model.tiny import TinyLLM, TinyVision, build_tiny
+from granvit.toy.tiny import TinyLLM, TinyVision, build_tiny
 from granvit_kernels import fit_grid, pack_patches
 
 IMAGES, QUESTIONS = 1920, 6

@@ -3,7 +3,7 @@ size, six questions an image. The measure is trained regions a second.
 
 Both sides have the same weights, images, questions and crops a step, and their losses are compared before anything is
 timed. What packing saves is known beforehand: the ratio of operations of the two recipes with their padding
-(granvit.train.flops). A step has to be faster by 0.9 of that than the other recipe's, whose teacher sees one crop at a
+(granvit.cost.flops). A step has to be faster by 0.9 of that than the other recipe's, whose teacher sees one crop at a
 time; with all crops at once it is timed too. Ours cuts its patches out of pixels within the time, the other before.
 """
 
@@ -19,14 +19,14 @@ import pytest
 import torch
 from one_question import OneQuestion, prepare, trainer
 
+from granvit.cost.flops import Sizes, count, one_question_each, operations, packed, padded, pictures_of
 from granvit.data.batches import collate
 from granvit.data.loader import GranDataset
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question
 from granvit.data.sample import cached_sample
-from granvit.data.schema import Region, Sample
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question
+from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
 from granvit.train.distill import Teacher
-from granvit.train.flops import Sizes, count, one_question_each, operations, packed, padded, pictures_of
 from granvit.train.presets import PRESETS
 from granvit.train.step import stage_loss
 

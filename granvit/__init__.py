@@ -8,7 +8,8 @@ transformers' AutoConfig, AutoModel, AutoModelForImageTextToText and AutoProcess
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .model import GranViT, GranViTConfig, GranViTProcessor, VisionEncoder, build_tiny
+    from .model import GranViT, GranViTConfig, GranViTProcessor, VisionEncoder
+    from .toy.tiny import build_tiny
 
 __all__ = ["GranViT", "GranViTConfig", "GranViTProcessor", "VisionEncoder", "build_tiny"]
 

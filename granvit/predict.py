@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from granvit.data.prompts import Box, Question, box_fault, describe_box, find_box
-from granvit.data.schema import decode_image
 from granvit.eval.loading import load_model, output_fault
 from granvit.model.granvit import GranViT
 from granvit.model.processing import GranViTProcessor
+from granvit.questions.pictures import decode_image
+from granvit.questions.prompts import Box, Question, box_fault, describe_box, find_box
 
 MAX_NEW_TOKENS = 64
 LONG_SIDE = 640  # a smaller picture is enlarged to this before a box is drawn on it

@@ -5,6 +5,7 @@ tests do without it.
 """
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -59,7 +60,7 @@ def llm_folder(samples, tmp_path_factory):
     """llm_folder("llama" or "qwen2") -> a folder of transformers' with such an LLM at tiny size, and its tokenizer."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-    from granvit.model.tiny import train_tokenizer
+    from granvit.toy.tiny import train_tokenizer
 
     def build(family: str):
         folder = tmp_path_factory.getbasetemp() / f"tiny-{family}"
@@ -84,8 +85,8 @@ def tiny(samples):
     """tiny(**options) -> (model, processor): a two-layer model, drawn with one seed and in eval mode."""
 
     def build(**options):
-        from granvit.data.prompts import questions
-        from granvit.model import TinyLLM, TinyVision, build_tiny
+        from granvit.questions.prompts import questions
+        from granvit.toy.tiny import TinyLLM, TinyVision, build_tiny
 
         texts = [
             text
@@ -101,3 +102,39 @@ def tiny(samples):
         return model.eval(), processor
 
     return build
+
+
+@pytest.fixture(scope="session")
+def sample_set(tmp_path_factory):
+    """A sample set of few images: photographs, scenes and pages."""
+    from granvit.data.sample import build_sample
+
+    path = tmp_path_factory.mktemp("data") / "sample"
+    build_sample(path, images=80, seed=0, workers=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_config(sample_set):
+    """The smoke preset at a size that runs in seconds; tests choose the output folder."""
+    from granvit.train.presets import PRESETS, Data, Model
+
+    smoke = PRESETS["smoke"]
+    few = {"packs": 2, "warmup_steps": 2}
+    return replace(
+        smoke,
+        output="",
+        data=Data(path=str(sample_set), eval_images=6, workers=0, fault_budget=0.0),
+        model=Model(
+            encoder_width=32, encoder_layers=1, encoder_heads=2, llm_width=32, llm_layers=1, llm_heads=2,
+            vocabulary=400, max_image_tokens=9, bins=8,
+        ),
+        warmup=replace(smoke.warmup, steps=3, **few),
+        pretrain=replace(smoke.pretrain, steps=6, **few),
+        adapt=replace(smoke.adapt, steps=4, **few),
+        checkpoint_every=2,
+        log_every=1,
+        threads=1,  # on a busy machine two wait for each other most of the time
+        control=False,
+        device="cpu",
+    )  # fmt: skip

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Siglip2VisionConfig
 
-from granvit.data.packing import pack_questions
-from granvit.data.prompts import TASKS
 from granvit.lora import Lora, adapters, add_adapters, lora_memory, lora_parameters, save_adapters
 from granvit.model import GranViT, GranViTProcessor, VisionEncoder
+from granvit.questions.packing import pack_questions
+from granvit.questions.prompts import TASKS
 
 FAMILIES = ("llama", "qwen2")
 

@@ -1,1 +1,1 @@
-"""Gran datasets: schema, loader, the embedded sample set, converters, questions and packing."""
+"""Gran datasets: schema, loader, the embedded sample set, converters, packed batches."""

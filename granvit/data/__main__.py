@@ -187,7 +187,7 @@ def audit(
         device: Where the model runs; auto: a GPU where there is one.
         workers: Processes; None: one a core.
     """
-    from granvit.data.audit import audit as write_audit
+    from granvit.audit import audit as write_audit
 
     if device == "auto":
         import torch

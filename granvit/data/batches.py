@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, as_it_is, measure, start_worker, too_long
 from granvit.data.loader import GranDataset
-from granvit.data.packing import PackedBatch, Part, pack_parts, write_parts
 from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Order, Pack
-from granvit.data.prompts import Question
-from granvit.data.schema import DataFault, Sample, good_or_none
+from granvit.data.schema import good_or_none
+from granvit.questions.packing import PackedBatch, Part, pack_parts, write_parts
+from granvit.questions.prompts import Question
+from granvit.questions.schema import DataFault, Sample
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 
-from granvit.data.schema import DataFault
+from granvit.questions.schema import DataFault
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 import fsspec
 from fsspec import AbstractFileSystem
 
-from granvit.data.schema import DataFault
+from granvit.questions.schema import DataFault
 
 MAX_BYTES = 256_000_000
 """An image file of more bytes is not read."""

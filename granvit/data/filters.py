@@ -33,18 +33,10 @@ from tyro.conf import Positional
 from granvit.data.files import MAX_BYTES, join, list_files
 from granvit.data.loader import open_rows
 from granvit.data.measures import box_iou, words
-from granvit.data.schema import (
-    CHAT_FEATURES,
-    FEATURES,
-    DataFault,
-    Region,
-    Sample,
-    check_size,
-    conversation_turns,
-    decode_image,
-    parse_row,
-)
+from granvit.data.schema import CHAT_FEATURES, FEATURES, check_size, conversation_turns, parse_row
 from granvit.data.shards import Notes, Record, Source
+from granvit.questions.pictures import decode_image
+from granvit.questions.schema import DataFault, Region, Sample
 
 BUCKETS = 2**22
 """Counters of the first pass over captions: 16 MiB, whatever the dataset's size."""

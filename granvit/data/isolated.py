@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from granvit.data.schema import DataFault
+from granvit.questions.schema import DataFault
 
 
 class Isolated:

@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.loader import GranDataset
 from granvit.data.parallel import end_with_parent, progress
-from granvit.data.schema import DataFault, Region, Sample, good_or_none
+from granvit.data.schema import good_or_none
 from granvit.machine import cache_folder
+from granvit.questions.schema import DataFault, Region, Sample
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor

@@ -12,8 +12,9 @@ import numpy as np
 from granvit.data.faults import FaultLog
 from granvit.data.files import is_remote, join, list_files, parent
 from granvit.data.parquet import ParquetRows
-from granvit.data.schema import FEATURES, DataFault, Sample, good_or_none, parse_row
+from granvit.data.schema import FEATURES, good_or_none, parse_row
 from granvit.data.shards import SHARD, WORK
+from granvit.questions.schema import DataFault, Sample
 
 ACCEPTED = "a folder written by save_to_disk, or Parquet files (one, a folder or a URL of SPLIT*.parquet)"
 

@@ -24,7 +24,8 @@ from PIL import Image
 from granvit.data.loader import open_rows
 from granvit.data.page import data_uri, render
 from granvit.data.parallel import process_map, progress
-from granvit.data.schema import DataFault, decode_image
+from granvit.questions.pictures import decode_image
+from granvit.questions.schema import DataFault
 
 SIDE, LOW = 64, 16
 """Pixels a side of the grey picture that is hashed, and frequencies an axis that are kept."""

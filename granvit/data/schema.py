@@ -1,4 +1,4 @@
-"""The schema of a Gran dataset, and how one of its rows becomes a checked `Sample`.
+"""The columns of a Gran dataset, and how one of its rows becomes a checked `Sample`.
 
 A Gran dataset is a Hugging Face `datasets` dataset with the columns of `FEATURES`. Nothing here trusts a row:
 whatever is wrong with it is a `DataFault` that says what and, where the caller wants to go on, which part was
@@ -7,24 +7,15 @@ left out.
 
 from __future__ import annotations
 
-import io
-import os
-import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Features, Image, Sequence, Value
-from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PILImage
 
-if TYPE_CHECKING:
-    import torch
-
-PILImage.init()  # else open(formats=...) knows only the five most common ones
-
-KINDS = ("natural", "ocr")
+from granvit.questions.pictures import MAX_PIXELS, check_shape, decode_image
+from granvit.questions.schema import KINDS, Conversation, DataFault, Region, Sample
 
 FEATURES = Features(
     {
@@ -50,74 +41,10 @@ CHAT_FEATURES = Features({**FEATURES, "conversations": [[{"role": Value("string"
 """The columns with the optional one, for training on chat: conversations about the picture, each a list of turns, the
 user's (`role` "user") and the assistant's ("assistant") by turns."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""The image formats that are read; Pillow's other decoders see no use and much hostile input."""
-
-MAX_PIXELS = 64_000_000
-"""Images with more pixels than this are refused before they are decoded (decompression bombs)."""
-
-MIN_SIDE, MAX_ASPECT = 4, 100.0
-"""An image with a shorter side, or a longer one against its short side, shows nothing and breaks patch
-grids."""
-
 BOX_TOLERANCE = 1e-3
 """A box may leave [0, 1] by this much (rounding of other people's converters) and is cut to the image."""
 
-_TURNS = {
-    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
-    3: PILImage.Transpose.ROTATE_180,
-    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
-    5: PILImage.Transpose.TRANSPOSE,
-    6: PILImage.Transpose.ROTATE_270,
-    7: PILImage.Transpose.TRANSVERSE,
-    8: PILImage.Transpose.ROTATE_90,
-}
-"""What turns an image upright, by its EXIF orientation."""
-
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-
-class DataFault(ValueError):
-    """Something in a row that can't be used. `kind` is a short name that faults are counted under. Of a message, which
-    may quote what is wrong, 500 characters are kept."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message if len(message) <= 500 else f"{message[:500]} …")
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # by default it would be made of its message alone
-        return type(self), (self.kind, str(self))
-
-
-@dataclass(frozen=True)
-class Region:
-    """A box, relative xyxy after EXIF orientation, with the sentence or text that belongs to it."""
-
-    box: tuple[float, float, float, float]
-    caption: str
-    kind: str
-    score: float | None = None
-
-    def fields(self) -> dict[str, Any]:
-        """The region as an entry of a row's `regions`."""
-        return {"box": list(self.box), "caption": self.caption, "kind": self.kind, "score": self.score}
-
-
-Conversation = tuple[tuple[str, str], ...]
-"""What the user says and what the assistant answers, turn by turn."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A checked row. `image` is uint8 [H, W, 3], oriented as EXIF says."""
-
-    id: str
-    image: torch.Tensor
-    caption: str | None
-    regions: tuple[Region, ...]
-    source: str
-    licence: str
-    conversations: tuple[Conversation, ...] = ()
 
 
 def parse_row(
@@ -159,7 +86,7 @@ def parse_row(
         check_size(width, height, picture)
         image = torch.from_numpy(np.array(picture))
     else:
-        _check_shape(width, height, max_pixels)
+        check_shape(width, height, max_pixels)
         image = torch.zeros((), dtype=torch.uint8).expand(height, width, 3)
     return Sample(
         id=row_id,
@@ -263,83 +190,6 @@ def check_size(width: int, height: int, picture: PILImage.Image) -> None:
     if (width, height) != picture.size:
         given, real = f"{width}x{height}", "{}x{}".format(*picture.size)
         raise DataFault("size", f"width and height are {given}, the image is {real} as EXIF turns it")
-
-
-def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
-    """An encoded image ({"bytes", "path"} or bytes) or a PIL image as an RGB PIL image, oriented as EXIF
-    says.
-
-    Transparency is laid on white; 16-bit images are scaled to 8 bits. Raises DataFault of kind `image`
-    (missing, of a format not in `FORMATS`, broken or truncated), `image_pixels` or `image_shape`.
-    """
-    if isinstance(image, PILImage.Image):
-        opened = image
-    else:
-        try:
-            opened = PILImage.open(_image_file(image), formats=FORMATS)
-        except UnidentifiedImageError:  # its own text holds an address in memory
-            raise DataFault("image", f"not an image in one of the formats {', '.join(FORMATS)}") from None
-        except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
-            raise DataFault("image", f"can't be opened: {error}") from None
-    _check_shape(*opened.size, max_pixels)
-    try:
-        opened.load()  # a TIFF is turned by this, and then has no orientation any more
-        # ImageOps.exif_transpose writes all of EXIF anew too, and fails where any other tag of it is damaged.
-        turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
-        return _to_rgb(opened if turn is None else opened.transpose(turn))
-    # Pillow's decoders raise these and more on hostile files; one bad file must not end a run.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        TypeError,
-        IndexError,
-        KeyError,
-        OverflowError,
-        EOFError,
-        struct.error,
-    ) as error:
-        raise DataFault("image", f"can't be decoded: {error}") from None
-
-
-def _check_shape(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise DataFault("image_pixels", f"{width}x{height} is more than the limit of {max_pixels} pixels")
-    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataFault(
-            "image_shape", f"{width}x{height}: sides must be >= {MIN_SIDE} and their ratio <= {MAX_ASPECT:g}"
-        )
-
-
-def _image_file(image: Any) -> io.BytesIO | str:
-    if isinstance(image, bytes):
-        return io.BytesIO(image)
-    if isinstance(image, Mapping):
-        if image.get("bytes") and isinstance(image["bytes"], bytes):
-            return io.BytesIO(image["bytes"])
-        if image.get("path") and isinstance(image["path"], str):
-            if not os.path.isfile(image["path"]):  # to open a FIFO or a device could take for ever
-                raise DataFault("image", f"path must be that of a regular file, got {image['path']!r}")
-            return image["path"]
-    raise DataFault("image", f"image must be encoded bytes or a path, got {type(image).__name__} without either")
-
-
-def _to_rgb(image: PILImage.Image) -> PILImage.Image:
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode == "F":
-        raise DataFault("image", "floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16-bit greys; Pillow's own conversion to 8 bits clips instead of scaling
-        grey = np.asarray(image).astype(np.float64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise DataFault("image", "grey values outside 16 bits have no known range")
-        return PILImage.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = PILImage.new("RGBA", image.size, (255, 255, 255, 255))
-        return PILImage.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def is_number(value: Any) -> bool:

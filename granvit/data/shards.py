@@ -39,8 +39,9 @@ from rich.table import Table
 
 from granvit.data.faults import FaultLog
 from granvit.data.files import state
-from granvit.data.schema import FEATURES, DataFault
+from granvit.data.schema import FEATURES
 from granvit.data.writer import check_split
+from granvit.questions.schema import DataFault
 
 WORK, FINISHED = ".unfinished", ".finished"
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.parquet")

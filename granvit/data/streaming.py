@@ -17,7 +17,8 @@ from granvit.data.batches import Batch, Sent, beside, check_arguments, join, rea
 from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, lengths_of, too_long
 from granvit.data.planning import Candidate, Pack, draw, fill
-from granvit.data.schema import DataFault, Sample, good_or_none, parse_row
+from granvit.data.schema import good_or_none, parse_row
+from granvit.questions.schema import DataFault, Sample
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor

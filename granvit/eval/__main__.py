@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from granvit.data.loader import GranDataset
-from granvit.data.prompts import CAPTION2BBOX
 from granvit.eval.baselines import floors
 from granvit.eval.evaluation import evaluate
 from granvit.eval.loading import check_device, load_model, output_fault
 from granvit.eval.metrics import counts
+from granvit.questions.prompts import CAPTION2BBOX
 
 BLIND = {"other image": "other_image", "text alone": "text"}
 

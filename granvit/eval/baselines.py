@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.eval.evaluation import TASKS, ask
 from granvit.eval.metrics import Prediction, box_iou, summarise, words
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 MIN_CLASS = 20  # a size class with fewer training regions than this falls back on its kind
 MAX_CAPTIONS = 1000  # candidates for the blind caption: the most frequent ones

@@ -10,9 +10,9 @@ import torch
 
 from granvit.data.lengths import image_length
 from granvit.data.loader import GranDataset, spread
-from granvit.data.packing import pack_questions
-from granvit.data.prompts import CHAT
 from granvit.eval.evaluation import other_images
+from granvit.questions.packing import pack_questions
+from granvit.questions.prompts import CHAT
 from granvit_kernels import plan_packing
 
 

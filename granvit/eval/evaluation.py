@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 
 from granvit.data.loader import GranDataset, spread
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, Question, questions
-from granvit.data.schema import Sample
 from granvit.eval.metrics import Prediction, summarise
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, Question, questions
+from granvit.questions.schema import Sample
 
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
 MAX_NEW_TOKENS = 48  # of a caption; a box ends where its written form does

@@ -24,7 +24,7 @@ from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 
 from granvit.data.measures import box_iou, words
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 Prediction = dict[str, Any]
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from granvit.data.loader import GranDataset
 from granvit.data.page import encoded
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.eval.curves import draw_curves
 from granvit.eval.metrics import Prediction, exact, iou, rouge_l
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 PICTURES = 4  # right ones and wrong ones a source and task
 LONG_SIDE = 480  # pixels of a picture in the report

@@ -41,7 +41,7 @@ from .region_prompt import CellPositions, RegionPrompt
 from .vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from granvit.data.packing import PackedBatch
+    from granvit.questions.packing import PackedBatch
 
 
 # transformers 5.24 calls a model's cache `cache`, earlier ones `past_key_values`.

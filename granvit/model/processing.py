@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from granvit.data.prompts import IMAGE, REGION, Box, Question, box_fault, parse_box, questions
+from granvit.questions.pictures import decode_image
+from granvit.questions.prompts import IMAGE, REGION, Box, Question, box_fault, parse_box, questions
 
 from .config import GranViTConfig, token_grid
 
@@ -171,7 +172,7 @@ class GranViTProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def questions(self, sample, tasks: Sequence[str]) -> list[Question]:
-        """`granvit.data.prompts.questions` with this processor's box style and format."""
+        """`granvit.questions.prompts.questions` with this processor's box style and format."""
         return questions(sample, tasks, self.box_style, self.box_format, self.bins)
 
     def image_tokens(self, height: int, width: int) -> int:
@@ -284,8 +285,6 @@ def as_pixels(image: Any, index: int = 0) -> torch.Tensor:
     """An image as a uint8 tensor [H, W, 3]: a tensor or array of that form, or a PIL image, read as data sets'
     images are (`decode_image`)."""
     if isinstance(image, Image.Image):
-        from granvit.data.schema import decode_image  # imports `datasets`, a second that only pictures need
-
         try:
             image = np.array(decode_image(image))
         except ValueError as error:

@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from granvit.data.segments import Segments, find_spans
+from granvit.questions.segments import Segments, find_spans
 from granvit_kernels.registration import Operator
 
 NAME = "granvit_questions"

@@ -92,7 +92,7 @@ def run_replay(arguments: list[str]) -> None:
 
 
 def run_plan(arguments: list[str]) -> None:
-    from granvit.train.plan import main
+    from granvit.cost.plan import main
 
     main(arguments)
 

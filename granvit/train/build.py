@@ -10,7 +10,7 @@ from granvit.data.loader import GranDataset
 from granvit.eval.loading import find_encoder, load_model
 from granvit.lora import add_adapters
 from granvit.model import GranViT, GranViTProcessor
-from granvit.model.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
+from granvit.toy.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
 from granvit.train.presets import Model
 
 SHARED = ("pixel_shuffle", "region_tokens", "box_style", "box_format", "bins", "max_image_tokens")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from granvit.train.distributed import summed
+from granvit.train.parallel.distributed import summed
 
 
 class Teacher:

@@ -29,12 +29,12 @@ from granvit.data.batches import Batch, PackLoader
 from granvit.lora import ADAPTER, adapters
 from granvit.model import GranViT
 from granvit.train.checkpoint import Checkpoints, load
-from granvit.train.compiling import compile_blocks
 from granvit.train.distill import Teacher, feature_statistics
-from granvit.train.distributed import World, distribute, synchronise
 from granvit.train.guard import Failed, NotFinite, Spikes, Streak, Terminated, Termination
-from granvit.train.memory import checkpoint_activations
 from granvit.train.metrics_log import MetricsLog
+from granvit.train.parallel.compiling import compile_blocks
+from granvit.train.parallel.distributed import World, distribute, synchronise
+from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import TrainConfig
 from granvit.train.profiling import STEP, profiled
 from granvit.train.stages import GROUPS, Stage

@@ -10,8 +10,8 @@ import tyro
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
 from granvit.lora import Lora
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
 from granvit.train.metrics_log import write_aside
 from granvit.train.stages import Stage
 

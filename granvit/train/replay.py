@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from granvit.train.checkpoint import read_values
-from granvit.train.distributed import World, start
 from granvit.train.guard import Termination
+from granvit.train.parallel.distributed import World, start
 from granvit.train.presets import TrainConfig
 from granvit.train.run import Run
 

@@ -20,28 +20,28 @@ from rich.console import Console
 
 from granvit.data.batches import Batch, PackLoader, collate
 from granvit.data.loader import GranDataset, open_dataset
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.data.sample import cached_sample
-from granvit.data.schema import Region, Sample
 from granvit.eval import evaluate
 from granvit.eval.chat import score_chat
 from granvit.eval.report import write_report
 from granvit.lora import adapters, save_adapters
 from granvit.machine import commit, device_name
 from granvit.model import GranViT
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
+from granvit.questions.schema import Region, Sample
+from granvit.toy.warmup import warmup_loss
 from granvit.train.build import build
 from granvit.train.checkpoint import Checkpoints, check_room, load
-from granvit.train.compiling import eager
 from granvit.train.distill import feature_statistics
-from granvit.train.distributed import World, start, stop
 from granvit.train.guard import Termination, termination
 from granvit.train.loop import Phase, model_tensors, train_phase
 from granvit.train.metrics_log import MetricsLog, Tracker, make_trackers, write_aside
+from granvit.train.parallel.compiling import eager
+from granvit.train.parallel.distributed import World, start, stop
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss
 from granvit.train.summary import write_summary
-from granvit.train.warmup import warmup_loss
 
 log = logging.getLogger(__name__)
 console = Console()

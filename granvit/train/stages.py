@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from granvit.data.prompts import BBOX2CAPTION, GLOBAL_CAPTION, TASKS
+from granvit.questions.prompts import BBOX2CAPTION, GLOBAL_CAPTION, TASKS
 
 GROUPS = ("encoder", "projector", "llm")
 

@@ -7,8 +7,8 @@ import pytest
 from converting import convert, picture, regions
 
 from granvit.data.files import inside, list_files, open_file, read_file, read_image, rebase, state
-from granvit.data.schema import DataFault
 from granvit.data.sources.voc import Voc
+from granvit.questions.schema import DataFault
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from granvit.data.loader import GranDataset
 from granvit.data.overlap import DISTANCE, find_overlap, nearest, picture_hash, write_ids
 from granvit.data.parallel import process_map
 from granvit.data.sample import build_sample
-from granvit.data.schema import FEATURES, decode_image
+from granvit.data.schema import FEATURES
 from granvit.data.shards import build_dataset
+from granvit.questions.pictures import decode_image
 
 
 @pytest.fixture(scope="module")

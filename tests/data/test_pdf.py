@@ -24,10 +24,10 @@ from reportlab.pdfgen.canvas import Canvas
 from granvit.data.__main__ import main
 from granvit.data.isolated import Isolated
 from granvit.data.loader import GranDataset
-from granvit.data.schema import DataFault
 from granvit.data.shards import build_dataset
 from granvit.data.sources import pdf
 from granvit.data.sources.pdf import Character, Pdf, render, text_lines
+from granvit.questions.schema import DataFault
 
 TOLERANCE = 0.02  # points: pdfium keeps a glyph's box in thousandths of its size, rounded outwards
 

@@ -19,9 +19,9 @@ from converting import picture
 
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.loader import GranDataset
-from granvit.data.schema import DataFault
 from granvit.data.shards import WORK, Record, Source, build_dataset
 from granvit.data.sources.rows import PixelBox, picture_row
+from granvit.questions.schema import DataFault
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from granvit.data.schema import FEATURES
-from granvit.model.tiny import TinyLLM, TinyVision, build_tiny
+from granvit.toy.tiny import TinyLLM, TinyVision, build_tiny
 
 
 def _row(name, regions, source="toy", size=(48, 32)):

@@ -5,9 +5,9 @@ import torch
 from scripted import TextProcessor
 
 from granvit.data.loader import GranDataset
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, questions
 from granvit.eval import evaluate
 from granvit.eval.evaluation import ask, other_images
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, questions
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 

@@ -14,9 +14,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from granvit.data.batches import Batch, Read, collate, join
-from granvit.data.prompts import GLOBAL_CAPTION
-from granvit.train.distributed import World, start, stop
+from granvit.questions.prompts import GLOBAL_CAPTION
 from granvit.train.guard import Termination
+from granvit.train.parallel.distributed import World, start, stop
 from granvit.train.presets import TrainConfig, load_config
 from granvit.train.run import Run
 

@@ -1,6 +1,6 @@
 """What stand-ins for a GranViTProcessor share, beside a model whose answers are texts."""
 
-from granvit.data.prompts import parse_box
+from granvit.questions.prompts import parse_box
 
 
 class TextProcessor:

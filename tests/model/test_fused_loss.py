@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from granvit.data.packing import pack_questions
-from granvit.data.prompts import questions
 from granvit.model import fused_loss, granvit
+from granvit.questions.packing import pack_questions
+from granvit.questions.prompts import questions
 
 TASKS = ("global_caption", "bbox2caption", "caption2bbox")
 

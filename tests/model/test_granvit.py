@@ -14,10 +14,10 @@ from transformers import (
     Siglip2VisionModel,
 )
 
-from granvit.data.packing import pack_questions
-from granvit.data.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT
 from granvit.model import GranViT, GranViTConfig, GranViTProcessor, VisionEncoder
-from granvit.model.tiny import train_tokenizer
+from granvit.questions.packing import pack_questions
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT
+from granvit.toy.tiny import train_tokenizer
 from granvit_kernels import pack_patches
 
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)

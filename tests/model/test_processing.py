@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from granvit.data.prompts import describe_box
-from granvit.data.schema import decode_image
 from granvit.model.processing import as_pixels
+from granvit.questions.pictures import decode_image
+from granvit.questions.prompts import describe_box
 
 BOX = (0.1, 0.2, 0.6, 0.9)
 
@@ -223,7 +223,7 @@ def test_faults_are_named(tiny, images, questions, options, message):
 
 def test_a_tokenizer_of_another_model_is_refused(tiny):
     from granvit.model import GranViTProcessor
-    from granvit.model.tiny import train_tokenizer
+    from granvit.toy.tiny import train_tokenizer
 
     model, _ = tiny()
     with pytest.raises(ValueError, match="is this the LLM's own tokenizer"):

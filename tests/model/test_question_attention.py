@@ -10,10 +10,10 @@ from question_packs import ORDINARY, UNUSUAL, index, random_pack, visible
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from granvit.data.packing import pack_questions
-from granvit.data.segments import find_segments
 from granvit.model import GranViT, llm, question_attention
 from granvit.model.question_attention import NAME, find_grids, why_not_flash
+from granvit.questions.packing import pack_questions
+from granvit.questions.segments import find_segments
 
 TASKS = ("global_caption", "bbox2caption", "caption2bbox")
 PACKS = {**UNUSUAL, "ordinary": ORDINARY, **{f"random {seed}": random_pack(seed) for seed in range(25)}}

@@ -12,8 +12,8 @@ import torch
 
 from granvit.train import __main__, checkpoint, loop
 from granvit.train.checkpoint import Checkpoints, read_values
-from granvit.train.distributed import World
 from granvit.train.guard import STOPPED, Failed, NotFinite, Spikes, Streak, Terminated, Termination, termination
+from granvit.train.parallel.distributed import World
 from granvit.train.presets import save_config
 from granvit.train.replay import replay
 from granvit.train.run import Run, train

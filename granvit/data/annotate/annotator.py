@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from datasets import Features, Value
 from PIL.Image import Image
 
-from granvit.data.schema import FEATURES, MAX_PIXELS, DataFault, decode_image, parse_region
+from granvit.data.schema import FEATURES, parse_region
+from granvit.questions.pictures import MAX_PIXELS, decode_image
+from granvit.questions.schema import DataFault
 
 BATCH = 16
 """Pictures, or crops of them, that a model is given at once, at most; fewer of large ones."""

@@ -16,9 +16,10 @@ from granvit.data.annotate.engines import RapidOcr, TransformersCaptioner, Trans
 from granvit.data.files import MAX_BYTES, is_remote, list_files, local, read_image
 from granvit.data.loader import open_dataset
 from granvit.data.parquet import ParquetRows
-from granvit.data.schema import DataFault, is_unicode
+from granvit.data.schema import is_unicode
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources.rows import named
+from granvit.questions.schema import DataFault
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 REGION_TOKENS, PICTURE_TOKENS = 48, 256

@@ -16,10 +16,11 @@ from typing import Any
 from tyro.conf import Positional
 
 from granvit.data.files import local, read_image
-from granvit.data.schema import DataFault, is_number, is_unicode
+from granvit.data.schema import is_number, is_unicode
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources.rows import PixelBox, class_phrase, is_box, picture_row
 from granvit.data.sources.stream import elements
+from granvit.questions.schema import DataFault
 
 Key = int | str  # COCO's ids are integers, those of some tools strings
 

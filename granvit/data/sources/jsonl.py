@@ -18,9 +18,11 @@ from typing import IO, Any
 from tyro.conf import Positional
 
 from granvit.data.files import open_file, parent, read_image
-from granvit.data.schema import DataFault, check_size, decode_image, is_unicode, parse_region
+from granvit.data.schema import check_size, is_unicode, parse_region
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources.rows import parse_json
+from granvit.questions.pictures import decode_image
+from granvit.questions.schema import DataFault
 
 _KEYS = {  # key: (types, what a fault says is accepted)
     "image": ((str,), "a path relative to the file"),

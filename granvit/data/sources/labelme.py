@@ -14,9 +14,10 @@ from typing import Any
 from tyro.conf import Positional
 
 from granvit.data.files import MAX_BYTES, list_files, local, read_file, read_image, rebase
-from granvit.data.schema import DataFault, is_number, is_unicode
+from granvit.data.schema import is_number, is_unicode
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources.rows import PixelBox, class_phrase, named, parse_json, picture_row
+from granvit.questions.schema import DataFault
 
 MAX_JSON = 10_000_000 + MAX_BYTES * 4 // 3  # bytes; a picture may be in it as base64
 

@@ -19,11 +19,12 @@ from typing import Any
 from tyro.conf import Positional
 
 from granvit.data.files import local, read_image
-from granvit.data.prompts import IMAGE
-from granvit.data.schema import CHAT_FEATURES, DataFault, conversation_turns, is_unicode, parse_conversation
+from granvit.data.schema import CHAT_FEATURES, conversation_turns, is_unicode, parse_conversation
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources.rows import picture_row
 from granvit.data.sources.stream import elements
+from granvit.questions.prompts import IMAGE
+from granvit.questions.schema import DataFault
 
 ROLES = {"human": "user", "gpt": "assistant"}
 

@@ -25,9 +25,9 @@ from tyro.conf import Positional
 
 from granvit.data.files import is_remote, list_files, local, parent, read_file, suffix
 from granvit.data.isolated import Isolated
-from granvit.data.schema import DataFault
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources.rows import PixelBox, named, picture_row
+from granvit.questions.schema import DataFault
 
 MAX_BYTES = 256_000_000
 """A PDF of more bytes is not read."""

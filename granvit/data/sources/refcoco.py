@@ -25,11 +25,12 @@ import pyarrow.parquet as pq
 from tyro.conf import Positional
 
 from granvit.data.files import inside, list_files, local, open_file, parent, read_image, suffix
-from granvit.data.schema import DataFault, is_unicode
+from granvit.data.schema import is_unicode
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources import plain_pickle
 from granvit.data.sources.coco import is_key, read_instances
 from granvit.data.sources.rows import PixelBox, is_box, picture_row
+from granvit.questions.schema import DataFault
 
 MAX_PICKLE, MAX_GROUP = 200_000_000, 2_000_000_000  # bytes
 MAX_SENTENCES, MAX_SENTENCE = 100, 1000  # of an object; characters

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from granvit.data.schema import DataFault, decode_image, is_number, is_unicode, parse_region
+from granvit.data.schema import is_number, is_unicode, parse_region
 from granvit.data.shards import Notes, Record
+from granvit.questions.pictures import decode_image
+from granvit.questions.schema import DataFault
 
 
 def named(folder: str, names: Iterable[str], notes: Notes) -> Iterator[tuple[str, str]]:

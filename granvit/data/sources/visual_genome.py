@@ -13,11 +13,12 @@ from typing import Any
 from tyro.conf import Positional
 
 from granvit.data.files import local, read_image
-from granvit.data.schema import DataFault, is_number, is_unicode
+from granvit.data.schema import is_number, is_unicode
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources.coco import is_key
 from granvit.data.sources.rows import PixelBox, picture_row
 from granvit.data.sources.stream import elements
+from granvit.questions.schema import DataFault
 
 FOLDERS = ("", "VG_100K/", "VG_100K_2/")
 """Where a picture may lie: its two archives unpack to the last two."""

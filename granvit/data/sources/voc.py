@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 from tyro.conf import Positional
 
 from granvit.data.files import list_files, local, read_file, read_image
-from granvit.data.schema import DataFault
 from granvit.data.shards import Notes, Record, Source
 from granvit.data.sources.rows import PixelBox, class_phrase, named, picture_row
+from granvit.questions.schema import DataFault
 
 MAX_XML = 10_000_000  # bytes
 

@@ -6,16 +6,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from granvit.cost.flops import Sizes, count, operations, pictures_of
 from granvit.data.batches import collate
-from granvit.data.schema import Region, Sample
 from granvit.lora import Lora, adapters, add_adapters
+from granvit.questions.schema import Region, Sample
 from granvit.train.distill import Teacher
-from granvit.train.flops import (
-    Sizes,
-    count,
-    operations,
-    pictures_of,
-)
 from granvit.train.presets import Distill
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss

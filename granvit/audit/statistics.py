@@ -17,8 +17,9 @@ from granvit.data.loader import open_rows
 from granvit.data.measures import box_iou, words
 from granvit.data.overlap import DISTANCE, nearest, picture_hash
 from granvit.data.parallel import process_map, progress
-from granvit.data.prompts import box_fault
-from granvit.data.schema import KINDS, DataFault, Sample, parse_row
+from granvit.data.schema import parse_row
+from granvit.questions.prompts import box_fault
+from granvit.questions.schema import KINDS, DataFault, Sample
 
 SAME_BOX = 0.9
 """Boxes of one kind in one picture are counted as duplicates where their IoU is above this."""

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from granvit.data.prompts import (
+from granvit.questions.prompts import (
     BBOX2CAPTION,
     CAPTION2BBOX,
     CHAT,

@@ -21,11 +21,11 @@ from math import ceil, floor
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from granvit.data.prompts import Question
-from granvit.data.schema import Sample
 from granvit.lora import adapters
 from granvit.model import GranViT, GranViTProcessor
 from granvit.model.config import cached_fit_grid
+from granvit.questions.prompts import Question
+from granvit.questions.schema import Sample
 
 PARTS = ("encoder", "teacher", "projector", "llm", "output")
 

@@ -32,11 +32,11 @@ import torch
 import torch.nn.functional as F
 
 from granvit.data.measures import box_iou
-from granvit.data.packing import pack_questions
-from granvit.data.prompts import Box, Question, describe_box, find_box, format_box
-from granvit.data.schema import Region, Sample
 from granvit.eval.evaluation import answer
 from granvit.eval.metrics import rouge_l
+from granvit.questions.packing import pack_questions
+from granvit.questions.prompts import Box, Question, describe_box, find_box, format_box
+from granvit.questions.schema import Region, Sample
 
 PARTS = ("cycle_iou", "said_rouge_l", "found_iou", "caption_gain", "box_gain")
 OTHERS = 8

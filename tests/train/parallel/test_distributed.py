@@ -8,7 +8,7 @@ import ranks
 import torch
 from ranks import SPLITS, outcomes, torchrun
 
-from granvit.train.distributed import World
+from granvit.train.parallel.distributed import World
 from granvit.train.presets import save_config
 
 CASES = [

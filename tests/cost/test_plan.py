@@ -5,23 +5,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from granvit.cost import plan as planning
+from granvit.cost.flops import Asked, Picture, Sizes, count, one_question_each, operations, packed, padded
+from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_lengths, measurements, memory, parse, report
+from granvit.cost.shapes import config_of, on_meta
 from granvit.data.loader import GranDataset
 from granvit.lora import Lora
-from granvit.train import plan as planning
 from granvit.train.build import build
-from granvit.train.flops import (
-    Asked,
-    Picture,
-    Sizes,
-    count,
-    one_question_each,
-    operations,
-    packed,
-    padded,
-)
-from granvit.train.plan import PlanConfig, compare, gpu_hours, measured_lengths, measurements, memory, parse, report
 from granvit.train.presets import PRESETS, Model
-from granvit.train.shapes import config_of, on_meta
 
 STAGE_1, STAGE_2 = ("encoder", "projector"), ("projector", "llm")
 ROUND = Sizes(

@@ -3,7 +3,7 @@ import pytest
 import torch
 from question_packs import ORDINARY, UNUSUAL, index, random_pack, visible
 
-from granvit.data.segments import PADDING, attended_pairs, find_segments
+from granvit.questions.segments import PADDING, attended_pairs, find_segments
 
 
 @pytest.mark.parametrize("rows", [*UNUSUAL.values(), ORDINARY, *(random_pack(seed) for seed in range(20))])

@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw
 from granvit.data.loader import open_rows, spread
 from granvit.data.page import data_uri, render
 from granvit.data.parallel import progress
-from granvit.data.schema import Region, Sample, good_or_none, parse_row
+from granvit.data.schema import good_or_none, parse_row
 from granvit.data.writer import whole_folder
+from granvit.questions.schema import Region, Sample
 
 CARDS = 48
 """Random regions, and doubtful ones, that the page shows."""
@@ -42,11 +43,11 @@ def audit(
     """Write a page about a split to the new or empty folder `output`; returns what stands in audit.json.
 
     images: how many rows are looked at, spread evenly over the split (None: all). model: a run's or a model's folder;
-    it checks the regions of `checked_images` of them on `device` (see granvit.data.audit.cycle). workers: processes.
+    it checks the regions of `checked_images` of them on `device` (see granvit.audit.cycle). workers: processes.
     Faulty rows are counted. Raises ValueError for a folder that is no dataset or no model, or has something in it.
     """
-    from granvit.data.audit.plots import draw_plots
-    from granvit.data.audit.statistics import count
+    from granvit.audit.plots import draw_plots
+    from granvit.audit.statistics import count
 
     for name, number in (("images", images), ("checked_images", checked_images)):
         if number is not None and number < 1:
@@ -79,7 +80,7 @@ def audit(
 
 def _check(model: Any, processor: Any, rows: Any, chosen: Sequence[int]) -> list[dict[str, Any]]:
     """Every region of the chosen rows, the most doubtful first, those that could not be scored last."""
-    from granvit.data.audit.cycle import IMAGES, check_regions
+    from granvit.audit.cycle import IMAGES, check_regions
 
     places: list[int] = []  # rows of the samples that the model was given
 

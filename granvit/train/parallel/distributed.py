@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from granvit.model import GranViT
-from granvit.train.compiling import blocks
 from granvit.train.guard import Failed
+from granvit.train.parallel.compiling import blocks
 
 PATIENCE = timedelta(hours=24)  # of a rank that waits for the others on the host: they may evaluate, or build data
 

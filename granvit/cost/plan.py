@@ -22,18 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from granvit.data.lengths import lengths_of
-from granvit.data.loader import GranDataset, spread
-from granvit.data.planning import FULL, Lane, Order
-from granvit.data.prompts import BBOX2CAPTION, GLOBAL_CAPTION
-from granvit.data.sample import cached_sample
-from granvit.eval.loading import find_model
-from granvit.model import GranViTConfig, GranViTProcessor
-from granvit.model.config import cached_fit_grid
-from granvit.model.llm import SMOLLM2, load_llm
-from granvit.model.tiny import train_tokenizer
-from granvit.train.build import training_text
-from granvit.train.flops import (
+from granvit.cost.flops import (
     PARTS,
     Asked,
     Counts,
@@ -46,8 +35,19 @@ from granvit.train.flops import (
     padded,
     pictures_of,
 )
+from granvit.cost.shapes import ALSO, config_of, on_meta
+from granvit.data.lengths import lengths_of
+from granvit.data.loader import GranDataset, spread
+from granvit.data.planning import FULL, Lane, Order
+from granvit.data.sample import cached_sample
+from granvit.eval.loading import find_model
+from granvit.model import GranViTConfig, GranViTProcessor
+from granvit.model.config import cached_fit_grid
+from granvit.model.llm import SMOLLM2, load_llm
+from granvit.questions.prompts import BBOX2CAPTION, GLOBAL_CAPTION
+from granvit.toy.tiny import train_tokenizer
+from granvit.train.build import training_text
 from granvit.train.presets import PRESETS, TrainConfig, load_config
-from granvit.train.shapes import ALSO, config_of, on_meta
 from granvit.train.stages import Stage
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"

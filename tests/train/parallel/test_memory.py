@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from granvit.data.batches import collate
-from granvit.data.schema import Region, Sample
+from granvit.questions.schema import Region, Sample
 from granvit.train.distill import Teacher
 from granvit.train.loop import freeze
-from granvit.train.memory import Kept, checkpoint_activations
+from granvit.train.parallel.memory import Kept, checkpoint_activations
 from granvit.train.presets import PRESETS
 from granvit.train.step import stage_loss
 

@@ -14,7 +14,7 @@ from markupsafe import Markup  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
-from granvit.data.audit.statistics import Statistics  # noqa: E402
+from granvit.audit.statistics import Statistics  # noqa: E402
 from granvit.data.page import encoded  # noqa: E402
 
 INK, COLOURS = "#7c8aa0", {"natural": "#3b82f6", "ocr": "#f59e0b", "image": "#22c55e"}

@@ -1,9 +1,8 @@
 import torch
 
-from granvit.data.packing import pack_questions
-from granvit.data.prompts import DESCRIBE_IMAGE, describe_box, find_box
-from granvit.model import build_tiny
-from granvit.model.tiny import train_tokenizer
+from granvit.questions.packing import pack_questions
+from granvit.questions.prompts import DESCRIBE_IMAGE, describe_box, find_box
+from granvit.toy.tiny import build_tiny, train_tokenizer
 
 TEXTS = ["a red circle at 12:45", "a blue square", "two red circles"] * 5
 

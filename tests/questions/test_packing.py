@@ -3,8 +3,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from granvit.data.packing import IGNORE, pack_questions
-from granvit.data.prompts import BBOX2CAPTION, Question
+from granvit.questions.packing import IGNORE, pack_questions
+from granvit.questions.prompts import BBOX2CAPTION, Question
 
 TASKS = ("global_caption", "bbox2caption", "caption2bbox")
 ALL = (*TASKS, "chat")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from granvit.data.batches import Batch
-from granvit.data.schema import Sample
 from granvit.model import GranViT
 from granvit.model.llm import embedding_rms
+from granvit.questions.schema import Sample
 from granvit.train.step import Share, answer_losses
 from granvit_kernels import PackedLayout
 

@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from scripted import TextProcessor
 
+from granvit.audit import audit, cycle
+from granvit.audit.cycle import auc, check_regions, log_likelihood
+from granvit.audit.planting import VARIANTS, plant
+from granvit.audit.statistics import count
 from granvit.data.__main__ import main
-from granvit.data.audit import audit, cycle
-from granvit.data.audit.cycle import auc, check_regions, log_likelihood
-from granvit.data.audit.planting import VARIANTS, plant
-from granvit.data.audit.statistics import count
 from granvit.data.loader import spread
-from granvit.data.packing import pack_questions
-from granvit.data.prompts import DESCRIBE_BOX, FIND_BOX, describe_box, find_box, parse_box
-from granvit.data.schema import FEATURES, Region, Sample
+from granvit.data.schema import FEATURES
+from granvit.questions.packing import pack_questions
+from granvit.questions.prompts import DESCRIBE_BOX, FIND_BOX, describe_box, find_box, parse_box
+from granvit.questions.schema import Region, Sample
 
 EVIL = "<script>alert(1)</script><img src=http://x.example/a.png onerror=alert(1)>"
 

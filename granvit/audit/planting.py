@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from granvit.data.schema import Region, Sample
+from granvit.questions.schema import Region, Sample
 
 Pool = dict[str, list[tuple[str, str]]]
 

@@ -15,11 +15,10 @@ from transformers import (
     Siglip2VisionConfig,
 )
 
-from granvit.data.prompts import DESCRIBE_BOX, DESCRIBE_IMAGE, FIND_BOX
-
-from .granvit import GranViT
-from .processing import GranViTProcessor
-from .vision import VisionEncoder
+from granvit.model.granvit import GranViT
+from granvit.model.processing import GranViTProcessor
+from granvit.model.vision import VisionEncoder
+from granvit.questions.prompts import DESCRIBE_BOX, DESCRIBE_IMAGE, FIND_BOX
 
 # The fixed sentences of our questions, each one token in the tiny tokenizer: they say no more than which task
 # it is, and as words they would make up half of the LM's work.

@@ -1,0 +1,1 @@
+"""Ranks, compilation and memory: how a step runs on the machines there are."""
