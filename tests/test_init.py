@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -24,6 +25,18 @@ def test_names_are_the_models_own(name):
     from granvit import model
 
     assert getattr(granvit, name) is getattr(model, name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("granvit.data.prompts", "granvit.questions.prompts", ("describe_box", "find_box", "parse_box", "questions")),
+        ("granvit.data.schema", "granvit.questions.schema", ("DataFault", "Region", "Sample")),
+        ("granvit.model", "granvit.toy.tiny", ("TinyLLM", "TinyVision", "build_tiny")),
+    ],
+)
+def test_public_names_go_on_where_they_were(old, new, names):
+    assert all(getattr(import_module(old), name) is getattr(import_module(new), name) for name in names)
 
 
 def test_other_names_are_not_there():
