@@ -3,6 +3,7 @@ test_aot.py; on a GPU: test_gpu.py."""
 
 import os
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from granvit_kernels import PackedLayout
 from granvit_kernels.ops.region_attention import reference, triton
 
 pytest.importorskip("triton")
+interpreter.mend()
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not set"),
     # numpy tells of what the interpreter computes where nothing is kept
@@ -180,12 +182,13 @@ def test_logits_of_any_size():
     assert torch.equal(output, torch.ones_like(output)) and lse.item() == pytest.approx(200 * 72, rel=1e-6)
 
 
-def test_products_are_chosen_without_what_triton_3_3_lacks(monkeypatch):
-    """torch 2.7 brings it. The interpreter must not multiply bfloat16's raw bits there either."""
-    import triton as compiler
-
-    monkeypatch.delattr(compiler, "knobs")
-    assert triton._arithmetic(torch.bfloat16)["DOT"] == compiler.language.float32
+def test_the_interpreter_alone_takes_no_bfloat16(monkeypatch):
+    """A user who debugs with TRITON_INTERPRET on a GPU has an interpreter that nobody mended."""
+    monkeypatch.setattr(triton.launch, "why_not", lambda device, dtype: None)
+    cuda = torch.device("cuda")
+    assert "bfloat16" in triton.why_not(cuda, torch.bfloat16) and triton.why_not(cuda, torch.float16) is None
+    monkeypatch.setattr(triton, "_interpreted", lambda: False)
+    assert triton.why_not(cuda, torch.bfloat16) is None
 
 
 coordinate = st.one_of(
@@ -201,9 +204,10 @@ coordinate = st.one_of(
     size=st.integers(1, 20),
     shared=st.booleans(),
     coverage=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     data=st.data(),
 )
-def test_any_problem(grids, boxes, queries, size, shared, coverage, data):
+def test_any_problem(grids, boxes, queries, size, shared, coverage, dtype, data):
     index = st.integers(0, len(grids) - 1)
     image_index = data.draw(st.lists(index, min_size=len(boxes), max_size=len(boxes)))
-    check(grids, boxes, image_index, queries, 2, size, shared, coverage)
+    check(grids, boxes, image_index, queries, 2, size, shared, coverage, dtype)

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from ... import launch
-from ...launch import power_of_two, why_not
+from ...launch import power_of_two
 
 __all__ = ["backward", "forward", "why_not"]
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As launch.why_not."""
+    reason = launch.why_not(device, dtype)
+    if reason is None and dtype == torch.bfloat16 and _interpreted():
+        return "Triton's interpreter (TRITON_INTERPRET) multiplies bfloat16's bits as if they were integers"
+    return reason
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,7 @@ class _Call:
         most = 16 if query.dtype == torch.float32 else 64  # a block's queries; more make more programs
         self.block_k = min(max(power_of_two(self.queries), 16), most)
         self.block_d = max(power_of_two(self.size), 16)
-        self.constants = dict(SIZE=self.size, BLOCK_D=self.block_d, UNIT=unit, **_arithmetic(query.dtype))
+        self.constants = dict(SIZE=self.size, BLOCK_D=self.block_d, UNIT=unit)
         # Within a walk, where 64 bits would be a tenth of the instructions.
         self.short = key.shape[0] * max(strides[0], strides[2]) + self.block_d < 2**31
 
@@ -204,20 +212,16 @@ class _Call:
         return launch.tuned(f"region_attention_{kernel}", key, usual, self.key.device)
 
 
-def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """Of the kernels' products."""
-    import triton
-    import triton.language as tl
-
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    # The interpreter multiplies bfloat16's raw bits, without a word. Not triton.knobs: torch 2.7's Triton has none.
-    compiled = isinstance(_kernels().forward_walk, triton.JITFunction)
-    return dict(DOT=types[dtype] if compiled else tl.float32)
-
-
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """triton_kernels, imported here: the package works without triton."""
     from . import triton_kernels
 
     return triton_kernels
+
+
+@functools.cache
+def _interpreted() -> bool:
+    import triton
+
+    return not isinstance(_kernels().forward_walk, triton.JITFunction)

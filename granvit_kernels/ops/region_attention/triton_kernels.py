@@ -1,7 +1,6 @@
 """The Triton kernels of region_attention. triton.py launches them and says which program has which work.
 
-Logits, softmax and accumulators are float32. Products on the tensor cores take DOT, the storage dtype on a GPU; what
-goes into them is rounded to the storage dtype first, so that the interpreter (its DOT is float32) rounds as a GPU does.
+Logits, softmax and accumulators are float32; products take the storage dtype, for which there are tensor cores.
 Logits stay in natural units, and every one passes a tl.where before something is subtracted from it: so the
 compiler can't contract the product with the scale into the subtraction, and forward and backward see the same
 logits, however large.
@@ -88,7 +87,7 @@ def forward_walk(
     query, key, value, grids, cu_seqlens, boxes, image_index, output, lse, part_max,
     scale, images, regions, queries, heads, query_stride, key_token, key_head, value_token, value_head, splits,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
-    SHORT: tl.constexpr, COVERAGE: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
+    SHORT: tl.constexpr, COVERAGE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One region, head, block of queries and split: BLOCK_K queries walk the cells of the region's box.
 
@@ -110,7 +109,7 @@ def forward_walk(
     row = (region.to(tl.int64) * queries + k) * heads + head
     inside = (k < queries)[:, None] & (d < SIZE)[None, :]
     at = region.to(tl.int64) * query_stride + (k * heads + head) * SIZE
-    q = tl.load(query + at[:, None] + d[None, :], mask=inside, other=0.0).to(DOT)
+    q = tl.load(query + at[:, None] + d[None, :], mask=inside, other=0.0)
     token = start.to(tl.int64) + row0.to(tl.int64) * width + column0
     key += token * (key_token * UNIT) + head.to(tl.int64) * (key_head * UNIT)
     value += token * (value_token * UNIT) + head.to(tl.int64) * (value_head * UNIT)
@@ -127,7 +126,7 @@ def forward_walk(
     for first in range(begin, end, BLOCK_N):
         offset = _offset(y, x, width, SHORT)
         read = (first + lane < end)[:, None] & (d < SIZE)[None, :]
-        keys = tl.load(key + (offset * (key_token * UNIT))[:, None] + d[None, :], mask=read, other=0.0).to(DOT)
+        keys = tl.load(key + (offset * (key_token * UNIT))[:, None] + d[None, :], mask=read, other=0.0)
         values = tl.load(value + (offset * (value_token * UNIT))[:, None] + d[None, :], mask=read, other=0.0)
         logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         if COVERAGE:
@@ -139,7 +138,7 @@ def forward_walk(
         shrink = _exp(most - shift)
         total = total * shrink + tl.sum(p, 1)
         acc *= shrink[:, None]
-        acc = tl.dot(p.to(values.dtype).to(DOT), values.to(DOT), acc, input_precision="ieee")
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
         most = larger
         x += step_x
         y += step_y + (x >= wide).to(tl.int32)
@@ -195,7 +194,7 @@ def backward_walk(
     grad_output, grad_lse, query, key, value, output, lse, grids, cu_seqlens, boxes, image_index, grad_query, delta,
     covered, scale, images, regions, queries, heads, query_stride, key_token, key_head, value_token, value_head, splits,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
-    SHORT: tl.constexpr, COVERAGE: tl.constexpr, DOT: tl.constexpr,
+    SHORT: tl.constexpr, COVERAGE: tl.constexpr,
 ):  # fmt: skip
     """The forward's walk again, for the queries' gradient: grad_query [splits, R, K, H, D].
 
@@ -215,7 +214,7 @@ def backward_walk(
     row = (region.to(tl.int64) * queries + k) * heads + head
     inside = (k < queries)[:, None] & (d < SIZE)[None, :]
     at = region.to(tl.int64) * query_stride + (k * heads + head) * SIZE
-    q = tl.load(query + at[:, None] + d[None, :], mask=inside, other=0.0).to(DOT)
+    q = tl.load(query + at[:, None] + d[None, :], mask=inside, other=0.0)
     g = tl.load(grad_output + (row * SIZE)[:, None] + d[None, :], mask=inside, other=0.0)
     out = tl.load(output + (row * SIZE)[:, None] + d[None, :], mask=inside, other=0.0)
     dot = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
@@ -228,7 +227,6 @@ def backward_walk(
             tl.store(covered + 1, row1)
             tl.store(covered + 2, column0)
             tl.store(covered + 3, column1)
-    g = g.to(DOT)
     shift = tl.load(lse + row, mask=k < queries, other=float("inf"))
     shift = tl.where(shift == float("-inf"), float("inf"), shift)  # no logit above -inf: no weights
     token = start.to(tl.int64) + row0.to(tl.int64) * width + column0
@@ -246,14 +244,14 @@ def backward_walk(
         read = (first + lane < end)[:, None] & (d < SIZE)[None, :]
         keys = tl.load(key + (offset * (key_token * UNIT))[:, None] + d[None, :], mask=read, other=0.0)
         values = tl.load(value + (offset * (value_token * UNIT))[:, None] + d[None, :], mask=read, other=0.0)
-        logits = tl.dot(q, tl.trans(keys.to(DOT)), input_precision="ieee") * scale
+        logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         if COVERAGE:
             logits += (_share(y1, y2, row0 + y) + _share(x1, x2, column0 + x))[None, :]
         logits = tl.where((first + lane < end)[None, :], logits, float("-inf"))
         p = _exp(logits - shift[:, None])
-        through_value = tl.dot(g, tl.trans(values.to(DOT)), input_precision="ieee")
+        through_value = tl.dot(g, tl.trans(values), input_precision="ieee")
         grad_logits = p * (through_value - change[:, None])
-        acc = tl.dot(grad_logits.to(keys.dtype).to(DOT), keys.to(DOT), acc, input_precision="ieee")
+        acc = tl.dot(grad_logits.to(keys.dtype), keys, acc, input_precision="ieee")
         x += step_x
         y += step_y + (x >= wide).to(tl.int32)
         x = tl.where(x >= wide, x - wide, x)
@@ -269,7 +267,7 @@ def backward_tokens(
     tile_image, tile_token, region_first, image_regions, grad_key, grad_value,
     scale, queries, heads, query_stride, key_token, key_head, value_token, value_head,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr,
-    COVERAGE: tl.constexpr, DOT: tl.constexpr,
+    COVERAGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of an image's tokens and a head: their gradients, from all of the image's regions in their order.
 
@@ -295,9 +293,9 @@ def backward_tokens(
     d = tl.arange(0, BLOCK_D)
     inside = (token < stop)[:, None] & (d < SIZE)[None, :]
     at = head.to(tl.int64) * (key_head * UNIT) + token.to(tl.int64) * (key_token * UNIT)
-    keys = tl.load(key + at[:, None] + d[None, :], mask=inside, other=0.0).to(DOT)
+    keys = tl.load(key + at[:, None] + d[None, :], mask=inside, other=0.0)
     at = head.to(tl.int64) * (value_head * UNIT) + token.to(tl.int64) * (value_token * UNIT)
-    values = tl.load(value + at[:, None] + d[None, :], mask=inside, other=0.0).to(DOT)
+    values = tl.load(value + at[:, None] + d[None, :], mask=inside, other=0.0)
 
     acc_key = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     acc_value = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -320,22 +318,22 @@ def backward_tokens(
 
             met = (y[:, None] >= row0[None, :]) & (y[:, None] < row1[None, :])
             met &= (x[:, None] >= column0[None, :]) & (x[:, None] < column1[None, :])
-            logits = tl.dot(keys, tl.trans(q.to(DOT)), input_precision="ieee") * scale
+            logits = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale
             if COVERAGE:
                 x1, y1, x2, y2 = _box(boxes, region)
                 logits += _share(y1[None, :], y2[None, :], y[:, None]) + _share(x1[None, :], x2[None, :], x[:, None])
             p = _exp(tl.where(met, logits, float("-inf")) - shift[None, :])
             p = tl.where(met, p, 0.0)  # where the lse is no number, it is none of other tokens'
-            rounded = p.to(g.dtype).to(DOT)
-            acc_value = tl.dot(rounded, g.to(DOT), acc_value, input_precision="ieee")
-            through_value = tl.dot(values, tl.trans(g.to(DOT)), input_precision="ieee")
+            rounded = p.to(g.dtype)
+            acc_value = tl.dot(rounded, g, acc_value, input_precision="ieee")
+            through_value = tl.dot(values, tl.trans(g), input_precision="ieee")
             grad_logits = tl.where(met, p * (through_value - change[None, :]), 0.0)
             rounded = grad_logits.to(q.dtype)
-            acc_key = tl.dot(rounded.to(DOT), q.to(DOT), acc_key, input_precision="ieee")
+            acc_key = tl.dot(rounded, q, acc_key, input_precision="ieee")
             if q.dtype != tl.float32:
                 # What rounding left out: regions' gradients may cancel in their sum, and then it would show.
-                rest = (grad_logits - rounded.to(tl.float32)).to(q.dtype).to(DOT)
-                acc_key = tl.dot(rest, q.to(DOT), acc_key, input_precision="ieee")
+                rest = (grad_logits - rounded.to(tl.float32)).to(q.dtype)
+                acc_key = tl.dot(rest, q, acc_key, input_precision="ieee")
 
     at = (token.to(tl.int64) * heads + head) * SIZE
     tl.store(grad_key + at[:, None] + d[None, :], (acc_key * scale).to(grad_key.dtype.element_ty), mask=inside)
