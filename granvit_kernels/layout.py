@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -20,7 +21,9 @@ class PackedLayout:
     Image i owns the rows cu_seqlens[i]:cu_seqlens[i + 1], row-major over its grid of (h, w) patches.
 
     Fields: grids int32 [B, 2] (h, w) · cu_seqlens int32 [B + 1] · num_tokens = T and max_seqlen, the longest
-    image's tokens, as Python ints, so that nobody has to ask a device for them. Make one with `from_grids`.
+    image's tokens, as Python ints. Make one with `from_grids`: it keeps the grids on the host too (`host_grids`), so
+    that nobody has to ask a device for them. A layout made of its four fields reads them off `grids` when they are
+    first needed, which waits for the device.
     """
 
     grids: Tensor
@@ -41,14 +44,15 @@ class PackedLayout:
         """Layout of images with these (h, w), in this order; an empty list is valid.
 
         grids: B pairs, or an integer tensor [B, 2] (one on a device costs a synchronisation).
-        device: where the tensors go; by default where `grids` is, the CPU for a list.
-        Raises ValueError for another shape or dtype, a side under 1, or 2**31 tokens and more.
+        device: where the tensors go; by default where `grids` is, the CPU for a list. Nobody waits for a copy to CUDA.
+        Raises ValueError for another shape or dtype, a side under 1, or 2**31 tokens and more; RuntimeError while a
+        CUDA graph is captured on that device.
         """
         if isinstance(grids, Tensor):
             given = grids.detach()
         else:
             try:
-                given = torch.tensor([tuple(grid) for grid in grids])
+                given = torch.tensor([tuple(grid) for grid in grids], device="cpu")
             except (TypeError, ValueError, RuntimeError, OverflowError):  # no pairs, ragged ones, other things in them
                 raise ValueError(f"grids is {checks.shown(grids)}; it takes pairs (h, w) of whole numbers") from None
         if given.shape == (0,):
@@ -64,17 +68,40 @@ class PackedLayout:
             raise ValueError(
                 f"grids[{image}] is {tuple(host[image].tolist())}; both sides must be at least 1 and below 2**31"
             )
-        lengths = host.prod(1).tolist()
-        ends = [0, *accumulate(lengths)]  # Python's integers: the sum may be larger than int64
+        return cls._on(given.device if device is None else torch.device(device), tuple(map(tuple, host.tolist())))
+
+    @classmethod
+    def of_tensors(
+        cls, host_grids: tuple[tuple[int, int], ...], grids: Tensor, cu_seqlens: Tensor
+    ) -> PackedLayout:
+        """Layout of images with these (h, w), around tensors that hold it or that a kernel is about to fill."""
+        lengths = [h * w for h, w in host_grids]
+        layout = cls(grids, cu_seqlens, sum(lengths), max(lengths, default=0))
+        # No field: torch.compile would compile anew for every image's size, and `replace` keep it beside other grids.
+        object.__setattr__(layout, "host_grids", host_grids)
+        return layout
+
+    @classmethod
+    def _on(cls, device: torch.device, host_grids: tuple[tuple[int, int], ...]) -> PackedLayout:
+        ends = [0, *accumulate(h * w for h, w in host_grids)]  # Python's integers: the sum may be larger than int64
         if ends[-1] >= 2**31:
             raise ValueError(f"grids hold {ends[-1]} tokens together; a layout takes fewer than 2**31")
-        device = given.device if device is None else torch.device(device)
-        return cls(
-            grids=host.to(device, torch.int32).contiguous(),
-            cu_seqlens=torch.tensor(ends, dtype=torch.int32).to(device),
-            num_tokens=ends[-1],
-            max_seqlen=max(lengths, default=0),
-        )
+        pin = device.type == "cuda" and torch.cuda.is_initialized()
+        if pin and torch.cuda.is_current_stream_capturing():  # replays would read memory that is no longer ours
+            raise RuntimeError("a CUDA graph can't capture PackedLayout.from_grids or .to: make the layout before")
+
+        def copied(numbers: Sequence) -> Tensor:
+            # Pinned memory goes back to torch's allocator, which waits for the copy's event before it reuses it.
+            host = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pin)
+            return host.to(device, non_blocking=True)
+
+        # Two copies: views of one buffer have offsets, for which torch.compile compiles once more.
+        return cls.of_tensors(host_grids, copied(host_grids).view(-1, 2), copied(ends))
+
+    @cached_property
+    def host_grids(self) -> tuple[tuple[int, int], ...]:
+        """(h, w) of each image as Python ints."""
+        return tuple(map(tuple, self.grids.tolist()))
 
     def __len__(self) -> int:
         """Number of images, B."""
@@ -85,10 +112,19 @@ class PackedLayout:
         return self.grids.device
 
     def to(self, device: torch.device | str) -> PackedLayout:
-        """The same layout with its tensors on `device`."""
-        return PackedLayout(
-            self.grids.to(device), self.cu_seqlens.to(device), self.num_tokens, self.max_seqlen
-        )
+        """The same layout with its tensors on `device`. To CUDA it is copied as from_grids does it."""
+        device = torch.empty(0, device=device).device  # "cuda" with its number
+        return self if device == self.device else self._on(device, self.host_grids)
+
+    def split(self, features: Tensor) -> list[Tensor]:
+        """Packed features [T, ...] image by image: B views [h, w, ...], which gradients flow through.
+
+        Raises ValueError where features don't begin with the layout's T tokens.
+        """
+        if features.dim() < 1 or len(features) != self.num_tokens:
+            raise ValueError(f"features is {checks.describe(features)}; it takes [T, ...] with T = {self.num_tokens}")
+        images = features.split([h * w for h, w in self.host_grids])
+        return [image.unflatten(0, grid) for image, grid in zip(images, self.host_grids, strict=True)]
 
     def image_ids(self) -> Tensor:
         """int64 [T]: which image each token belongs to."""

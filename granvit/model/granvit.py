@@ -450,5 +450,5 @@ class GranViT(PreTrainedModel, GenerationMixin):
         """Image tokens of each row's image, one row after the other."""
         merged, merged_layout = shuffle_pixels(features, layout, self.config.pixel_shuffle)
         embeds = self.projector(merged) + self.cell_positions(merged_layout)
-        ends = merged_layout.cu_seqlens.tolist()
-        return torch.cat([embeds[ends[i] : ends[i + 1]] for i in image_index.tolist()] or [embeds[:0]])
+        rows = [image.flatten(0, 1) for image in merged_layout.split(embeds)]
+        return torch.cat([embeds[:0], *(rows[i] for i in image_index.tolist())])

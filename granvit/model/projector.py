@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -56,21 +55,12 @@ def shuffle_pixels(
     """
     if factor == 1:
         return features, layout
-    grids = [(h, w) for h, w in layout.grids.tolist()]
-    cells = {grid: _merged_cells(*grid, factor) for grid in dict.fromkeys(grids)}
-    starts = np.cumsum([0] + [h * w for h, w in grids])
-    pieces = [cells[grid] + start for grid, start in zip(grids, starts, strict=False)]
-    index = (
-        torch.from_numpy(np.concatenate(pieces)) if pieces else torch.zeros(0, factor**2, dtype=torch.int64)
-    )
-    merged = PackedLayout.from_grids(
-        [(-(-h // factor), -(-w // factor)) for h, w in grids], device=features.device
-    )
-    return features[index.to(features.device)].flatten(1), merged
-
-
-def _merged_cells(height: int, width: int, factor: int) -> np.ndarray:
-    """Token indices [merged tokens, factor**2] of one grid, its last row and column repeated where needed."""
-    rows = np.minimum(np.arange(-(-height // factor) * factor), height - 1).reshape(-1, 1, factor, 1)
-    columns = np.minimum(np.arange(-(-width // factor) * factor), width - 1).reshape(1, -1, 1, factor)
-    return (rows * width + columns).reshape(-1, factor**2)
+    grids = [(-(-h // factor), -(-w // factor)) for h, w in layout.host_grids]
+    merged = PackedLayout.from_grids(grids, device=features.device)
+    # Of each merged token its image's first token, height and width, and the rows and columns of its cells.
+    images, within = merged.image_ids(), torch.arange(factor, device=features.device)
+    first, (heights, widths) = layout.cu_seqlens[images].long(), layout.grids[images].long().unbind(1)
+    rows, columns = (merged.positions()[:, :, None] * factor + within).unbind(1)
+    rows, columns = torch.minimum(rows, heights[:, None] - 1), torch.minimum(columns, widths[:, None] - 1)
+    cells = (first[:, None] + rows * widths[:, None])[:, :, None] + columns[:, None, :]
+    return features[cells.flatten(1)].flatten(1), merged

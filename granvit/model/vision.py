@@ -6,7 +6,8 @@ encoder does not use), so that weights go both ways by name alone: `from_siglip2
 
 from __future__ import annotations
 
-from itertools import accumulate, groupby
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
-    def forward(self, patches: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
         """patches [T, patch_size**2 * 3] in the order "hwc" -> [T, C]."""
         embedded = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
         table = {grid: self.positions(*grid) for grid in dict.fromkeys(grids)}
@@ -67,10 +68,10 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, layout: PackedLayout, ends: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         shape = (len(x), self.heads, x.shape[1] // self.heads)
         q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(packed_attention(q, k, v, layout, ends).flatten(1))
+        return self.out_proj(packed_attention(q, k, v, layout).flatten(1))
 
 
 class MLP(nn.Module):
@@ -92,8 +93,8 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, layout: PackedLayout, ends: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), layout, ends)
+    def forward(self, x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), layout)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -130,16 +131,14 @@ class VisionEncoder(nn.Module):
     def forward(self, patches: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """patches [T, patch_size**2 * 3] as pack_patches returns them -> features [T, C] after the last
         norm."""
-        grids = [(h, w) for h, w in layout.grids.tolist()]
-        ends = torch.tensor([0, *accumulate(h * w for h, w in grids)], dtype=torch.int32)
-        x = self.embeddings(patches, grids)
+        x = self.embeddings(patches, layout.host_grids)
         again = self.checkpointing and torch.is_grad_enabled()
         for layer in self.encoder.layers:
             # no layer draws random numbers, so their state need not be kept
             x = (
-                checkpoint(layer, x, layout, ends, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(layer, x, layout, use_reentrant=False, preserve_rng_state=False)
                 if again
-                else layer(x, layout, ends)
+                else layer(x, layout)
             )
         return self.post_layernorm(x)
 

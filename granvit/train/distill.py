@@ -38,7 +38,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, target: str, weight: flo
     all. weight: 0 on a rank whose positions don't count. Raises ValueError for another target.
     """
     student, teacher = student.float(), teacher.float()
-    positions = summed(student.new_tensor(weight * len(student)), ranks).clamp_min(1)
+    positions = summed(student.new_full((), weight * len(student)), ranks).clamp_min(1)
     if target == "cosine":
         return weight * (1 - F.cosine_similarity(student, teacher, dim=-1)).sum() / positions
     if target == "layer_norm":

@@ -1,11 +1,15 @@
 """PackedLayout and fit_grid."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
 
-from granvit_kernels import PackedLayout, fit_grid
+from granvit_kernels import PackedLayout, fit_grid, roi_gather
+
+GRIDS = ((2, 3), (1, 2))
 
 
 def test_tokens_lie_image_after_image_row_major():
@@ -62,6 +66,114 @@ def test_tensors_that_kernels_would_misread_are_refused(name):
     layout = PackedLayout.from_grids([(2, 3)])
     with pytest.raises(ValueError, match=rf"{name} is int64 \[.*; it takes int32"):
         dataclasses.replace(layout, **{name: getattr(layout, name).long()})
+
+
+def test_grids_are_known_on_the_host():
+    """Wherever the tensors are: on meta every read raises."""
+    for layout in (
+        PackedLayout.from_grids(GRIDS, device="meta"),
+        PackedLayout.from_grids(torch.tensor(GRIDS)).to("meta"),
+        pickle.loads(pickle.dumps(PackedLayout.from_grids(GRIDS))).to("meta"),
+        copy.deepcopy(PackedLayout.from_grids(GRIDS, device="meta")),
+    ):
+        assert layout.device.type == "meta" and layout.host_grids == GRIDS
+        back = layout.to("cpu")
+        assert back.grids.tolist() == [[2, 3], [1, 2]] and back.cu_seqlens.tolist() == [0, 6, 8]
+        assert back.to("cpu") is back
+    with torch.device("meta"):
+        assert PackedLayout.from_grids(GRIDS).device.type == "cpu"
+
+
+def test_a_layout_of_its_four_fields_reads_its_grids_when_they_are_needed():
+    made = PackedLayout.from_grids(GRIDS)
+    layout = PackedLayout(made.grids, made.cu_seqlens, 8, 6)
+    assert layout.host_grids == GRIDS
+    other = dataclasses.replace(made, grids=torch.tensor([[3, 2], [2, 1]], dtype=torch.int32))
+    assert other.host_grids == ((3, 2), (2, 1))
+    unread = PackedLayout(made.grids.to("meta"), made.cu_seqlens.to("meta"), 8, 6)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        unread.host_grids  # noqa: B018
+
+
+def test_split_gives_views_of_each_image():
+    layout = PackedLayout.from_grids(GRIDS)
+    features = torch.randn(8, 5, requires_grad=True)
+    first, second = layout.split(features)
+    assert first.shape == (2, 3, 5) and second.shape == (1, 2, 5)
+    assert first.data_ptr() == features.data_ptr() and torch.equal(second[0, 1], features[7])
+    assert [image.shape for image in layout.split(features[:, 0])] == [(2, 3), (1, 2)]
+    assert [image.shape for image in layout.split(features[:, None])] == [(2, 3, 1, 5), (1, 2, 1, 5)]
+    second.sum().backward()
+    assert features.grad[:6].eq(0).all() and features.grad[6:].eq(1).all()
+    assert PackedLayout.from_grids([]).split(torch.zeros(0, 5)) == []
+    assert [image.shape for image in layout.to("meta").split(features.to("meta"))] == [(2, 3, 5), (1, 2, 5)]
+
+
+@pytest.mark.parametrize(("shape", "got"), [((7, 5), r"\[7, 5\]"), ((), r"\[\]")])
+def test_split_refuses_what_is_not_packed(shape, got):
+    with pytest.raises(ValueError, match=rf"features is float32 {got}; it takes \[T, ...\] with T = 8"):
+        PackedLayout.from_grids(GRIDS).split(torch.zeros(shape))
+
+
+def test_host_grids_compile_nothing_anew():
+    """A layout in a compiled function: two graphs serve all, and its host grids, where they are read, are constants."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def run(tokens, layout, boxes, image_index):
+        return roi_gather(tokens, layout, boxes, image_index)
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for count in (2, 3, 5, 6, 9):
+        layout = PackedLayout.from_grids([(2 + i, 3 + count) for i in range(count)])
+        arguments = torch.randn(layout.num_tokens, 4), layout, torch.rand(count + 1, 4), torch.zeros(count + 1).int()
+        assert torch.equal(compiled(*arguments), run(*arguments))
+    assert len(graphs) <= 2
+
+    def means(tokens, layout):
+        return torch.stack([image.mean((0, 1)) for image in layout.to(tokens.device).split(tokens)])
+
+    compiled = torch.compile(means, fullgraph=True, backend=backend)
+    layout = PackedLayout.from_grids(GRIDS)
+    tokens = torch.randn(8, 4)
+    assert torch.equal(compiled(tokens, layout), means(tokens, layout))
+
+
+def test_export_takes_a_layout_s_tensors():
+    class Module(torch.nn.Module):
+        def forward(self, tokens, grids, cu_seqlens, boxes, image_index):
+            layout = PackedLayout(grids, cu_seqlens, tokens.shape[0], tokens.shape[0])
+            return roi_gather(tokens, layout, boxes, image_index)
+
+    layout = PackedLayout.from_grids(GRIDS)
+    tokens, boxes, index = torch.randn(8, 4), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64)
+    program = torch.export.export(Module(), (tokens, layout.grids, layout.cu_seqlens, boxes, index))
+    found = program.module()(tokens, layout.grids, layout.cu_seqlens, boxes, index)
+    assert torch.equal(found, roi_gather(tokens, layout, boxes, index))
+
+
+@pytest.mark.gpu
+def test_nobody_waits_for_a_layout_on_cuda():
+    torch.zeros(1, device="cuda")  # CUDA starts
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layouts = [PackedLayout.from_grids([(i + 1, 3), (2, i + 2)], device="cuda") for i in range(64)]
+        layouts += [layout.to("cpu").to("cuda") for layout in layouts]
+        shapes = [image.shape for image in layouts[5].split(torch.zeros(layouts[5].num_tokens, 4, device="cuda"))]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert shapes == [(6, 3, 4), (2, 7, 4)]
+    for i, layout in enumerate(layouts):  # no buffer was reused too early
+        i %= 64
+        assert layout.grids.tolist() == [[i + 1, 3], [2, i + 2]]
+        assert layout.cu_seqlens.tolist() == [0, 3 * i + 3, 5 * i + 7]
+    with pytest.raises(RuntimeError, match="make the layout before"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            PackedLayout.from_grids([(2, 3)], device="cuda")
 
 
 def test_to_grid_refuses_tensors_elsewhere():

@@ -115,7 +115,7 @@ def test_attention_in_runs_equals_attention_by_image():
     mask = layout.image_ids()[:, None] == layout.image_ids()
     scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5
     expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
-    torch.testing.assert_close(packed_attention(q, k, v, layout, layout.cu_seqlens), expected)
+    torch.testing.assert_close(packed_attention(q, k, v, layout), expected)
 
 
 def test_no_images():

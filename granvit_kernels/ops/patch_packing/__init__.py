@@ -75,13 +75,13 @@ def unpack_patches(
             f"patches is {describe(patches)}; it takes floating-point [{layout.num_tokens}, {3 * p * p}], "
             f"a row of {p} x {p} x 3 values a token of the layout"
         )
-    grids = layout.grids.tolist()
     scale, shift = (torch.tensor(x, dtype=torch.float32, device=patches.device) for x in (std, mean))
     pictures = []
-    for rows, (h, w) in zip(patches.split([h * w for h, w in grids]), grids, strict=True):
+    for image in layout.split(patches):
+        h, w, _ = image.shape
         if order == "hwc":
-            pixels = rows.reshape(h, w, p, p, 3).permute(0, 2, 1, 3, 4)
+            pixels = image.reshape(h, w, p, p, 3).permute(0, 2, 1, 3, 4)
         else:
-            pixels = rows.reshape(h, w, 3, p, p).permute(0, 3, 1, 4, 2)
+            pixels = image.reshape(h, w, 3, p, p).permute(0, 3, 1, 4, 2)
         pictures.append((pixels.reshape(h * p, w * p, 3).to(torch.float32) * scale + shift) * 255)
     return pictures
