@@ -269,7 +269,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def compute_dtype(t: Tensor) -> torch.dtype:
     """In which attention on t is computed: autocast's where it is on (rotary embeddings leave its dtype)."""
     kind = t.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else t.dtype
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else t.dtype
 
 
 def why_not_flash(llm: PreTrainedModel, embeds: Tensor) -> str | None:

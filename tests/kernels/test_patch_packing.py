@@ -653,3 +653,11 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     backends._warn.cache_clear()
     with pytest.warns(RuntimeWarning, match="slow reference: cpu: it is broken"):
         pack_patches(IMAGES, 8, MEAN, STD)
+
+
+@pytest.mark.filterwarnings("error")
+def test_meta_images_give_shapes():
+    images = [torch.empty(40, 50, 3, dtype=torch.uint8, device="meta")] * 2
+    patches, layout = pack_patches(images, 16, MEAN, STD, grids=[(2, 3), (1, 1)])
+    assert patches.is_meta and patches.shape == (7, 768) and patches.dtype == torch.bfloat16
+    assert layout.grids.is_meta and layout.host_grids == ((2, 3), (1, 1))

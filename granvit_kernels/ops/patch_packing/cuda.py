@@ -44,12 +44,10 @@ def empty(job: Packing) -> tuple[Tensor, PackedLayout]:
     """What the kernel is to fill: patches and their layout."""
     if not len(job.crops):
         return torch.empty(job.shape, dtype=job.dtype, device=job.device), job.layout
-    lengths = job.grids.prod(axis=1)
-    layout = PackedLayout(
+    layout = PackedLayout.of_tensors(
+        tuple(map(tuple, job.grids.tolist())),
         torch.empty(len(job.crops), 2, dtype=torch.int32, device=job.device),
         torch.empty(len(job.crops) + 1, dtype=torch.int32, device=job.device),
-        int(lengths.sum()),
-        int(lengths.max()),
     )
     return torch.empty(job.shape, dtype=job.dtype, device=job.device), layout
 

@@ -1,0 +1,155 @@
+"""Whole training steps on the meta device, where every read raises: so on a GPU no step waits for what it computes.
+
+Copies from the host don't raise there. On a GPU each would wait for the stream too, unless it is from pinned memory: a
+dispatch mode finds those, and only PackedLayout's, which is, is allowed.
+"""
+
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from granvit.data.batches import collate
+from granvit.model import GranViTProcessor, llm
+from granvit.train.distill import Teacher
+from granvit.train.loop import freeze, make_optimizer
+from granvit.train.memory import checkpoint_activations
+from granvit.train.presets import PRESETS
+from granvit.train.shapes import config_of, on_meta
+from granvit.train.stages import Stage
+from granvit.train.step import stage_loss
+
+SMOKE = PRESETS["smoke"]
+STAGES = [SMOKE.pretrain, SMOKE.adapt]
+META = torch.device("meta")
+PINNED = {"layout.py copied"}
+"""What may copy to the device in a step: it doesn't wait."""
+
+
+MAKERS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+
+
+def note(counter: Counter, tensors: list) -> None:
+    """Counts the innermost function of this repository, if there are tensors of more than one device."""
+    if len({tensor.device for tensor in tensors if isinstance(tensor, Tensor)}) > 1:
+        ours = [f"{f.filename} {f.name}" for f in traceback.extract_stack()[:-2] if "/granvit" in f.filename]
+        counter[ours[-1].rsplit("/", 1)[-1] if ours else "elsewhere"] += 1
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        note(self.counter, tree_leaves((args, kwargs, out)))
+        return out
+
+
+class Makers(TorchFunctionMode):
+    """Tensors of numbers, which are made on the host first; on meta no operator shows that."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in MAKERS:
+            note(self.counter, [out, torch.empty(0, device="cpu")])
+        return out
+
+
+@contextmanager
+def crossings() -> Iterator[Counter]:
+    """Functions of this repository that take tensors from one device to another, or use them together."""
+    counter = Counter()
+    with Operators(counter), Makers(counter):
+        yield counter
+
+
+@pytest.fixture
+def fused_on_meta(monkeypatch):
+    """AdamW's fused step has shapes on meta, but its list of devices leaves meta out."""
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
+
+
+def step(model, processor, samples, stage: Stage, capacity: int) -> Counter:
+    """One step of a stage on meta, its optimiser and teacher included. Returns the crossings."""
+    batch = collate(samples, [processor.questions(sample, stage.tasks) for sample in samples], processor, capacity)
+    batch = batch.to(META)
+    model = model.to(META).train()
+    groups = model.groups()
+    freeze(groups, stage.train)
+    teacher = Teacher(model.encoder, 0.9) if stage.distill else None
+    trained = [parameter for name in stage.train for parameter in groups[name]]
+    optimizer = make_optimizer(groups, stage)
+    with crossings() as found:
+        losses = stage_loss(model, teacher, batch, stage, SMOKE.distill)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(trained, stage.clip)
+        optimizer.step()
+        if teacher is not None:
+            teacher.update(model.encoder)
+    assert ("loss_distill" in losses) == (teacher is not None)
+    assert all(parameter.grad.is_meta for parameter in trained if parameter.numel())
+    return found
+
+
+@pytest.mark.usefixtures("fused_on_meta")
+@pytest.mark.parametrize("attention", ["mask", "segments"])
+@pytest.mark.parametrize("shuffle", [1, 2])
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_step_reads_nothing_back(tiny, samples, monkeypatch, stage, shuffle, attention):
+    if attention == "segments":  # as on a GPU in half precision
+        monkeypatch.setattr(llm, "why_not_flash", lambda *_: None)
+    model, processor = tiny(pixel_shuffle=shuffle)
+    assert step(model, processor, samples, stage, 256).keys() == PINNED
+
+
+@pytest.mark.usefixtures("fused_on_meta")
+@pytest.mark.parametrize("target", ["layer_norm", "cosine", "mse"])
+def test_no_target_of_distillation_reads_anything(tiny, samples, monkeypatch, target):
+    monkeypatch.setitem(globals(), "SMOKE", replace(SMOKE, distill=replace(SMOKE.distill, target=target)))
+    model, processor = tiny()
+    assert step(model, processor, samples, SMOKE.pretrain, 256).keys() == PINNED
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fused_on_meta")
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_step_of_the_paper_s_size(tiny, samples, stage):
+    """SigLIP2 so400m and Qwen2.5-1.5B, whose activations are computed again."""
+    small, processor = tiny(box_format="text")
+    config = config_of(PRESETS["paper"].model)
+    config.text_vocab = small.config.text_vocab  # the rest of the table is left unused, as by Qwen's own tokenizer
+    processor = GranViTProcessor.from_config(config, processor.tokenizer)
+    model = on_meta(config)
+    checkpoint_activations(model)
+    assert step(model, processor, samples, stage, 4096).keys() == PINNED
+
+
+def test_crossings_are_seen_and_reads_raise():
+    x = torch.zeros(3, device=META)
+    for plant in (
+        lambda: x.new_tensor(2.0),
+        lambda: torch.tensor([1, 2], device=META),
+        lambda: torch.arange(3).to(META),
+        lambda: x + torch.ones(()),
+    ):
+        with crossings() as found:
+            plant()
+        assert sum(found.values()) == 1
+    for read in (x.tolist, x.cpu, x[0].item, lambda: bool(x[0] > 0), x.nonzero, lambda: x[x > 0]):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read()
