@@ -9,11 +9,14 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The checked-out commit, with "-dirty" where files differ from it; outside a checkout what GRANVIT_COMMIT says, or
-    "unknown"."""
+    """The checked-out commit, with "-dirty" where files differ from it; outside a checkout, or without git, what
+    GRANVIT_COMMIT says, or "unknown"."""
     command = ["git", "describe", "--always", "--dirty", "--match", ""]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("GRANVIT_COMMIT", "unknown")
+    try:
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on PATH, or one that can't be run
+        described = ""
+    return described or os.environ.get("GRANVIT_COMMIT", "unknown")
 
 
 def device_name(device: str = "cpu") -> str:
