@@ -16,20 +16,24 @@ from collections import defaultdict
 from functools import lru_cache
 from statistics import fmean
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jiwer
 import numpy as np
-from pycocoevalcap.cider.cider import Cider
-from rouge_score.rouge_scorer import RougeScorer
 
 from granvit.data.measures import box_iou, words
+from granvit.eval.cider import cider_d
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 Prediction = dict[str, Any]
 
+
 @lru_cache(maxsize=1)
 def _rouge() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
 
 
@@ -51,17 +55,16 @@ def exact_text(truth: str, answer: str) -> bool:
 
 
 def cider(truths: list[str], answers: list[str]) -> np.ndarray:
-    """CIDEr-D (Vedantam et al. 2015) of each answer, float64 [N], by pycocoevalcap: 10 for equal captions of
-    at least four words, less for shorter ones, which lack the longer n-grams. Document frequencies are those
-    of `truths`.
+    """CIDEr-D (Vedantam et al. 2015) of each answer, float64 [N]: 10 for equal captions of at least four words, less
+    for shorter ones, which lack the longer n-grams. Document frequencies are those of `truths`.
     """
-    references = {i: [" ".join(words(truth))] for i, truth in enumerate(truths)}
-    candidates = {i: [" ".join(words(answer))] for i, answer in enumerate(answers)}
-    return Cider().compute_score(references, candidates)[1]
+    return cider_d([words(truth) for truth in truths], [words(answer) for answer in answers])
 
 
 def cer(truths: list[str], answers: list[str]) -> float:
     """Character error rate over a corpus, by jiwer: edits / characters of the truths. It can exceed 1."""
+    import jiwer
+
     return jiwer.cer([" ".join(t.split()) for t in truths], [" ".join(a.split()) for a in answers])
 
 
