@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
+from granvit import flags
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Lora:
     Raises ValueError for numbers out of range.
     """
 
-    rank: Annotated[int, tyro.conf.arg(aliases=("--llm.lora",))] = 0
+    rank: Annotated[int, flags.alias("--llm.lora")] = 0
     """Rank of the adapters; 0: none, the whole LLM learns. 16 is usual, with about ten times the learning rate that the
     whole LLM would have (2e-4)."""
     alpha: float | None = None

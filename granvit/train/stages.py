@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-import tyro
-
+from granvit import flags
 from granvit.questions.prompts import BBOX2CAPTION, GLOBAL_CAPTION, TASKS
 
 GROUPS = ("encoder", "projector", "llm")
@@ -25,7 +24,7 @@ class Stage:
     Raises ValueError for unknown groups or tasks, and for numbers out of range.
     """
 
-    name: tyro.conf.Suppress[str]
+    name: Annotated[str, flags.hidden()]
     train: tuple[Literal["encoder", "projector", "llm"], ...]
     """Parameter groups that learn: encoder, projector (with region queries and location rows), llm."""
     tasks: tuple[Literal["global_caption", "bbox2caption", "caption2bbox", "chat"], ...]
