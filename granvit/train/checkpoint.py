@@ -27,12 +27,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import (
@@ -42,6 +41,9 @@ from torch.distributed.checkpoint.default_planner import (
 )
 from torch.distributed.tensor import DTensor
 
+if TYPE_CHECKING:
+    from granvit.train.manifest import Manifest
+
 log = logging.getLogger(__name__)
 # torch says so at each save and load of a run that is one process, where it is what we want
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
@@ -50,28 +52,8 @@ PATIENCE = timedelta(hours=24)  # of a rank whose part is written, with those th
 _NAME = re.compile(r"(?P<phase>[a-z][a-z0-9_]*)-(?P<step>\d{7,})(?P<final>-final)?")
 _ASIDE = (".tmp", ".old")
 _MANIFEST = "manifest.json"
-_FILE = r"^rank-\d{5,}\.safetensors$"  # no separator, no "..": a manifest can't name anything outside of its folder
 
 T = TypeVar("T")
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    size: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Manifest(BaseModel):
-    """What manifest.json holds. sha256: of all the other fields, see _digest_of."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    format: Literal[1]
-    phase: str
-    step: Annotated[int, Field(ge=0)]
-    ranks: Annotated[int, Field(ge=1)]
-    values: dict[str, Any]
-    files: dict[Annotated[str, Field(pattern=_FILE)], _File]
-    sha256: str
 
 
 class Checkpoints:
@@ -418,14 +400,18 @@ def _cause(error: BaseException) -> str:
     return str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
 
 
-def _manifest(path: Path) -> _Manifest:
+def _manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint `path`. Raises ValueError naming the file where it is none, or damaged."""
+    from pydantic import ValidationError
+
+    from granvit.train.manifest import Manifest
+
     file = path / _MANIFEST
     try:
         if not stat.S_ISREG(file.lstat().st_mode):
             raise ValueError("it is not a plain file")
         body = json.loads(file.read_bytes())
-        manifest = _Manifest.model_validate(body)
+        manifest = Manifest.model_validate(body)
         if body.pop("sha256") != _digest_of(body):
             raise ValueError("its SHA-256 is not the one it names")
     except ValidationError as error:
@@ -436,7 +422,7 @@ def _manifest(path: Path) -> _Manifest:
     return manifest
 
 
-def _check_folder(path: Path, manifest: _Manifest) -> None:
+def _check_folder(path: Path, manifest: Manifest) -> None:
     """Raises ValueError where the folder doesn't hold the manifest's files, of the sizes it says, and no others."""
     there = {entry.name for entry in path.iterdir()} - {_MANIFEST}
     for name in sorted(manifest.files.keys() - there):
