@@ -99,8 +99,8 @@ def _image_file(image: Any) -> io.BytesIO | str:
 
 
 def _to_rgb(image: PILImage.Image) -> PILImage.Image:
-    if image.mode == "RGB":
-        image.load()
+    key_colour = image.info.get("transparency")  # of a picture without an alpha channel
+    if image.mode == "RGB" and key_colour is None:
         return image
     if image.mode == "F":
         raise DataFault("image", "floating-point pixels have no known range")
@@ -108,8 +108,10 @@ def _to_rgb(image: PILImage.Image) -> PILImage.Image:
         grey = np.asarray(image).astype(np.float64)
         if grey.min() < 0 or grey.max() > 65535:
             raise DataFault("image", "grey values outside 16 bits have no known range")
+        if isinstance(key_colour, int):
+            grey[grey == key_colour] = 65535
         return PILImage.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or key_colour is not None:
         image = image.convert("RGBA")
         white = PILImage.new("RGBA", image.size, (255, 255, 255, 255))
         return PILImage.alpha_composite(white, image).convert("RGB")

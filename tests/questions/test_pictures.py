@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -50,6 +52,35 @@ def test_every_mode_becomes_rgb(mode):
     assert decoded.mode == "RGB"
     expected = 255 if mode == "1" else 200
     assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 3
+
+
+def png(bits: int, colours: int, row: bytes, key: bytes) -> bytes:
+    """A PNG of 4 x 4 pixels in equal rows, with a key colour (tRNS). colours: PNG's type, 0 grey, 2 RGB."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+
+    header = struct.pack(">IIBBBBB", 4, 4, bits, colours, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * 4)
+    parts = ((b"IHDR", header), (b"tRNS", key), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "row"),
+    [
+        (png(8, 2, bytes([255, 0, 0, 10, 20, 30, 255, 0, 1, 0, 0, 0]), struct.pack(">3H", 255, 0, 0)),
+         [(255, 255, 255), (10, 20, 30), (255, 0, 1), (0, 0, 0)]),
+        (png(8, 0, bytes([10, 20, 0, 255]), struct.pack(">H", 10)), [(255,) * 3, (20,) * 3, (0,) * 3, (255,) * 3]),
+        (png(16, 0, struct.pack(">4H", 1000, 2570, 0, 65535), struct.pack(">H", 1000)),
+         [(255,) * 3, (10,) * 3, (0,) * 3, (255,) * 3]),
+    ],
+    ids=["rgb", "grey", "grey16"],
+)  # fmt: skip
+def test_a_key_colour_is_laid_on_white(content, row):
+    picture = decode_image(content)
+    assert [picture.getpixel((x, 3)) for x in range(4)] == row
 
 
 def test_transparency_is_laid_on_white():
