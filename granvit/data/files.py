@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -112,30 +112,55 @@ def state(location: str) -> str:
     return " ".join(str(info.get(key, "")) for key in _STATE)
 
 
-def list_files(folder: str, suffixes: tuple[str, ...]) -> list[str]:
+def list_files(
+    folder: str,
+    suffixes: tuple[str, ...],
+    follow_links: bool = False,
+    on_link: Callable[[str], None] = lambda name: None,
+) -> list[str]:
     """Names relative to `folder`, sorted, of the files in it and below whose name ends in one of `suffixes`, in
-    capitals too. Hidden files and folders are left out. Raises ValueError where there is no such folder."""
+    capitals too. Hidden files and folders are left out.
+
+    follow_links: links to folders are followed, each folder is listed once; else on_link is called with their names.
+    Raises ValueError where there is no such folder.
+    """
     if is_remote(folder):
         try:
             system, root = _system(folder)
-            found = system.find(root) if system.isdir(root) else None
+            paths = system.find(root) if system.isdir(root) else None
         except _UNREADABLE as error:
             raise ValueError(f"{folder} can't be read: {error}") from error
-        if found is None:
+        if paths is None:
             raise ValueError(f"no folder at {folder}")
-        names = [PurePosixPath(path).relative_to(root).as_posix() for path in found]
+        names = [PurePosixPath(path).relative_to(root).as_posix() for path in paths]
+        names = [name for name in names if not _hidden(name)]
     else:
         if not os.path.isdir(folder):
             raise ValueError(f"no folder at {folder}")
-        names = [
-            (Path(here) / name).relative_to(folder).as_posix() for here, _, files in os.walk(folder) for name in files
-        ]
+        names = list(_walk(folder, follow_links, on_link))
     wanted = tuple(suffix.lower() for suffix in suffixes)
-    return sorted(
-        name
-        for name in names
-        if name.lower().endswith(wanted) and not any(part.startswith(".") for part in name.split("/"))
-    )
+    return sorted(name for name in names if name.lower().endswith(wanted))
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _walk(folder: str, follow_links: bool, on_link: Callable[[str], None]) -> Iterator[str]:
+    """Names of the files of a local folder and below, relative to it; hidden ones and hidden folders left out."""
+    listed = set()  # real paths: links may lead in a circle
+    for here, folders, files in os.walk(folder, followlinks=follow_links):
+        if follow_links and os.path.realpath(here) in listed:
+            folders.clear()
+            continue
+        listed.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = Path(here).relative_to(folder)
+        yield from ((below / name).as_posix() for name in files if not name.startswith("."))
+        if not follow_links:
+            for name in folders:
+                if os.path.islink(os.path.join(here, name)):
+                    on_link((below / name).as_posix())
 
 
 def join(folder: str, name: str) -> str:
@@ -144,18 +169,27 @@ def join(folder: str, name: str) -> str:
     return f"{before}{path}{'' if path.endswith('/') else '/'}{name}{after}"
 
 
-def inside(folder: str, name: str) -> str:
-    """Where the file `name` of `folder` is. Raises DataFault of kind `path` where a name leads out of the folder,
-    by a link too."""
+def inside(folder: str, name: str, follow_links: bool = False) -> str:
+    """Where the file `name` of `folder` is. Backslashes part folders where no file has them in its name.
+
+    Raises DataFault of kind `path` where a name leads out of the folder; by a link too, unless follow_links.
+    """
     refused = DataFault("path", f"image must lie in {folder} or below, got {name!r:.80}")
     if is_remote(folder):
-        if is_remote(name) or name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        name = name.replace("\\", "/")
+        if is_remote(name) or name.startswith("/") or ".." in name.split("/"):
             raise refused
         return join(folder, name)
     try:
-        path = (Path(folder) / name).resolve()
-        if Path(name).is_absolute() or not path.is_relative_to(Path(folder).resolve()):
+        if "\\" in name and not (Path(folder) / name).exists():
+            name = name.replace("\\", "/")
+        lexical = os.path.normpath(name)
+        if os.path.isabs(name) or lexical.split(os.sep)[0] == "..":
             raise refused
+        path = (Path(folder) / lexical).resolve()
+        if not follow_links and not path.is_relative_to(Path(folder).resolve()):
+            message = f"{name!r:.80} is or lies behind a link that leads out of {folder}, to {str(path)!r:.200}"
+            raise DataFault("path", f"{message}; --follow-links accepts it")
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, a loop of links
         raise (
             error if isinstance(error, DataFault) else DataFault("path", f"image {name!r:.80} can't be read: {error}")
@@ -172,16 +206,16 @@ def rebase(folder: str, name: str, other: str) -> str:
     return posixpath.relpath(posixpath.join(here, name), there)
 
 
-def read_image(folder: str, name: str) -> bytes:
+def read_image(folder: str, name: str, follow_links: bool = False) -> bytes:
     """The bytes of an image file of `folder`. Raises DataFault of kind `path` (leads out of the folder, is no file,
     can't be read) or `image_bytes` (more than MAX_BYTES)."""
-    return read_file(folder, name, MAX_BYTES, "image")
+    return read_file(folder, name, MAX_BYTES, "image", follow_links)
 
 
-def read_file(folder: str, name: str, limit: int, what: str) -> bytes:
+def read_file(folder: str, name: str, limit: int, what: str, follow_links: bool = False) -> bytes:
     """The bytes of a file of `folder`, which faults call `what`. Raises DataFault of kind `path`, or of kind
     "`what`_bytes" where there are more than `limit`."""
-    location = inside(folder, name)
+    location = inside(folder, name, follow_links)
     if not is_remote(folder) and not os.path.isfile(location):
         raise DataFault("path", f"{what} {name!r:.80} is no file")
     try:

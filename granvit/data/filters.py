@@ -108,7 +108,7 @@ class Filter(Source):
         open_rows(self.data, self.split)
         if self.data.endswith(".parquet") and not os.path.isdir(self.data):
             return [self.data]
-        names = list_files(self.data, (".parquet", ".arrow", "state.json", "dataset_dict.json"))
+        names = list_files(self.data, (".parquet", ".arrow", "state.json", "dataset_dict.json"), follow_links=True)
         return [join(self.data, name) for name in names]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:

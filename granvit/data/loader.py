@@ -117,7 +117,7 @@ def open_dataset(location: str) -> datasets.Dataset | datasets.DatasetDict | dic
         if location.endswith(".parquet") and (is_remote(location) or path.is_file()):
             return _from_parquet(parent(location), [location.rpartition("/")[2]])
         if is_remote(location) or path.is_dir():
-            names = list_files(location, (".parquet",))
+            names = list_files(location, (".parquet",), follow_links=True)
             if names or is_remote(location):
                 return _from_parquet(location, names)
     # What `datasets` raises on damaged files is not documented; these have been seen.

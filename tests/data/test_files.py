@@ -81,6 +81,52 @@ def test_a_name_seen_from_another_folder(folder, name, other, expected):
     assert rebase(folder, name, other) == expected
 
 
+@pytest.fixture
+def linked(tmp_path):
+    """A folder of VOC whose pictures, and a folder of whose annotations, are links that lead out of it."""
+    outside = tmp_path / "store"
+    (outside / "more").mkdir(parents=True)
+    (outside / "blob").write_bytes(picture())
+    annotation = "<annotation><filename>{}</filename><object><name>dog</name><bndbox><xmin>11</xmin><ymin>6</ymin>"
+    annotation += "<xmax>30</xmax><ymax>15</ymax></bndbox></object></annotation>"
+    (outside / "more" / "b.xml").write_text(annotation.format("more\\b.jpg"))
+    (outside / "more" / "b.jpg").write_bytes(picture())
+    (outside / "more" / "round").symlink_to(outside / "more")
+    folder = tmp_path / "voc"
+    folder.mkdir()
+    (folder / "a.xml").write_text(annotation.format("a.jpg"))
+    (folder / "a.jpg").symlink_to("../store/blob")
+    (folder / "more").symlink_to(outside / "more")
+    (folder / ".hidden").symlink_to(outside / "more")
+    return folder
+
+
+def test_links_are_named_and_read_where_the_user_says_so(linked, tmp_path, caplog):
+    summary, rows = convert(Voc(str(linked), str(linked), follow_links=True), tmp_path / "all")
+    assert list(rows) == ["a", "more/b"] and not summary.faulty and not summary.dropped
+    (linked / "c.xml").write_text((linked / "a.xml").read_text().replace("a.jpg", "c.jpg"))
+    (linked / "c.jpg").write_bytes(picture())
+    summary, rows = convert(Voc(str(linked), str(linked)), tmp_path / "inside")
+    assert list(rows) == ["c"] and summary.faulty == 1
+    assert summary.dropped == {"link to a folder (--follow-links reads it)": 1}
+    assert f"link that leads out of {linked}, to '{tmp_path}/store/blob'; --follow-links accepts it" in caplog.text
+    assert f"{linked}/more is a link to a folder" in caplog.text and "hidden" not in caplog.text
+
+
+def test_names_still_climb_nowhere_where_links_are_followed(linked):
+    for name in ("../store/blob", "more/../../store/blob", "/etc/passwd", "..\\store\\blob"):
+        with pytest.raises(DataFault, match="image must lie in"):
+            inside(str(linked), name, follow_links=True)
+
+
+def test_backslashes_part_folders_unless_a_file_has_them(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.jpg").write_bytes(b"1")
+    (tmp_path / "a\\c.jpg").write_bytes(b"2")
+    assert read_image(str(tmp_path), "a\\b.jpg") == b"1" and read_image(str(tmp_path), "a\\c.jpg") == b"2"
+    assert inside("memory://x", "a\\b.jpg") == "memory://x/a/b.jpg"
+
+
 def test_limits_and_what_is_no_file(tmp_path):
     (tmp_path / "x").write_bytes(b"12345")
     os.mkfifo(tmp_path / "pipe")

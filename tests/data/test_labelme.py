@@ -1,6 +1,7 @@
 """LabelMe in, Gran dataset out."""
 
 import base64
+import json
 import os
 
 import pytest
@@ -65,6 +66,36 @@ def test_boxes_of_shapes_are_exact(folder):
     assert (rows["a"]["source"], rows["a"]["licence"]) == ("labelme", "x")
 
 
+def test_shapes_of_other_tools(folder):
+    turned = [(10, 5), (20, 0), (30, 10), (20, 15)]
+    write_json(
+        folder / "json" / "a.json",
+        file(
+            shape("mask", "mask", (10, 5), (30, 15)) | {"mask": "iVBORw0KGgo="},
+            shape("turned", "oriented_rectangle", *turned),
+            shape("turned", "rotation", *turned),
+            shape("corners", "rectangle", (10, 5), (30, 5), (30, 15), (10, 15)),
+            shape("outline", None, (10, 5), (30, 5), (30, 15)),
+        ),
+    )
+    _, rows = convert(Labelme(str(folder / "json")), folder / "out")
+    assert regions(rows["a"]) == [
+        ("a mask", [0.25, 0.25, pytest.approx(31 / 40), pytest.approx(16 / 20)]),
+        *[("a turned", [0.25, 0, 0.75, 0.75])] * 2,
+        ("corners", [0.25, 0.25, 0.75, 0.75]),
+        ("an outline", [0.25, 0.25, 0.75, 0.75]),
+    ]
+
+
+def test_a_byte_order_mark_and_broken_lines_in_the_picture(folder):
+    inline = base64.encodebytes(picture()).decode()
+    assert inline.count("\n") > 3
+    (folder / "json" / "a.json").write_text(json.dumps(file(GOOD, imageData=inline)), encoding="utf-8-sig")
+    write_json(folder / "json" / "b.json", file(GOOD, imageData=""))
+    _, rows = convert(Labelme(str(folder / "json")), folder / "out")
+    assert [row["image"]["bytes"] for row in rows.values()] == [picture()] * 2
+
+
 def test_the_picture_inside_the_file_is_what_was_annotated(folder):
     inline = base64.b64encode(picture(8, 8)).decode()
     write_json(
@@ -91,7 +122,7 @@ def test_paths_that_climb_end_in_the_folder_of_images(folder):
         (file(GOOD, imagePath="../a.jpg"), "image must lie in", 1),
         (file(GOOD, imagePath="../../../../etc/passwd"), "image must lie in", 1),
         (file(GOOD, imagePath="/etc/passwd"), "image must lie in", 1),
-        (file(GOOD, imagePath="out.jpg"), "image must lie in", 1),
+        (file(GOOD, imagePath="out.jpg"), "leads out of", 1),
         (file(GOOD, imagePath="b.jpg"), "'b.jpg' is no file", 1),
         (file(GOOD, imagePath=None), "neither imageData nor an imagePath", 1),
         (file(GOOD, imagePath="\ud800"), "neither imageData nor an imagePath", 1),
@@ -105,7 +136,7 @@ def test_paths_that_climb_end_in_the_folder_of_images(folder):
         ([], "no LabelMe file", 1),
         (file() | {"shapes": {}}, "no LabelMe file", 1),
         (file(GOOD, 3), "shapes[1]: must be an object, got int", 2),
-        (file(GOOD, shape("x", "rectangle", (1, 1))), "shapes[1]: a rectangle must have 2 points", 2),
+        (file(GOOD, shape("x", "rectangle", (1, 1))), "shapes[1]: a rectangle must have 2 or 4 points", 2),
         (file(GOOD, shape("x", "polygon", (1, 1), (2, 2))), "shapes[1]: a polygon must have 3 or more points", 2),
         (file(GOOD, shape("x", "polygon", (1, 1), (2, 2), (3, "a"))), "shapes[1]: a polygon must have", 2),
         (file(GOOD, shape("x", "circle", (1, 1), (1e999, 2))), "Infinity is no JSON number", 1),
@@ -118,7 +149,7 @@ def test_paths_that_climb_end_in_the_folder_of_images(folder):
         (file(GOOD, shape("x", "rectangle", (1, 1), (1, 5))), "box must have x1 < x2", 2),
         ("{", "not JSON in UTF-8", 1),
         ("[" * 100_000, "not JSON in UTF-8", 1),
-        ("\ufeff{}", "not JSON in UTF-8", 1),
+        ("\ufeff{", "not JSON in UTF-8", 1),
     ],
 )
 def test_faults_are_named_and_the_rest_is_kept(folder, caplog, bad, message, kept):

@@ -55,6 +55,28 @@ def test_tools_that_count_from_0(folder):
     assert regions(rows["a"]) == [("a person", [0.25, 0.25, 0.75, 0.75])]
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        "",
+        "<size/>",
+        "<size><width></width></size>",
+        "<size><width>0</width><height>0</height></size>",
+        "<size><width>40.0</width><height>20.0</height></size>",
+    ],
+)
+def test_a_size_that_is_not_told_is_the_pictures(folder, size):
+    write(folder, f"<annotation><filename>a.jpg</filename>{size}{GOOD}</annotation>")
+    _, rows = convert(source(folder), folder / "out")
+    assert regions(rows["a"]) == [("a person", [0.25, 0.25, 0.75, 0.75])]
+
+
+def test_a_label_may_stay_without_article(folder):
+    write(folder, annotation(thing((11, 6, 30, 15), "Hund")))
+    _, rows = convert(source(folder, articles=False), folder / "out")
+    assert regions(rows["a"]) == [("Hund", [0.25, 0.25, 0.75, 0.75])]
+
+
 def test_difficult_objects_are_left_out(folder):
     write(folder, annotation(thing((11, 6, 30, 15)), thing((1, 1, 5, 5), difficult=" 1 ")))
     write(folder, annotation(thing((1, 1, 5, 5), difficult=1)), "b")
@@ -78,8 +100,8 @@ GOOD = thing((11, 6, 30, 15))
         (BOMB, "no readable VOC annotation", 1),
         ("<a>" * 100_000, "no readable VOC annotation", 1),
         ("<!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><annotation>&x;</annotation>", "no readable VOC", 1),
-        (annotation(GOOD, width="wide"), "no readable VOC annotation", 1),
-        (annotation(GOOD, width="9" * 5000), "no readable VOC annotation", 1),
+        (annotation(GOOD, width="wide"), "size/width must be a whole number of pixels, got 'wide'", 1),
+        (annotation(GOOD, width="9" * 5000), "size/width must be a whole number of pixels", 1),
         (annotation(GOOD, width=20, height=40), "annotated as 20x40, the image is 40x20", 1),
         (annotation(GOOD, filename=""), "is no file", 1),
         (annotation(GOOD, filename="../Annotations/a.xml"), "image must lie in", 1),

@@ -13,12 +13,12 @@ from tyro.conf import Positional
 
 from granvit.data.annotate.annotator import BATCH, Annotator
 from granvit.data.annotate.engines import RapidOcr, TransformersCaptioner, TransformersDetector, load
-from granvit.data.files import MAX_BYTES, is_remote, list_files, local, read_image
+from granvit.data.files import MAX_BYTES, is_remote, local
 from granvit.data.loader import open_dataset
 from granvit.data.parquet import ParquetRows
 from granvit.data.schema import is_unicode
-from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import named
+from granvit.data.shards import Notes, Record
+from granvit.data.sources.rows import FolderSource
 from granvit.questions.schema import DataFault
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -27,7 +27,7 @@ REGION_TOKENS, PICTURE_TOKENS = 48, 256
 
 
 @dataclass(frozen=True)
-class Annotate(Source):
+class Annotate(FolderSource):
     """Pictures that models find the regions of."""
 
     images: Positional[str]
@@ -102,7 +102,7 @@ class Annotate(Source):
                 else:
                     notes.unreadable(name, DataFault("id", f"id must be a non-empty string, got {row_id!r:.80}"))
             return
-        for name, shown in named(self.images, list_files(self.images, SUFFIXES), notes):
+        for name, shown in self.named_files(self.images, SUFFIXES, notes):
             yield Record(name, shown, name)
 
     def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
@@ -143,7 +143,7 @@ class Annotate(Source):
     def _row(self, record: Record) -> dict[str, Any]:
         row = {"id": record.id, "caption": None, "regions": None, "source": "", "licence": self.licence}
         if isinstance(record.data, str):
-            content = read_image(self.images, record.data)
+            content = self.read_image(self.images, record.data)
             return row | {"image": {"bytes": content, "path": record.data.rpartition("/")[2]}}
         stored = _rows(self.images, self.from_split)[record.data]
         image, caption, regions = stored["image"], stored.get("caption"), stored.get("regions")

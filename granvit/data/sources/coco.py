@@ -15,10 +15,11 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from granvit.data.files import local, read_image
+from granvit.data.files import local
 from granvit.data.schema import is_number, is_unicode
-from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import PixelBox, class_phrase, is_box, picture_row
+from granvit.data.shards import Notes, Record
+from granvit.data.sources.labels import class_phrase
+from granvit.data.sources.rows import FolderSource, PixelBox, is_box, picture_row
 from granvit.data.sources.stream import elements
 from granvit.questions.schema import DataFault
 
@@ -26,7 +27,7 @@ Key = int | str  # COCO's ids are integers, those of some tools strings
 
 
 @dataclass(frozen=True)
-class Coco(Source):
+class Coco(FolderSource):
     """COCO's instances JSON; the category's name becomes the sentence ("a person")."""
 
     instances: Positional[str]
@@ -39,6 +40,8 @@ class Coco(Source):
     name: str = "coco"
     """What ids (NAME/IMAGE ID) and `source` say. Ids of COCO's own images are the same from every converter, so
     that leakage shows; give other data in COCO's format another name."""
+    articles: bool = True
+    """Say "a person" for the class "person", where English is sure of the article; else the name stays as it is."""
     licence: str = ""
     """Noted in every row."""
 
@@ -53,7 +56,8 @@ class Coco(Source):
             database.execute("CREATE INDEX by_image ON annotations (image_id)")
             categories = dict(database.execute("SELECT id, name FROM categories"))
             for image, file, width, height in database.execute("SELECT id, file, width, height FROM images"):
-                query = "SELECT id, category_id, crowd, x, y, w, h FROM annotations WHERE image_id = ? ORDER BY n"
+                columns = "id, category_id, crowd, no_box, x, y, w, h"
+                query = f"SELECT {columns} FROM annotations WHERE image_id = ? ORDER BY n"
                 found = database.execute(query, (image,)).fetchall()
                 told = database.execute("SELECT caption FROM captions WHERE image_id = ?", (image,)).fetchone()
                 caption = told[0] if told else None
@@ -62,7 +66,7 @@ class Coco(Source):
                 if not things and caption is None:
                     notes.skip("image without annotation")
                     continue
-                boxes = [[categories.get(category), *box] for _, category, _, *box in things]
+                boxes = [[categories.get(category), no_box or box] for _, category, _, no_box, *box in things]
                 data = {"file": file, "size": [width, height], "boxes": boxes, "caption": caption}
                 record = Record(f"{self.name}/{image}", f"{self.instances}: image {image}", data)
                 for number, category, *_ in things:
@@ -84,29 +88,30 @@ class Coco(Source):
     def row(self, record: Record, notes: Notes) -> dict[str, Any]:
         data = record.data
         boxes = []
-        for name, *box in data["boxes"]:
+        for name, box in data["boxes"]:
             if name is not None:  # else noted while indexing
                 try:
-                    boxes.append(PixelBox.xywh(box, class_phrase(name)))
+                    boxes.append(PixelBox.xywh(box, class_phrase(name, self.articles)))
                 except DataFault as fault:
                     notes.fault(record, fault)
-        picture = read_image(self.images, data["file"])
+        picture = self.read_image(self.images, data["file"])
         size = None if None in data["size"] else data["size"]
         return picture_row(record, picture, data["file"], boxes, notes, size, data["caption"], self.name, self.licence)
 
 
 def read_instances(location: str, database: sqlite3.Connection, notes: Notes) -> None:
     """Write an instances JSON into tables: images (n, id, file, width, height), annotations (n, id, image_id,
-    category_id, crowd, x, y, w, h) and categories (id, name); captions (image_id, caption) stays empty.
+    category_id, crowd, x, y, w, h, no_box) and categories (id, name); captions (image_id, caption) stays empty.
 
-    Columns have no type, so that 1 and "1" stay two. The sides of a box that is none are null. What has no usable id
+    Columns have no type, so that 1 and "1" stay two. Where a box is no list of four numbers, its sides are null and
+    no_box is what stands there, as a fault shows it. What has no usable id
     or no file's name is noted.
     """
     database.executescript(
         """
         PRAGMA synchronous = OFF; PRAGMA journal_mode = OFF; -- a build that is killed indexes anew
         CREATE TABLE images (n INTEGER PRIMARY KEY, id, file, width, height);
-        CREATE TABLE annotations (n INTEGER PRIMARY KEY, id, image_id, category_id, crowd, x, y, w, h);
+        CREATE TABLE annotations (n INTEGER PRIMARY KEY, id, image_id, category_id, crowd, x, y, w, h, no_box);
         CREATE TABLE categories (id PRIMARY KEY, name);
         CREATE TABLE captions (image_id PRIMARY KEY, caption);
         """
@@ -115,7 +120,8 @@ def read_instances(location: str, database: sqlite3.Connection, notes: Notes) ->
         "images": (_image, "INSERT INTO images (id, file, width, height) VALUES (?, ?, ?, ?)"),
         "annotations": (
             _annotation,
-            "INSERT INTO annotations (id, image_id, category_id, crowd, x, y, w, h) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO annotations (id, image_id, category_id, crowd, x, y, w, h, no_box) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         ),
         "categories": (_category, "INSERT OR REPLACE INTO categories VALUES (?, ?)"),
     }
@@ -141,8 +147,10 @@ def _image(item: Any) -> tuple[Any, ...]:
 def _annotation(item: Any) -> tuple[Any, ...]:
     number = item.get("id") if isinstance(item, dict) else None
     number = number if is_key(number) else None
-    box = item["bbox"] if isinstance(item, dict) and is_box(item.get("bbox")) else [None] * 4
-    return number, _key(item, "image_id"), _key(item, "category_id"), item.get("iscrowd") in (1, True), *box
+    box = item.get("bbox") if isinstance(item, dict) else None
+    image, category = _key(item, "image_id"), _key(item, "category_id")
+    crowd = item.get("iscrowd") in (1, "1", "true", "True")  # 1 equals True
+    return (number, image, category, crowd, *(box if is_box(box) else [None] * 4), None if is_box(box) else brief(box))
 
 
 def _category(item: Any) -> tuple[Any, ...]:

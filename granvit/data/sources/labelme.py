@@ -13,19 +13,25 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from granvit.data.files import MAX_BYTES, list_files, local, read_file, read_image, rebase
+from granvit.data.files import MAX_BYTES, local, read_file, rebase
 from granvit.data.schema import is_number, is_unicode
-from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import PixelBox, class_phrase, named, parse_json, picture_row
+from granvit.data.shards import Notes, Record
+from granvit.data.sources.labels import class_phrase
+from granvit.data.sources.rows import FolderSource, PixelBox, parse_json, picture_row
 from granvit.questions.schema import DataFault
 
 MAX_JSON = 10_000_000 + MAX_BYTES * 4 // 3  # bytes; a picture may be in it as base64
+
+_NUMBERS = {
+    "rectangle": (2, 4), "circle": (2,), "mask": (2,), "oriented_rectangle": (4,), "rotation": (4,), "polygon": (),
+}  # fmt: skip
+"""Points of a shape; a polygon has any number from 3 on."""
 
 _NO_AREA = ("point", "points", "line", "linestrip")
 
 
 @dataclass(frozen=True)
-class Labelme(Source):
+class Labelme(FolderSource):
     """LabelMe's JSON, one file an image; the label becomes the sentence ("a person").
 
     A region is what a shape reaches over; shapes of one label and group are one thing, as to LabelMe itself. Lines and
@@ -37,6 +43,8 @@ class Labelme(Source):
     images: str | None = None
     """Folder or URL in which the files' imagePaths, relative to each file, must end; None: the folder itself. A
     picture inside the JSON needs none."""
+    articles: bool = True
+    """Say "a person" for the class "person", where English is sure of the article; else the name stays as it is."""
     licence: str = ""
     """Noted in every row."""
 
@@ -44,11 +52,11 @@ class Labelme(Source):
         return [folder for one in (self.annotations, self.images) if one for folder in local(one)]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
-        for name, shown in named(self.annotations, list_files(self.annotations, (".json",)), notes):
+        for name, shown in self.named_files(self.annotations, (".json",), notes):
             yield Record(name[: -len(".json")], shown, name)
 
     def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
-        data = parse_json(read_file(self.annotations, record.data, MAX_JSON, "json"))
+        data = parse_json(read_file(self.annotations, record.data, MAX_JSON, "json", self.follow_links))
         if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
             raise DataFault("json", "no LabelMe file: it must be an object with a list of shapes")
         faults = len(notes.faults)
@@ -82,7 +90,7 @@ class Labelme(Source):
                 x1, y1, x2, y2 = things[key].box
                 box = (min(x1, box[0]), min(y1, box[1]), max(x2, box[2]), max(y2, box[3]))
                 cut |= things[key].cut
-            things[key] = PixelBox(box, class_phrase(label), cut=cut)
+            things[key] = PixelBox(box, class_phrase(label, self.articles), cut=cut)
         return list(things.values())
 
     def _picture(self, file: str, data: dict[str, Any]) -> tuple[bytes, str]:
@@ -90,10 +98,10 @@ class Labelme(Source):
         name = data.get("imagePath")
         name = name.replace("\\", "/") if isinstance(name, str) and is_unicode(name) else ""
         inline = data.get("imageData")
-        if inline is not None:
+        if inline not in (None, ""):
             try:
-                return base64.b64decode(inline, validate=True), name
-            except (binascii.Error, ValueError, TypeError) as error:
+                return base64.b64decode("".join(inline.split()), validate=True), name  # line breaks are no fault
+            except (binascii.Error, ValueError, TypeError, AttributeError) as error:
                 raise DataFault("image", f"imageData is not base64: {error}") from None
         if not name:
             raise DataFault("path", "it has neither imageData nor an imagePath")
@@ -101,14 +109,15 @@ class Labelme(Source):
         folder = self.images or self.annotations
         if folder != self.annotations:
             name = rebase(self.annotations, name, folder)
-        return read_image(folder, name), name
+        return self.read_image(folder, name), name
 
 
 def _shape(shape: Any) -> tuple[str, str, int | str | None]:
     """Label, type and group."""
     if not isinstance(shape, dict):
         raise DataFault("shape", f"must be an object, got {type(shape).__name__}")
-    label, kind, group = shape.get("label"), shape.get("shape_type", "polygon"), shape.get("group_id")
+    label, kind, group = shape.get("label"), shape.get("shape_type"), shape.get("group_id")
+    kind = "polygon" if kind is None else kind
     if not isinstance(label, str) or not label.strip() or not is_unicode(label):
         raise DataFault("region_caption", "label must be a string with text in it (Unicode)")
     if not isinstance(kind, str):
@@ -117,19 +126,24 @@ def _shape(shape: Any) -> tuple[str, str, int | str | None]:
 
 
 def _reach(kind: str, points: Any) -> tuple[float, float, float, float]:
-    """The box around a shape, xyxy in pixels. Raises DataFault of kind `shape`."""
-    needed = {"rectangle": "2 points", "circle": "2 points", "polygon": "3 or more points"}.get(kind)
-    if needed is None:
+    """The box around a shape, xyxy in pixels. Raises DataFault of kind `shape`.
+
+    A mask's points are its first and its last pixel. A rectangle of four corners, turned or not, is X-AnyLabeling's,
+    whose "rotation" is LabelMe's "oriented_rectangle".
+    """
+    if kind not in _NUMBERS:
         raise DataFault("shape", f"shape_type {kind!r:.40} is not known")
     number = len(points) if isinstance(points, list) else 0
-    if (number < 3 if kind == "polygon" else number != 2) or not all(map(_is_point, points)):
-        raise DataFault("shape", f"a {kind} must have {needed} [x, y]")
+    if not (number >= 3 if kind == "polygon" else number in _NUMBERS[kind]) or not all(map(_is_point, points)):
+        needed = " or ".join(map(str, _NUMBERS[kind])) or "3 or more"
+        raise DataFault("shape", f"a {kind} must have {needed} points [x, y]")
     if kind == "circle":
         (x, y), rim = points
         radius = math.dist((x, y), rim)
         return x - radius, y - radius, x + radius, y + radius
     xs, ys = zip(*points, strict=True)
-    return min(xs), min(ys), max(xs), max(ys)
+    end = 1 if kind == "mask" else 0
+    return min(xs), min(ys), max(xs) + end, max(ys) + end
 
 
 def _is_point(value: Any) -> bool:

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 from tyro.conf import Positional
 
-from granvit.data.files import is_remote, list_files, local, parent, read_file, suffix
+from granvit.data.files import is_remote, local, parent, read_file, suffix
 from granvit.data.isolated import Isolated
-from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import PixelBox, named, picture_row
+from granvit.data.schema import is_unicode
+from granvit.data.shards import Notes, Record
+from granvit.data.sources.rows import FolderSource, PixelBox, picture_row
 from granvit.questions.schema import DataFault
 
 MAX_BYTES = 256_000_000
@@ -51,7 +52,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Pdf(Source):
+class Pdf(FolderSource):
     """Pages of PDF files, a row each, with their text lines."""
 
     files: Positional[str]
@@ -70,19 +71,27 @@ class Pdf(Source):
             raise ValueError(f"dpi must lie in 10 to 1200, got {self.dpi}")
         if self.max_pages < 1:
             raise ValueError(f"max_pages must be >= 1, got {self.max_pages}")
+        if not is_unicode(self.files):
+            raise ValueError(f"files must be a path in Unicode, got {ascii(self.files)}")
         return local(self.files) if _folder(self.files)[1] is None else [self.files]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
-        folder, names = _files(self.files)
-        for name, shown in named(folder, names, notes):
+        folder, name = _folder(self.files)
+        named = self.named_files(folder, (".pdf",), notes) if name is None else [(name, self.files)]
+        for name, shown in named:
             try:
-                pages = _isolated()("pages", folder, name)
+                pages = _isolated()("pages", folder, name, self._follows)
             except DataFault as fault:
                 notes.unreadable(shown, fault)
                 continue
             notes.drop("page over max_pages", max(0, pages - self.max_pages))
             for page in range(min(pages, self.max_pages)):
                 yield Record(f"{name}/page-{page + 1:04d}", f"{shown}, page {page + 1}", [name, page])
+
+    @property
+    def _follows(self) -> bool:
+        """Whether links are followed: one that the user named as FILE always is."""
+        return self.follow_links or _folder(self.files)[1] is not None
 
     def rows(self, records: list[Record], notes: Notes) -> Iterator[dict[str, Any]]:
         folder, _ = _folder(self.files)
@@ -92,7 +101,7 @@ class Pdf(Source):
             try:
                 if crashes[name] >= MAX_CRASHES:
                     raise DataFault("pdf", f"not read: {MAX_CRASHES} pages of this file crashed their reader")
-                content, lines, dropped = _isolated()("page", folder, name, page, self.dpi)
+                content, lines, dropped = _isolated()("page", folder, name, self._follows, page, self.dpi)
                 notes.dropped.update(dropped)
                 if lines:
                     boxes = [PixelBox(box, text, "ocr") for text, box in lines]
@@ -113,11 +122,6 @@ def _folder(files: str) -> tuple[str, str | None]:
     return files, None
 
 
-def _files(files: str) -> tuple[str, list[str]]:
-    folder, name = _folder(files)
-    return folder, list_files(folder, (".pdf",)) if name is None else [name]
-
-
 # ---- in a process of its own: pdfium is C++, and the files are anybody's
 
 
@@ -126,9 +130,9 @@ def _isolated() -> Isolated:
     return Isolated(_serve, SECONDS, MEMORY)
 
 
-def _serve(what: str, folder: str, name: str, *arguments: Any) -> Any:
+def _serve(what: str, folder: str, name: str, follow_links: bool, *arguments: Any) -> Any:
     try:
-        document = _document(folder, name)
+        document = _document(folder, name, follow_links)
         return len(document) if what == "pages" else render(document, *arguments)
     except (DataFault, MemoryError):
         raise
@@ -137,10 +141,10 @@ def _serve(what: str, folder: str, name: str, *arguments: Any) -> Any:
 
 
 @lru_cache(maxsize=1)  # pages of a file follow each other
-def _document(folder: str, name: str) -> Any:
+def _document(folder: str, name: str, follow_links: bool) -> Any:
     import pypdfium2
 
-    return pypdfium2.PdfDocument(read_file(folder, name, MAX_BYTES, "pdf"))
+    return pypdfium2.PdfDocument(read_file(folder, name, MAX_BYTES, "pdf", follow_links))
 
 
 def render(document: Any, page: int, dpi: float) -> tuple[bytes, list[tuple[str, Box]], Counter[str]]:

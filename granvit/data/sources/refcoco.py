@@ -24,12 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tyro.conf import Positional
 
-from granvit.data.files import inside, list_files, local, open_file, parent, read_image, suffix
+from granvit.data.files import inside, list_files, local, open_file, parent, suffix
 from granvit.data.schema import is_unicode
-from granvit.data.shards import Notes, Record, Source
+from granvit.data.shards import Notes, Record
 from granvit.data.sources import plain_pickle
 from granvit.data.sources.coco import is_key, read_instances
-from granvit.data.sources.rows import PixelBox, is_box, picture_row
+from granvit.data.sources.rows import FolderSource, PixelBox, is_box, picture_row
 from granvit.questions.schema import DataFault
 
 MAX_PICKLE, MAX_GROUP = 200_000_000, 2_000_000_000  # bytes
@@ -43,7 +43,7 @@ _Found = tuple[str, Any, Callable[[], _Object]]  # what faults call an object, i
 
 
 @dataclass(frozen=True)
-class RefCoco(Source):
+class RefCoco(FolderSource):
     """RefCOCO, RefCOCO+ or RefCOCOg, from the original's files or a hub's Parquet.
 
     Every expression that differs is a region of its own, so that an object with three has its box three times: that is
@@ -102,7 +102,7 @@ class RefCoco(Source):
                 notes.fault(record, fault)
         place = data["place"]
         if isinstance(place, str):
-            picture = read_image(self.images or "", place)
+            picture = self.read_image(self.images or "", place)
         else:
             file, group, index = place
             picture = _pictures(file, group)[index]
@@ -113,15 +113,15 @@ class RefCoco(Source):
         return suffix(self.refs) in (".p", ".pkl", ".pickle")
 
     def _instances(self) -> str:
-        return self.instances or inside(parent(self.refs), "instances.json")
+        return self.instances or inside(parent(self.refs), "instances.json", self.follow_links)
 
     def _files(self) -> list[str]:
         if self._is_pickle() or suffix(self.refs) == ".parquet":
             return [self.refs]
-        files = list_files(self.refs, (".parquet",))
+        files = list_files(self.refs, (".parquet",), self.follow_links)
         if not files:
             raise ValueError(f"refs must be a pickle (.p), Parquet or a folder with Parquet in it, got {self.refs}")
-        return [inside(self.refs, name) for name in files]
+        return [inside(self.refs, name, self.follow_links) for name in files]
 
     def _pickled(self, database: sqlite3.Connection, notes: Notes) -> Iterator[_Found]:
         if self.images is None:

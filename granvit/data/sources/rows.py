@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from granvit.data.files import list_files, read_image
 from granvit.data.schema import is_number, is_unicode, parse_region
-from granvit.data.shards import Notes, Record
+from granvit.data.shards import Notes, Record, Source
 from granvit.questions.pictures import decode_image
 from granvit.questions.schema import DataFault
 
+log = logging.getLogger(__name__)
 
-def named(folder: str, names: Iterable[str], notes: Notes) -> Iterator[tuple[str, str]]:
-    """(name, what a fault calls it) of each of a folder's files; one whose name is no Unicode is noted instead."""
-    for name in names:
-        shown = f"{folder}/{name}"
-        if is_unicode(name):
-            yield name, shown
-        else:
-            notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
+
+@dataclass(frozen=True)
+class FolderSource(Source):
+    """A source whose files lie in folders that the user names, and are named by annotations or found by listing."""
+
+    follow_links: bool = field(default=False, kw_only=True)
+    """Follow links inside of the folders, out of them too (data sets of DVC, git-annex and the hub's cache are links).
+    Without it, a link to a folder is not listed, and a file whose link leads out is a fault."""
+
+    def named_files(self, folder: str, suffixes: tuple[str, ...], notes: Notes) -> Iterator[tuple[str, str]]:
+        """(name, what a fault calls it) of each file of these endings in the folder and below. One whose name is no
+        Unicode is noted, and links to folders that are not followed are counted and named."""
+        links: list[str] = []
+        for name in list_files(folder, suffixes, self.follow_links, links.append):
+            shown = f"{folder}/{name}"
+            if is_unicode(name):
+                yield name, shown
+            else:
+                notes.unreadable(ascii(shown), DataFault("path", "the file's name is no Unicode"))
+        notes.drop("link to a folder (--follow-links reads it)", len(links))
+        for name in links[:10]:
+            log.warning("%s/%s is a link to a folder and was not read: --follow-links does", folder, ascii(name)[1:-1])
+
+    def read_image(self, folder: str, name: str) -> bytes:
+        """As files.read_image, following links where the user wants it."""
+        return read_image(folder, name, self.follow_links)
 
 
 @dataclass(frozen=True)
@@ -40,9 +61,10 @@ class PixelBox:
 
     @classmethod
     def xywh(cls, box: Any, caption: str, kind: str = "natural", cut: bool = False) -> PixelBox:
-        """From a list [x, y, width, height]. Raises DataFault for anything else."""
+        """From a list [x, y, width, height]. Raises DataFault for anything else; a string is what stood there."""
         if not is_box(box):
-            raise DataFault("box", f"box must be 4 numbers [x, y, width, height] in pixels, got {box!r:.80}")
+            shown = box if isinstance(box, str) else repr(box)
+            raise DataFault("box", f"box must be 4 numbers [x, y, width, height] in pixels, got {shown:.80}")
         x, y, width, height = map(float, box)
         return cls((x, y, x + width, y + height), caption, kind, cut=cut)
 
@@ -52,23 +74,11 @@ def is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
-def class_phrase(name: str) -> str:
-    """A class's name as what one would say of the one thing in its box: "person" is "a person", "potted_plant" is "a
-    potted plant", "apple" is "an apple"; what looks like a plural ("skis") and what has an article or more than three
-    words ("the man on the left") stays as it is."""
-    words = name.replace("_", " ").split()
-    if not words or len(words) > 3 or words[0].lower() in ("a", "an", "the"):
-        return " ".join(words)
-    if words[-1].endswith("s") and not words[-1].endswith(("ss", "us")):
-        return " ".join(words)
-    return " ".join(("an" if words[0][0].lower() in "aeiou" else "a", *words))
-
-
 def parse_json(content: bytes) -> Any:
-    """What a small JSON file or a line holds. Raises DataFault of kind `json`: not JSON in UTF-8, nested too deeply,
-    NaN or Infinity in it, a key that is repeated."""
+    """What a small JSON file or a line holds; a byte order mark before it is read over. Raises DataFault of kind
+    `json`: not JSON in UTF-8, nested too deeply, NaN or Infinity in it, a key that is repeated."""
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise (error if isinstance(error, DataFault) else DataFault("json", f"not JSON in UTF-8: {error}")) from None
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from granvit.data.files import local, read_image
+from granvit.data.files import local
 from granvit.data.schema import is_number, is_unicode
-from granvit.data.shards import Notes, Record, Source
+from granvit.data.shards import Notes, Record
 from granvit.data.sources.coco import is_key
-from granvit.data.sources.rows import PixelBox, picture_row
+from granvit.data.sources.rows import FolderSource, PixelBox, picture_row
 from granvit.data.sources.stream import elements
 from granvit.questions.schema import DataFault
 
@@ -25,7 +25,7 @@ FOLDERS = ("", "VG_100K/", "VG_100K_2/")
 
 
 @dataclass(frozen=True)
-class VisualGenome(Source):
+class VisualGenome(FolderSource):
     """Visual Genome's region descriptions. Its boxes were drawn loosely: what leaves the picture is cut off."""
 
     regions: Positional[str]
@@ -76,7 +76,7 @@ class VisualGenome(Source):
         for folder in FOLDERS:
             name = f"{folder}{image}.jpg"
             try:
-                return name, read_image(self.images, name)
+                return name, self.read_image(self.images, name)
             except DataFault as error:
                 fault = error
         raise DataFault(fault.kind, f"{fault} (nor in {self.images} itself or its VG_100K)")

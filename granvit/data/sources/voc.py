@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,17 @@ from xml.etree import ElementTree
 
 from tyro.conf import Positional
 
-from granvit.data.files import list_files, local, read_file, read_image
-from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import PixelBox, class_phrase, named, picture_row
+from granvit.data.files import local, read_file
+from granvit.data.shards import Notes, Record
+from granvit.data.sources.labels import class_phrase
+from granvit.data.sources.rows import FolderSource, PixelBox, picture_row
 from granvit.questions.schema import DataFault
 
 MAX_XML = 10_000_000  # bytes
 
 
 @dataclass(frozen=True)
-class Voc(Source):
+class Voc(FolderSource):
     """Pascal VOC's XML, one file an image; the class's name becomes the sentence ("a person").
 
     Objects marked difficult are left out, as in VOC's own measure: what they are shows only from their surroundings.
@@ -32,6 +34,8 @@ class Voc(Source):
     origin: Literal[0, 1] = 1
     """What the first pixel is called. VOC counts from 1 and means xmax inclusive; many tools that write the format
     count from 0 and mean it exclusive."""
+    articles: bool = True
+    """Say "a person" for the class "person", where English is sure of the article; else the name stays as it is."""
     licence: str = ""
     """Noted in every row."""
 
@@ -39,17 +43,16 @@ class Voc(Source):
         return local(self.annotations) + local(self.images)
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
-        for name, shown in named(self.annotations, list_files(self.annotations, (".xml",)), notes):
+        for name, shown in self.named_files(self.annotations, (".xml",), notes):
             yield Record(name[: -len(".xml")], shown, name)
 
     def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
-        content = read_file(self.annotations, record.data, MAX_XML, "xml")
+        content = read_file(self.annotations, record.data, MAX_XML, "xml", self.follow_links)
         try:
             root = ElementTree.fromstring(content)
-            image = root.findtext("filename", "").strip()
-            size = tuple(int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise DataFault("xml", f"no readable VOC annotation: {error}") from None
+        image, size = root.findtext("filename", "").strip(), _size(root)
         boxes, things = [], list(root.iter("object"))
         easy = [(index, item) for index, item in enumerate(things) if item.findtext("difficult", "").strip() != "1"]
         notes.drop("difficult object", len(things) - len(easy))
@@ -61,7 +64,7 @@ class Voc(Source):
                 boxes.append(self._box(item))
             except DataFault as fault:
                 notes.fault(record, DataFault(fault.kind, f"object {index}: {fault}"))
-        picture = read_image(self.images, image)
+        picture = self.read_image(self.images, image)
         return picture_row(record, picture, image, boxes, notes, size, source="voc", licence=self.licence)
 
     def _box(self, item: ElementTree.Element) -> PixelBox:
@@ -70,4 +73,21 @@ class Voc(Source):
             x1, y1, x2, y2 = map(float, found)
         except ValueError:
             raise DataFault("box", f"bndbox must hold numbers xmin, ymin, xmax and ymax, got {found}") from None
-        return PixelBox((x1 - self.origin, y1 - self.origin, x2, y2), class_phrase(item.findtext("name", "")))
+        phrase = class_phrase(item.findtext("name", ""), self.articles)
+        return PixelBox((x1 - self.origin, y1 - self.origin, x2, y2), phrase)
+
+
+def _size(root: ElementTree.Element) -> tuple[int, int] | None:
+    """(width, height) as annotated; None where the file does not tell, or tells 0, as some tools write. Raises
+    DataFault of kind `xml`."""
+    sides = []
+    for side in ("width", "height"):
+        text = root.findtext(f"size/{side}", "").strip() or "0"
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (number >= 0 and number.is_integer()):
+            raise DataFault("xml", f"size/{side} must be a whole number of pixels, got {text!r:.40}")
+        sides.append(int(number))
+    return (sides[0], sides[1]) if all(sides) else None
