@@ -44,6 +44,22 @@ def llava(folder, *items) -> Llava:
     return Llava(write_json(folder / "chat.json", list(items)), str(folder / "images"), licence="CC-BY-4.0")
 
 
+def test_words_of_other_tools(folder):
+    usual = item("a.jpg", "<image>\nWho?", "A man.")
+    turns = [{"role": role, "content": text} for role, text in (("user", "<image>\nWho?"), ("assistant", "A man."))]
+    named = [{"from": "USER" if turn["role"] == "user" else "assistant", "value": turn["content"]} for turn in turns]
+    for number, other in enumerate(
+        (
+            item("./a.jpg", conversations=turns),
+            item(None, conversations=named, images=["a.jpg"]),
+            {"messages": turns, "images": "a.jpg"},
+        )
+    ):
+        summary, rows = convert(llava(folder, usual, other), folder / f"out{number}")
+        assert list(rows) == ["llava/a.jpg"] and said(rows["llava/a.jpg"]) == [["Who?", "A man."]] * 2
+        assert not summary.faulty and not summary.dropped
+
+
 def test_a_row_a_picture_with_all_of_its_conversations(folder):
     summary, rows = convert(
         llava(

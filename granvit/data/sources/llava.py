@@ -1,5 +1,8 @@
 """LLaVA's conversations: a JSON list of {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}.
 
+What tools that write the format call these is read too: "images" (a list), "messages", "role" and "content", "user" and
+"assistant".
+
 A picture is named by many items, one a conversation: they become one row, whose picture is then encoded once for all of
 them. Items are joined in SQLite, on disk, since there are millions.
 """
@@ -7,6 +10,7 @@ them. Items are joined in SQLite, on disk, since there are millions.
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -18,15 +22,15 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from granvit.data.files import local, read_image
+from granvit.data.files import is_remote, local
 from granvit.data.schema import CHAT_FEATURES, conversation_turns, is_unicode, parse_conversation
-from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import picture_row
+from granvit.data.shards import Notes, Record
+from granvit.data.sources.rows import FolderSource, picture_row
 from granvit.data.sources.stream import elements
 from granvit.questions.prompts import IMAGE
 from granvit.questions.schema import DataFault
 
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 # Pictures that other converters know by these ids, where they lie as LLaVA's own lists have it.
 _ELSEWHERE = (
@@ -36,7 +40,7 @@ _ELSEWHERE = (
 
 
 @dataclass(frozen=True)
-class Llava(Source):
+class Llava(FolderSource):
     """Conversations in LLaVA's JSON, for the stage sft. The picture always comes first: "<image>" is taken out."""
 
     annotations: Positional[str]
@@ -58,7 +62,7 @@ class Llava(Source):
             database.execute("PRAGMA synchronous = OFF")
             database.execute("CREATE TABLE items (n INTEGER PRIMARY KEY, image TEXT, turns TEXT)")
             for index, (_, item) in enumerate(elements(self.annotations)):
-                if isinstance(item, dict) and item.get("image") in (None, "", []):
+                if isinstance(item, dict) and _either(item, "image", "images") in (None, "", []):
                     notes.drop("conversation without image")
                     continue
                 try:
@@ -76,43 +80,44 @@ class Llava(Source):
 
     def row(self, record: Record, notes: Notes) -> dict[str, Any]:
         image, conversations = record.data["image"], record.data["conversations"]
-        content = read_image(self.images, image)
+        content = self.read_image(self.images, image)
         told = {"source": self.name, "licence": self.licence, "conversations": conversations}
         return picture_row(record, content, image, (), notes, **told)
 
 
 def _image(item: Any) -> str:
     """The path of an item's only image."""
-    image = item.get("image") if isinstance(item, dict) else None
+    image = _either(item, "image", "images") if isinstance(item, dict) else None
     if isinstance(image, list):
         if len(image) > 1:
             raise DataFault("images", f"has {len(image)} images; a conversation about one is accepted")
         [image] = image
     if not isinstance(image, str) or not image or not is_unicode(image):
         raise DataFault("path", f"image must be a path relative to the folder, got {brief(item)}")
-    return image
+    return image if is_remote(image) else posixpath.normpath(image.replace("\\", "/"))
 
 
 def _turns(item: dict[str, Any]) -> list[dict[str, str]]:
     """An item's conversation as the schema has it."""
-    listed = item.get("conversations")
+    listed = _either(item, "conversations", "messages")
     if not isinstance(listed, list) or not all(isinstance(turn, dict) for turn in listed):
         raise DataFault("conversations", f"conversations must be a list of objects, got {brief(listed)}")
-    marked = sum(_text(turn).count(IMAGE) for turn in listed if turn.get("from") == "human")
+    turns, marked = [], 0
+    for turn in listed:
+        role, text = _either(turn, "from", "role"), _either(turn, "value", "content")
+        if not isinstance(text, str):
+            raise DataFault("conversation_text", f"value must be a string, got {brief(text)}")
+        # A role that is none stays, to be named in the fault; it may be anything that JSON holds.
+        role = ROLES.get(role.lower(), role) if isinstance(role, str) else brief(role)
+        if role == "user":
+            marked += text.count(IMAGE)
+            text = text.replace(IMAGE, "").strip()
+        turns.append({"role": role, "content": text})
     if marked > 1:
         raise DataFault("images", f"says {IMAGE} {marked} times; a conversation about one is accepted")
-    turns = []
-    for turn in listed:
-        role, text = turn.get("from"), _text(turn)
-        # A role that is none stays, to be named in the fault; it may be anything that JSON holds.
-        turns.append({"role": ROLES.get(role, role) if isinstance(role, str) else brief(role), "content": text})
-        if role == "human":
-            turns[-1]["content"] = text.replace(IMAGE, "").strip()
     return conversation_turns(parse_conversation(turns))
 
 
-def _text(turn: dict[str, Any]) -> str:
-    text = turn.get("value")
-    if not isinstance(text, str):
-        raise DataFault("conversation_text", f"value must be a string, got {brief(text)}")
-    return text
+def _either(item: dict[str, Any], name: str, other: str) -> Any:
+    """The value under a key of LLaVA's, or under the one that other tools write."""
+    return item[name] if item.get(name) is not None else item.get(other)
