@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 from granvit.questions.schema import DataFault
 
 log = logging.getLogger(__name__)
+
+NAMED = 10
+"""Rows of one and the same fault that a line names."""
 
 
 class FaultBudgetExceeded(ValueError):
@@ -41,12 +45,21 @@ class FaultLog:
 
     def add(self, row: int | str, name: str, fault: DataFault) -> None:
         """Note one fault of row `row` (its number or id), shown as `name`."""
-        if (row, str(fault)) in self._seen:
-            return
-        self._seen.add((row, str(fault)))
-        self.counts[fault.kind] += 1
-        self.faulty.add(row)
-        log.warning("%s", _printable(f"{name}: {fault}"))
+        self.add_all([(row, name, fault)])
+
+    def add_all(self, faults: Iterable[tuple[int | str, str, DataFault]]) -> None:
+        """Note faults as `add` does; rows that have the very same one stand on one line, with their number
+        where they are more than NAMED."""
+        names: dict[str, list[str]] = {}
+        for row, name, fault in faults:
+            if (row, str(fault)) not in self._seen:
+                self._seen.add((row, str(fault)))
+                self.counts[fault.kind] += 1
+                self.faulty.add(row)
+                names.setdefault(str(fault), []).append(name)
+        for message, rows in names.items():
+            more = f" and {len(rows) - NAMED:,} more" if len(rows) > NAMED else ""
+            log.warning("%s", _printable(f"{', '.join(rows[:NAMED])}{more}: {message}"))
 
     def check(self) -> None:
         """Raises FaultBudgetExceeded if there are more rows with faults than the budget allows."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -42,6 +43,8 @@ from granvit.data.files import state
 from granvit.data.schema import FEATURES
 from granvit.data.writer import check_split
 from granvit.questions.schema import DataFault
+
+log = logging.getLogger(__name__)
 
 WORK, FINISHED = ".unfinished", ".finished"
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.parquet")
@@ -250,8 +253,10 @@ def _work_folder(output_dir: Path, split: str) -> Iterator[Path]:
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"another process is building {output_dir}") from None
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s can't be locked (%s): see that no other process builds there", output_dir, error)
         try:
             yield work
         except BaseException:  # work that never began leaves nothing behind
@@ -488,10 +493,14 @@ Boxes are relative xyxy after EXIF orientation.
 
 
 def _add_faults(log: FaultLog, faults: Iterable[tuple[str, str, str, str]]) -> None:
+    added: list[tuple[str, str, DataFault]] = []
+    rows = set(log.faulty)
     for key, name, kind, message in faults:
-        if _hopeless(log):
+        if len(rows) > max(log.allowed, NAMED_FAULTS):
             break
-        log.add(key, name, DataFault(kind, message))
+        rows.add(key)
+        added.append((key, name, DataFault(kind, message)))
+    log.add_all(added)
 
 
 def _hopeless(log: FaultLog) -> bool:

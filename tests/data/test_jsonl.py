@@ -1,5 +1,6 @@
 """JSONL in, Gran dataset out; every fault is named with its line."""
 
+import codecs
 import json
 import logging
 import os
@@ -71,7 +72,7 @@ def test_good_lines(file, tmp_path):
         ('{"a": NaN}', "NaN is no JSON number"),
         ('{"a": 1, "a": 2}', "repeated key 'a'"),
         ("[" * 100_000, "not JSON"),
-        (line(licence="absent"), "missing licence"),
+        (line(image="absent"), "missing image"),
         (line(label="x"), "unknown key 'label'; known: caption"),
         (line(width="12"), "width must be an integer, got '12'"),
         (line(height=True), "height must be an integer, got True"),
@@ -87,7 +88,7 @@ def test_good_lines(file, tmp_path):
         (line(image="/etc/passwd"), "image must lie in"),
         (line(image="a\0.png"), "can't be read"),
         (line(image="all.jsonl"), "not an image in one of the formats"),
-        (line(image="images/out.png"), "image must lie in"),
+        (line(image="images/out.png"), "leads out of"),
         (line(regions=[REGION, 3]), r"regions[1]: a region must be an object, got 3"),
         (line(regions=[REGION, REGION | {"name": "x"}]), r"regions[1]: unknown key 'name'"),
         (line(regions=[REGION, {"box": [0, 0, 1, 1]}]), r"regions[1]: missing caption, kind"),
@@ -120,6 +121,29 @@ def test_every_fault_is_named_with_its_line(file, tmp_path, bad, message, caplog
     assert len(kept) == (3 if "regions[1]" in message else 2)
 
 
+def test_what_the_picture_knows_need_not_be_told(file, tmp_path):
+    short = {"image": "images/a.png", "regions": [REGION]}
+    write(file, short, {"image": "images/a.png", "caption": "a picture", "id": "b"})
+    assert convert_jsonl(file, tmp_path / "out").kept == 2
+    row = GranDataset(tmp_path / "out").rows[0]
+    assert (row["id"], row["width"], row["height"], row["caption"]) == ("images/a.png", 12, 8, None)
+    assert (row["source"], row["licence"]) == ("", "")
+
+
+def test_byte_order_marks_are_read_over(file, tmp_path):
+    lines = [json.dumps(line(id=name)).encode() for name in "ab"]
+    file.write_bytes(b"".join(codecs.BOM_UTF8 + text + b"\n" for text in lines) + codecs.BOM_UTF8)
+    assert convert_jsonl(file, tmp_path / "out").read == 2
+
+
+def test_equal_faults_are_one_line(file, tmp_path, caplog):
+    write(file, *[line(id=f"n{number}", licence=1) for number in range(16)], line(id="good"))
+    summary = convert_jsonl(file, tmp_path / "out", fault_budget=1)
+    assert summary.faulty == summary.faults["type"] == 16
+    named = ", ".join(f"{file}:{number}" for number in range(1, 11))
+    assert caplog.messages == [f"{named} and 6 more: licence must be a string, got 1"]
+
+
 def test_a_used_id_is_a_fault(file, tmp_path, caplog):
     write(file, line(id="x"), line(id="x"))
     convert_jsonl(file, tmp_path / "out")
@@ -148,7 +172,8 @@ def test_too_many_faults_name_all_and_write_nothing(file, tmp_path, caplog):
     write(file, line(), *["{"] * 5)
     with pytest.raises(FaultBudgetExceeded, match="5 of 6 lines have faults .json 5."):
         convert_jsonl(file, tmp_path / "out")
-    assert len(caplog.records) == 5
+    [message] = caplog.messages
+    assert all(f"{file}:{number}" in message for number in range(2, 7))
     with pytest.raises(ValueError, match="not finished"):
         GranDataset(tmp_path / "out")
     assert convert_jsonl(file, tmp_path / "out", fault_budget=0.9).kept == 1

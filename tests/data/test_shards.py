@@ -1,5 +1,7 @@
 """The build itself: killed at any moment it goes on and ends as if it never was; whatever else is refused by name."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -200,6 +202,15 @@ def test_another_command_in_the_folder_is_refused_with_the_difference(tmp_path):
     assert build_dataset(Numbers(20, bad=(1,)), tmp_path / "out", workers=0, fault_budget=1).kept == 19
     with pytest.raises(ValueError, match="output must be a new or an empty folder"):
         build_dataset(Numbers(20, bad=(1,)), tmp_path / "out", workers=0, fault_budget=1)
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert build_dataset(Numbers(3), tmp_path / "out", workers=0).kept == 3
+    assert "can't be locked" in caplog.text
 
 
 def test_two_at_once_are_refused(tmp_path, zygote):

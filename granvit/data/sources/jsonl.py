@@ -1,15 +1,12 @@
-"""JSONL in, Gran dataset out: one line an image.
+"""JSONL in, Gran dataset out: one line an image. `Jsonl` has the format.
 
-    {"image": path relative to the file, "width", "height", "caption": string or null, "regions": [{"box":
-    [x1, y1, x2, y2] relative, "caption", "kind": "natural" or "ocr"}], "source", "licence", "id": optional}
-
-width and height are those after EXIF orientation; the id is the image's path where none is given; a region
-may carry a "score". The schema is strict: an unknown or missing key, a wrong type and a repeated key are
-faults, like whatever `granvit.data.schema` rejects.
+The schema is strict: an unknown or missing key, a wrong type and a repeated key are faults, like whatever
+`granvit.data.schema` rejects.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +14,10 @@ from typing import IO, Any
 
 from tyro.conf import Positional
 
-from granvit.data.files import open_file, parent, read_image
+from granvit.data.files import open_file, parent
 from granvit.data.schema import check_size, is_unicode, parse_region
-from granvit.data.shards import Notes, Record, Source
-from granvit.data.sources.rows import parse_json
+from granvit.data.shards import Notes, Record
+from granvit.data.sources.rows import FolderSource, parse_json
 from granvit.questions.pictures import decode_image
 from granvit.questions.schema import DataFault
 
@@ -34,14 +31,23 @@ _KEYS = {  # key: (types, what a fault says is accepted)
     "licence": ((str,), "a string"),
     "id": ((str,), "a string"),
 }
+_OPTIONAL = {"id", "width", "height", "caption", "regions", "source", "licence"}
 _REGION_KEYS = {"box", "caption", "kind", "score"}
 
 MAX_LINE = 10_000_000  # bytes
 
 
 @dataclass(frozen=True)
-class Jsonl(Source):
-    """JSONL, one line an image."""
+class Jsonl(FolderSource):
+    """JSONL, a JSON object a line, one line an image:
+
+    {"image": "photos/1.jpg", "regions": [{"box": [0.1, 0.2, 0.5, 0.9], "caption": "a red kite", "kind": "natural"}]}
+
+    image: the picture's path, relative to the file. regions: box is [x1, y1, x2, y2] relative to the picture as EXIF
+    turns it, each in [0, 1]; kind is "natural", or "ocr" for text, whose caption is what it says; a "score" may be
+    added. Optional: caption (of the whole picture), id (the path without it), source, licence, width and height in
+    pixels (checked). A line without regions needs a caption.
+    """
 
     file: Positional[str]
     """FILE or URL; images lie in its folder or below."""
@@ -54,6 +60,7 @@ class Jsonl(Source):
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
         with open_file(self.file) as file:
             for number, line in enumerate(_lines(file), 1):
+                line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.strip():
                     continue
                 name = f"{self.file}:{number}"
@@ -67,20 +74,26 @@ class Jsonl(Source):
     def row(self, record: Record, notes: Notes) -> dict[str, Any]:
         data = record.data
         regions = []
-        for index, region in enumerate(data["regions"]):
+        for index, region in enumerate(data.get("regions", [])):
             try:
                 regions.append(_region(region))
             except DataFault as fault:
                 notes.fault(record, DataFault(fault.kind, f"regions[{index}]: {fault}"))
-        if not regions and data["caption"] is None:
+        if not regions and data.get("caption") is None:
             raise DataFault("empty_row", "neither a caption nor a usable region")
-        content = read_image(parent(self.file), data["image"])
-        check_size(data["width"], data["height"], decode_image(content))
+        content = self.read_image(parent(self.file), data["image"])
+        picture = decode_image(content)
+        width, height = data.get("width", picture.width), data.get("height", picture.height)
+        check_size(width, height, picture)
         return {
             "id": record.id,
             "image": {"bytes": content, "path": data["image"].rpartition("/")[2]},
-            **{key: data[key] for key in ("width", "height", "caption", "source", "licence")},
+            "width": width,
+            "height": height,
+            "caption": data.get("caption"),
             "regions": regions,
+            "source": data.get("source", ""),
+            "licence": data.get("licence", ""),
         }
 
 
@@ -100,13 +113,13 @@ def _parse(line: bytes) -> dict[str, Any]:
     data = parse_json(line)
     if not isinstance(data, dict):
         raise DataFault("json", f"a line must be an object, got {type(data).__name__}")
-    _check_keys(data, _KEYS, optional={"id"})
+    _check_keys(data, _KEYS, _OPTIONAL)
     for key, (types, accepted) in _KEYS.items():
         if key in data and (not isinstance(data[key], types) or isinstance(data[key], bool)):
             raise DataFault("type", f"{key} must be {accepted}, got {data[key]!r:.80}")
         if isinstance(data.get(key), str) and not is_unicode(data[key]):
             raise DataFault("type", f"{key} must be {accepted} of Unicode, got {data[key]!r:.80}")
-    if data["caption"] is not None and not data["caption"].strip():
+    if data.get("caption") is not None and not data["caption"].strip():
         raise DataFault("caption", f"caption must be null or have text in it, got {data['caption']!r}")
     if not data.get("id", data["image"]):
         raise DataFault("id", "id must not be empty")
@@ -116,7 +129,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _region(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DataFault("type", f"a region must be an object, got {data!r:.80}")
-    _check_keys(data, _REGION_KEYS, optional={"score"})
+    _check_keys(data, _REGION_KEYS, {"score"})
     if not isinstance(data["box"], list):
         raise DataFault("box", f"box must be a list [x1, y1, x2, y2], got {data['box']!r:.80}")
     return parse_region(data).fields()
