@@ -13,8 +13,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from granvit.train.memory import checkpoint_activations
-from granvit.train.shapes import config_of, on_meta
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +22,9 @@ from granvit.data.batches import collate
 from granvit.model import GranViTProcessor, llm
 from granvit.train.distill import Teacher
 from granvit.train.loop import freeze, make_optimizer
+from granvit.train.memory import checkpoint_activations
 from granvit.train.presets import PRESETS
+from granvit.train.shapes import config_of, on_meta
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
 
