@@ -130,13 +130,24 @@ def without_markers(text: str) -> str:
 def format_box(box: Sequence[float], box_format: str = "text", bins: int = 1000) -> str:
     """A relative xyxy box as "[0.123, 0.456, 0.789, 0.950]" or as four location tokens "<loc_3><loc_14>...".
 
-    A coordinate falls into bin floor(x * bins), 1 into the last one.
+    A coordinate falls into bin floor(x * bins), 1 into the last one. What `parse_box` reads from it has an area and
+    holds the box's centre, however thin the box is.
     """
     if box_format == "text":
-        return "[" + ", ".join(f"{value:.3f}" for value in box) + "]"
+        (x1, x2), (y1, y2) = (_thousandths(box[axis], box[axis + 2]) for axis in (0, 1))
+        return "[" + ", ".join(f"{value / 1000:.3f}" for value in (x1, y1, x2, y2)) + "]"
     if box_format == "bins":
         return "".join(f"<loc_{min(int(value * bins), bins - 1)}>" for value in box)
     raise ValueError(f"box_format: got {box_format!r}, accepted are 'text' and 'bins'")
+
+
+def _thousandths(low: float, high: float) -> tuple[int, int]:
+    """Two edges rounded to thousandths; where they fall together, those of the thousandth that holds their centre."""
+    first, last = (round(1000 * round(float(edge), 3)) for edge in (low, high))
+    if first < last:
+        return first, last
+    cell = min(int((low + high) * 500), 999)
+    return cell, cell + 1
 
 
 def parse_box(text: str, box_format: str = "text", bins: int = 1000) -> Box | None:

@@ -18,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from granvit.cost.shapes import config_of, on_meta
 from granvit.data.batches import collate
 from granvit.model import GranViTProcessor, llm
 from granvit.train.distill import Teacher
 from granvit.train.loop import freeze, make_optimizer
-from granvit.train.memory import checkpoint_activations
+from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import PRESETS
-from granvit.train.shapes import config_of, on_meta
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
 
