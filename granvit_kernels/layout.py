@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,13 +48,7 @@ class PackedLayout:
         Raises ValueError for another shape or dtype, a side under 1, or 2**31 tokens and more; RuntimeError while a
         CUDA graph is captured on that device.
         """
-        if isinstance(grids, Tensor):
-            given = grids.detach()
-        else:
-            try:
-                given = torch.tensor([tuple(grid) for grid in grids], device="cpu")
-            except (TypeError, ValueError, RuntimeError, OverflowError):  # no pairs, ragged ones, other things in them
-                raise ValueError(f"grids is {checks.shown(grids)}; it takes pairs (h, w) of whole numbers") from None
+        given = grids.detach() if isinstance(grids, Tensor) else _as_tensor(grids)
         if given.shape == (0,):
             given = given.reshape(0, 2).to(torch.int64)
         if given.dim() != 2 or given.shape[1] != 2:
@@ -68,7 +62,7 @@ class PackedLayout:
             raise ValueError(
                 f"grids[{image}] is {tuple(host[image].tolist())}; both sides must be at least 1 and below 2**31"
             )
-        return cls._on(given.device if device is None else torch.device(device), tuple(map(tuple, host.tolist())))
+        return cls._on(given.device if device is None else torch.device(device), host)
 
     @classmethod
     def of_tensors(
@@ -82,21 +76,24 @@ class PackedLayout:
         return layout
 
     @classmethod
-    def _on(cls, device: torch.device, host_grids: tuple[tuple[int, int], ...]) -> PackedLayout:
-        ends = [0, *accumulate(h * w for h, w in host_grids)]  # Python's integers: the sum may be larger than int64
-        if ends[-1] >= 2**31:
-            raise ValueError(f"grids hold {ends[-1]} tokens together; a layout takes fewer than 2**31")
+    def _on(cls, device: torch.device, host: Tensor) -> PackedLayout:
+        """host: grids int64 [B, 2] on the CPU, sides in range."""
+        lengths, host_grids = host.prod(1), tuple(zip(*host.T.tolist(), strict=True))
+        if lengths.sum(dtype=torch.float64) >= 2**31:  # the sum may be larger than int64
+            tokens = sum(h * w for h, w in host_grids)
+            raise ValueError(f"grids hold {tokens} tokens together; a layout takes fewer than 2**31")
         pin = device.type == "cuda" and torch.cuda.is_initialized()
         if pin and torch.cuda.is_current_stream_capturing():  # replays would read memory that is no longer ours
             raise RuntimeError("a CUDA graph can't capture PackedLayout.from_grids or .to: make the layout before")
 
-        def copied(numbers: Sequence) -> Tensor:
+        def copied(numbers: Tensor) -> Tensor:
+            numbers = numbers.to(torch.int32).contiguous()
             # Pinned memory goes back to torch's allocator, which waits for the copy's event before it reuses it.
-            host = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pin)
-            return host.to(device, non_blocking=True)
+            return (numbers.pin_memory() if pin else numbers).to(device, non_blocking=True)
 
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         # Two copies: views of one buffer have offsets, for which torch.compile compiles once more.
-        return cls.of_tensors(host_grids, copied(host_grids).view(-1, 2), copied(ends))
+        return cls.of_tensors(host_grids, copied(host), copied(ends))
 
     @cached_property
     def host_grids(self) -> tuple[tuple[int, int], ...]:
@@ -114,7 +111,7 @@ class PackedLayout:
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its tensors on `device`. To CUDA it is copied as from_grids does it."""
         device = torch.empty(0, device=device).device  # "cuda" with its number
-        return self if device == self.device else self._on(device, self.host_grids)
+        return self if device == self.device else self._on(device, _as_tensor(self.host_grids).reshape(-1, 2))
 
     def split(self, features: Tensor) -> list[Tensor]:
         """Packed features [T, ...] image by image: B views [h, w, ...], which gradients flow through.
@@ -153,6 +150,16 @@ class PackedLayout:
         checks.image_index_values(image_index, len(self))
         sides = self.grids[image_index.long()].flip(1).to(torch.float32)
         return boxes.detach().to(torch.float32) * sides.repeat(1, 2)
+
+
+def _as_tensor(grids: Sequence[Sequence[int]]) -> Tensor:
+    """What a list of grids holds, on the host. Raises ValueError for what is no table of numbers."""
+    try:
+        rows = [tuple(grid) for grid in grids]
+        array = np.array(rows)  # a few times faster than torch.tensor, which knows the other kinds
+        return torch.from_numpy(array) if array.dtype == np.int64 else torch.tensor(rows, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # no pairs, ragged ones, other things in them
+        raise ValueError(f"grids is {checks.shown(grids)}; it takes pairs (h, w) of whole numbers") from None
 
 
 def fit_grid(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:

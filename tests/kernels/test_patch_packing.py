@@ -661,3 +661,13 @@ def test_meta_images_give_shapes():
     patches, layout = pack_patches(images, 16, MEAN, STD, grids=[(2, 3), (1, 1)])
     assert patches.is_meta and patches.shape == (7, 768) and patches.dtype == torch.bfloat16
     assert layout.grids.is_meta and layout.host_grids == ((2, 3), (1, 1))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.* is deprecated")
+def test_a_trace_packs_anew():
+    def run(image):
+        return pack_patches([image], 8, MEAN, STD, grids=[(2, 3)])[0]
+
+    image, other = noise(20, 30), noise(20, 30, seed=1)
+    expected = forced("reference", [other], 8, MEAN, STD, grids=[(2, 3)])
+    assert torch.equal(torch.jit.trace(run, image)(other), expected)
