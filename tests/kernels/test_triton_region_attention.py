@@ -15,6 +15,8 @@ from granvit_kernels import PackedLayout
 from granvit_kernels.ops.region_attention import reference, triton
 
 pytest.importorskip("triton")
+from sanitizer import sanitized  # noqa: E402
+
 interpreter.mend()
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET is not set"),
@@ -77,7 +79,7 @@ def check(
         torch.randn(len(boxes), queries, heads, generator=generator),
     ]
     place = layout.grids, layout.cu_seqlens, boxes, torch.tensor(image_index, dtype=torch.int64)
-    found = both_ways(triton, tensors, upstream, place, coverage)
+    found = sanitized(both_ways, triton, tensors, upstream, place, coverage)
     plain = both_ways(reference, tensors, upstream, place, coverage)
     exact = both_ways(reference, [t.double() for t in tensors], [t.double() for t in upstream], place, coverage)
     assert found[1].dtype == torch.float32 and all(t.dtype == dtype for t in (found[0], *found[2:]))
