@@ -32,7 +32,7 @@ from tyro.conf import Positional
 
 from granvit.data.files import MAX_BYTES, join, list_files
 from granvit.data.loader import open_rows
-from granvit.data.measures import box_iou, words
+from granvit.data.measures import box_iou, nfc, words
 from granvit.data.schema import CHAT_FEATURES, FEATURES, check_size, conversation_turns, parse_row
 from granvit.data.shards import Notes, Record, Source
 from granvit.questions.pictures import decode_image
@@ -295,7 +295,7 @@ CHOICES: dict[str, Callable[[Filter, list[Region]], list[Region]]] = {
 
 def normalised(text: str) -> str:
     """A caption as repetitions are counted: its words, or what stands in place of words ("?!")."""
-    return " ".join(words(text)) or " ".join(text.split())
+    return " ".join(words(text)) or nfc(text)
 
 
 def repeated(texts: Callable[[], Iterable[str]], most: int) -> frozenset[str]:

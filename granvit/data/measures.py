@@ -7,16 +7,31 @@ import unicodedata
 
 import numpy as np
 
-# Scripts without spaces between words, a character a word: kana and Chinese characters with their extensions.
-_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Scripts without spaces between words, a character with its marks a word: kana and Chinese characters with their
+# extensions, Thai, Lao, Burmese, Khmer, Tai Le, New Tai Lue, Tai Tham.
+_UNSPACED = (
+    r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    r"\u0e01-\u0e4f\u0e81-\u0ecf\u0edc-\u0edf\u1000-\u103f\u1050-\u109f\uaa60-\uaa7f\u1780-\u17d3"
+    r"\u1950-\u197f\u1980-\u19c9\u1a20-\u1a7f"
+)
 # Accents and vowel signs, which belong to their letter and are no \w: else "कि" and "का" were one word.
 _MARKS = "".join(mark for mark in map(chr, range(0x300, 0x11FFF)) if unicodedata.category(mark) in ("Mn", "Mc"))
-_WORD = re.compile(rf"(?!\W)[{_CJK}]|[^\W_{_CJK}](?:[^\W_{_CJK}]|[{_MARKS}])*")
+_WORD = re.compile(rf"(?!\W)[{_UNSPACED}][{_MARKS}\u0e33\u0eb3]*|[^\W_{_UNSPACED}](?:[^\W_{_UNSPACED}]|[{_MARKS}])*")
+
+
+def nfc(text: str) -> str:
+    """The text in Unicode's form NFC, white space as single spaces: in it, letters that look the same are the same."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of any script without punctuation, which ROUGE-L, CIDEr and the exact match compare."""
-    return _WORD.findall(text.lower())
+    """Lower-case words of any script without punctuation, in Unicode's form NFC."""
+    return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
+
+
+def tokens(text: str) -> list[str]:
+    """What ROUGE-L, CIDEr and the exact match compare: the words; of text without any (an arrow, "!"), the signs."""
+    return words(text) or list(nfc(text).replace(" ", ""))
 
 
 def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from granvit.data.measures import tokens
 from granvit.eval.evaluation import TASKS, ask
-from granvit.eval.metrics import Prediction, box_iou, summarise, words
+from granvit.eval.metrics import Prediction, box_iou, summarise
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 MIN_CLASS = 20  # a size class with fewer training regions than this falls back on its kind
@@ -32,16 +33,16 @@ def rouge_l_matrix(candidates: list[str], references: list[str]) -> np.ndarray:
     of the longest common subsequence by Hyyro's bit-parallel recurrence (2004), one uint64 a pair, so that
     words past the 64th are cut off.
     """
-    tokens = [[words(text)[:64] for text in texts] for texts in (candidates, references)]
-    vocabulary = {word: i for i, word in enumerate(sorted({w for texts in tokens for t in texts for w in t}))}
+    said = [[tokens(text)[:64] for text in texts] for texts in (candidates, references)]
+    vocabulary = {word: i for i, word in enumerate(sorted({w for texts in said for t in texts for w in t}))}
     where = np.zeros((len(vocabulary) + 1, len(references)), dtype=np.uint64)  # bit p: word stands at place p
-    for r, reference in enumerate(tokens[1]):
+    for r, reference in enumerate(said[1]):
         for place, word in enumerate(reference):
             where[vocabulary[word], r] |= np.uint64(1 << place)
-    sizes = [np.array([len(t) for t in texts]) for texts in tokens]
+    sizes = [np.array([len(t) for t in texts]) for texts in said]
     padding = len(vocabulary)  # matches nowhere and so changes nothing
     padded = np.full((len(candidates), max(sizes[0], default=0)), padding)
-    for c, candidate in enumerate(tokens[0]):
+    for c, candidate in enumerate(said[0]):
         padded[c, : len(candidate)] = [vocabulary[word] for word in candidate]
 
     state = np.full((len(candidates), len(references)), np.uint64(2**64 - 1))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from granvit.data.measures import box_iou, words
+from granvit.data.measures import box_iou, nfc, tokens
 from granvit.eval.cider import cider_d
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
@@ -34,38 +34,38 @@ Prediction = dict[str, Any]
 def _rouge() -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
+    return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=tokens))
 
 
 def rouge_l(truth: str, answer: str) -> float:
-    """F-measure of the longest common subsequence of `words` (Lin 2004), by the rouge-score library, without
+    """F-measure of the longest common subsequence of `tokens` (Lin 2004), by the rouge-score library, without
     stemming. Its own tokenizer knows ASCII only, where ours gives the same words.
     """
     return _rouge().score(truth, answer)["rougeL"].fmeasure
 
 
 def exact(truth: str, answer: str) -> bool:
-    """Equal but for case, punctuation and spaces; text of nothing but punctuation is compared as it is."""
-    return (words(truth) or truth.split()) == (words(answer) or answer.split())
+    """Equal but for case, punctuation and spaces; text of nothing but signs is compared sign by sign."""
+    return tokens(truth) == tokens(answer)
 
 
 def exact_text(truth: str, answer: str) -> bool:
-    """Equal to the letter, white space normalised: the exact match of text that was to be read."""
-    return truth.split() == answer.split()
+    """Equal to the letter, white space and Unicode's form normalised: the exact match of text that was to be read."""
+    return nfc(truth) == nfc(answer)
 
 
 def cider(truths: list[str], answers: list[str]) -> np.ndarray:
     """CIDEr-D (Vedantam et al. 2015) of each answer, float64 [N]: 10 for equal captions of at least four words, less
     for shorter ones, which lack the longer n-grams. Document frequencies are those of `truths`.
     """
-    return cider_d([words(truth) for truth in truths], [words(answer) for answer in answers])
+    return cider_d([tokens(truth) for truth in truths], [tokens(answer) for answer in answers])
 
 
 def cer(truths: list[str], answers: list[str]) -> float:
     """Character error rate over a corpus, by jiwer: edits / characters of the truths. It can exceed 1."""
     import jiwer
 
-    return jiwer.cer([" ".join(t.split()) for t in truths], [" ".join(a.split()) for a in answers])
+    return jiwer.cer([nfc(truth) for truth in truths], [nfc(answer) for answer in answers])
 
 
 def iou(prediction: Prediction) -> float:

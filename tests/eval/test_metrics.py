@@ -1,6 +1,7 @@
 """Metrics against values worked out by hand."""
 
 import math
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 
-from granvit.eval.metrics import box_iou, cer, cider, counts, exact, exact_text, iou, rouge_l, summarise, words
+from granvit.data.measures import words
+from granvit.eval.baselines import rouge_l_matrix
+from granvit.eval.metrics import box_iou, cer, cider, counts, exact, exact_text, iou, rouge_l, summarise
 
 
 def caption(truth, answer, kind="natural", source="scenes"):
@@ -47,12 +50,31 @@ def test_words_of_ascii_are_those_of_rouge_score(text):
 def test_words_of_other_scripts():
     assert words("Naïve café") == ["naïve", "café"]
     assert words("Красный круг, ένας 한국 사람") == ["красный", "круг", "ένας", "한국", "사람"]
-    assert words("हिन्दी, कि का! cafe\u0301 \u2764\ufe0f") == ["हिन्दी", "कि", "का", "cafe\u0301"]
+    assert words("हिन्दी, कि का! cafe\u0301 \u2764\ufe0f") == ["हिन्दी", "कि", "का", "café"]
     assert words("红色2圆。カ・ナ x_y") == ["红", "色", "2", "圆", "カ", "ナ", "x", "y"]
     assert rouge_l("красный большой круг", "красный круг") == pytest.approx(4 / 5)
     assert rouge_l("红色的圆", "红圆") == pytest.approx(4 / 6)
     assert rouge_l("café", "caf") == 0
     assert exact("Красный круг.", "красный круг")
+
+
+def test_scripts_without_spaces_are_words_by_character_with_its_marks():
+    assert words("น้ำเย็น") == ["น้ำ", "เ", "ย็", "น"]
+    assert words("ຄົນ") == ["ຄົ", "ນ"] and words("ខ្មែរ") == ["ខ្", "មែ", "រ"] and words("မြန်မာ") == ["မြ", "န်", "မာ"]
+    assert 0 < rouge_l("สุนัขสีแดง", "สุนัขสีดำ") < 1
+
+
+@pytest.mark.parametrize("text", ["한국 사람", "Ångström naïve", "→", "!", "🙂👍", "สุนัข", "a café"])
+def test_equal_text_in_another_unicode_form_is_equal(text):
+    truth, answer = unicodedata.normalize("NFD", text), unicodedata.normalize("NFC", text)
+    assert rouge_l(truth, answer) == rouge_l(answer, truth) == 1
+    assert exact(truth, answer) and exact_text(truth, answer) and cer([truth], [answer]) == 0
+    assert rouge_l_matrix([truth], [answer]).item() == 1
+
+
+def test_signs_alone_are_compared_by_sign():
+    assert rouge_l("→", "←") == 0 and not exact("→", "←") and rouge_l("→", "a") == rouge_l("a", "→") == 0
+    assert exact("? !", "?!") and not exact("", "!")
 
 
 def test_exact_ignores_case_and_punctuation_but_text_to_be_read_is_compared_to_the_letter():
