@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .layout import PackedLayout
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -51,12 +48,12 @@ def float_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {describe(tensor)}; it takes float32, bfloat16, float16 or float64")
 
 
-def packed(name: str, tensor: Tensor, layout: PackedLayout, dims: int, shape: str) -> None:
-    """A tensor of FLOAT_DTYPES whose first dimension is the layout's tokens. shape: for the message."""
+def packed(name: str, tensor: Tensor, num_tokens: int, dims: int, shape: str) -> None:
+    """A tensor of FLOAT_DTYPES whose first dimension is the layout's num_tokens. shape: for the message."""
     float_dtype(name, tensor)
-    if tensor.dim() != dims or tensor.shape[0] != layout.num_tokens:
+    if tensor.dim() != dims or tensor.shape[0] != num_tokens:
         raise ValueError(
-            f"{name} is {describe(tensor)}; it takes floating-point {shape} with T = {layout.num_tokens}, "
+            f"{name} is {describe(tensor)}; it takes floating-point {shape} with T = {num_tokens}, "
             "the layout's tokens"
         )
 

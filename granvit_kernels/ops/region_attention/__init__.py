@@ -87,7 +87,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> N
             f"query is {checks.describe(query)}; it takes [R, K, H, D] or [K, H, D], with K, H and D at least 1"
         )
     for name, tensor in (("key", key), ("value", value)):
-        checks.packed(name, tensor, layout, 3, "[T, H, D]")
+        checks.packed(name, tensor, layout.num_tokens, 3, "[T, H, D]")
         if tensor.shape[1:] != query.shape[-2:] or tensor.dtype != query.dtype:
             raise ValueError(
                 f"{name} is {checks.describe(tensor)}; it takes query's dtype, H and D, and query is "

@@ -36,7 +36,7 @@ def roi_gather(
     Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an
     index outside the layout; on a device such a box reads nothing and gives zeros.
     """
-    checks.packed("tokens", tokens, layout, 2, "[T, C]")
+    checks.packed("tokens", tokens, layout.num_tokens, 2, "[T, C]")
     checks.boxes(boxes, image_index)
     checks.same_device(tokens.device, layout=layout.grids, boxes=boxes, image_index=image_index)
     out_h, out_w = _bins(output_size)
