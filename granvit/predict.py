@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from granvit.eval.loading import load_model, output_fault
+from granvit.data.files import output_fault
+from granvit.eval.loading import load_model
 from granvit.model.granvit import GranViT
 from granvit.model.processing import GranViTProcessor
 from granvit.questions.pictures import decode_image

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Union
 
 import tyro
@@ -141,8 +142,8 @@ def overlap(
         page: HTML file that shows pairs side by side.
         workers: Processes; None: one a core.
     """
+    from granvit.data.files import output_fault
     from granvit.data.overlap import find_overlap, write_ids, write_page
-    from granvit.eval.loading import output_fault
 
     for file in [file for file in (output, page) if file]:
         if fault := output_fault(file):
@@ -165,42 +166,6 @@ def overlap(
         console.print(f"wrote {page}", markup=False)
 
 
-def audit(
-    data: Positional[Path],
-    split: str = "train",
-    output: Path = Path("audit"),
-    model: Path | None = None,
-    images: int | None = 10_000,
-    checked_images: int = 500,
-    device: str = "auto",
-    workers: int | None = None,
-) -> None:
-    """Write a page about a dataset: its numbers, its faults, some regions, and captions that a model doubts.
-
-    Args:
-        data: A Gran dataset.
-        split: The split that is looked at.
-        output: A new or an empty folder for index.html and audit.json.
-        model: A run's folder, or a folder of save_pretrained's, whose model checks the captions.
-        images: Rows that are looked at, spread over the split; None: all.
-        checked_images: Images of these that the model checks.
-        device: Where the model runs; auto: a GPU where there is one.
-        workers: Processes; None: one a core.
-    """
-    from granvit.audit import audit as write_audit
-
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = write_audit(data, output, split, model, images, checked_images, device, workers)
-    numbers = result["numbers"]
-    console.print(f"{numbers['rows']:,} rows, {numbers['faulty']:,} of them with faults", markup=False)
-    if model:
-        console.print(f"{result['checked']:,} captions checked, {result['below']:,} fit other boxes better")
-    console.print(f"wrote {output / 'index.html'}", markup=False)
-
-
 def _built(output: Path, summary: Summary) -> None:
     console.print(f"wrote {output}", markup=False)
     console.print(summary.table())
@@ -216,7 +181,8 @@ def _ids(file: Path | None) -> list[str]:
 
 
 COMMANDS = {
-    "sample": sample, "convert": convert, "annotate": annotate, "filter": filter, "overlap": overlap, "audit": audit,
+    "sample": sample, "convert": convert, "annotate": annotate, "filter": filter, "overlap": overlap,
+    "audit": resolve_name("granvit.audit.command:audit"),  # by its name: it stands on the model, above this package
 }  # fmt: skip
 
 

@@ -226,3 +226,13 @@ def read_file(folder: str, name: str, limit: int, what: str, follow_links: bool 
     if len(content) > limit:
         raise DataFault(f"{what}_bytes", f"{what} {name!r:.80} has more than the limit of {limit} bytes")
     return content
+
+
+def output_fault(path: str | Path) -> str | None:
+    """Why no file can be written at `path` (None: one can), to be said before the work and not after it."""
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir():
+        return "it is a folder; give a file"
+    if not folder.is_dir():
+        return "there is no such folder"
+    return None if os.access(path if Path(path).exists() else folder, os.W_OK) else "it can't be written"

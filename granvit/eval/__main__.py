@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from granvit.data.files import output_fault
 from granvit.data.loader import GranDataset
 from granvit.eval.baselines import floors
 from granvit.eval.evaluation import evaluate
-from granvit.eval.loading import check_device, load_model, output_fault
+from granvit.eval.loading import check_device, load_model
 from granvit.eval.metrics import counts
 from granvit.questions.prompts import CAPTION2BBOX
 

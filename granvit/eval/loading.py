@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -84,13 +83,3 @@ def check_device(device: str) -> None:
     except Exception as error:  # each backend raises its own
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device: got {device!r}, accepted is 'cpu', or 'cuda' with a GPU: {reason}") from error
-
-
-def output_fault(path: str | Path) -> str | None:
-    """Why no file can be written at `path` (None: one can), to be said before the work and not after it."""
-    folder = Path(path).resolve().parent
-    if Path(path).is_dir():
-        return "it is a folder; give a file"
-    if not folder.is_dir():
-        return "there is no such folder"
-    return None if os.access(path if Path(path).exists() else folder, os.W_OK) else "it can't be written"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -28,11 +28,26 @@ from .prompts import REGION, Question
 from .segments import Segments, find_segments
 
 if TYPE_CHECKING:
-    from granvit.model import GranViTProcessor
-
     from .schema import Sample
 
 IGNORE = -100  # cross entropy's own default: no label here
+
+
+class Writer(Protocol):
+    """What packing asks of a GranViTProcessor: ids of what stands in a sequence."""
+
+    image_token_id: int
+    region_token_id: int
+    tokenizer: Any
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Number of tokens that an image of this size takes."""
+
+    def image_part(self, count: int) -> list[int]:
+        """Ids of the image part of a sequence, for an image of `count` tokens."""
+
+    def turn_ids(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
+        """For each question its turns, each the ids of the prompt and of the answer."""
 
 
 @dataclass
@@ -92,7 +107,7 @@ class PackedBatch:
 def pack_questions(
     samples: Sequence[Sample],
     questions: Sequence[Sequence[Question]],
-    processor: GranViTProcessor,
+    processor: Writer,
     capacity: int,
     plan: Sequence[Sequence[int]] | None = None,
 ) -> PackedBatch:
@@ -120,7 +135,7 @@ def pack_parts(
     samples: Sequence[Sample],
     questions: Sequence[Sequence[Question]],
     parts: Sequence[Part],
-    processor: GranViTProcessor,
+    processor: Writer,
     capacity: int,
     plan: Sequence[Sequence[int]] | None = None,
 ) -> PackedBatch:
@@ -183,7 +198,7 @@ class Part:
 
 
 def write_parts(
-    samples: Sequence[Sample], questions: Sequence[Sequence[Question]], processor: GranViTProcessor
+    samples: Sequence[Sample], questions: Sequence[Sequence[Question]], processor: Writer
 ) -> list[Part]:
     """The parts of a batch, tokenised. Raises ValueError as `pack_questions` does, but for capacity."""
     flat = [question for asked in questions for question in asked]

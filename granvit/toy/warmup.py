@@ -17,7 +17,6 @@ from granvit.data.batches import Batch
 from granvit.model import GranViT
 from granvit.model.llm import embedding_rms
 from granvit.questions.schema import Sample
-from granvit.train.step import Share, answer_losses
 from granvit_kernels import PackedLayout
 
 NOISE = 0.3
@@ -83,9 +82,3 @@ def _asked_regions(batch: Batch) -> Tensor:
     same = (batch.packed.boxes[:, None] == batch.regions[None]).all(-1)
     same &= batch.packed.box_image_index[:, None] == batch.region_image[None]
     return same.int().argmax(-1)
-
-
-def warmup_loss(model: GranViT, processor, batch: Batch, seed: str, share: Share | None = None) -> dict[str, Tensor]:
-    """{"loss", "loss_caption", "answers"} of a batch whose images the layout stands for (see step.stage_loss)."""
-    image, region = layout_embeds(model, processor, batch, seed)
-    return answer_losses(model, batch, image, region, share or Share.whole(batch))

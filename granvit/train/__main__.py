@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection
 from itertools import zip_longest
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import tyro
@@ -92,9 +93,7 @@ def run_replay(arguments: list[str]) -> None:
 
 
 def run_plan(arguments: list[str]) -> None:
-    from granvit.cost.plan import main
-
-    main(arguments)
+    resolve_name("granvit.cost.plan:main")(arguments)  # by its name: what a run costs stands above the trainer
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"plan": run_plan, "replay": run_replay}

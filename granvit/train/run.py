@@ -29,7 +29,6 @@ from granvit.machine import commit, device_name
 from granvit.model import GranViT
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.questions.schema import Region, Sample
-from granvit.toy.warmup import warmup_loss
 from granvit.train.build import build
 from granvit.train.checkpoint import Checkpoints, check_room, load
 from granvit.train.distill import feature_statistics
@@ -40,7 +39,7 @@ from granvit.train.parallel.compiling import eager
 from granvit.train.parallel.distributed import World, start, stop
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.stages import Stage
-from granvit.train.step import Share, stage_loss
+from granvit.train.step import Share, stage_loss, warmup_loss
 from granvit.train.summary import write_summary
 
 log = logging.getLogger(__name__)

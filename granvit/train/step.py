@@ -1,4 +1,4 @@
-"""The loss of one training step of the two stages."""
+"""The loss of one training step: of the stages, and of the warm-up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.profiler import record_function
 
 from granvit.data.batches import Batch
 from granvit.model import GranViT
+from granvit.toy.warmup import layout_embeds
 from granvit.train.distill import Teacher, distillation_loss
 from granvit.train.presets import Distill
 from granvit.train.stages import Stage
@@ -83,6 +84,12 @@ def stage_loss(
         losses["loss_distill"] = distance * (share.peers / share.regions)
         losses["loss"] = losses["loss_caption"] + stage.distill * losses["loss_distill"]
     return losses
+
+
+def warmup_loss(model: GranViT, processor, batch: Batch, seed: str, share: Share | None = None) -> dict[str, Tensor]:
+    """{"loss", "loss_caption", "answers"} of a batch for whose images the warm-up's layout stands: see `stage_loss`."""
+    image, region = layout_embeds(model, processor, batch, seed)
+    return answer_losses(model, batch, image, region, share or Share.whole(batch))
 
 
 def answer_losses(

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from scripted import TextProcessor
 
-from granvit.audit import audit, cycle
+from granvit.audit import cycle
 from granvit.audit.cycle import auc, check_regions, log_likelihood
+from granvit.audit.page import audit
 from granvit.audit.planting import VARIANTS, plant
 from granvit.audit.statistics import count
 from granvit.data.__main__ import main

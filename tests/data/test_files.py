@@ -6,7 +6,7 @@ import zipfile
 import pytest
 from converting import convert, picture, regions
 
-from granvit.data.files import inside, list_files, open_file, read_file, read_image, rebase, state
+from granvit.data.files import inside, list_files, open_file, output_fault, read_file, read_image, rebase, state
 from granvit.data.sources.voc import Voc
 from granvit.questions.schema import DataFault
 
@@ -139,3 +139,11 @@ def test_limits_and_what_is_no_file(tmp_path):
             read_image(str(tmp_path), name)
     with pytest.raises(ValueError, match="can't be opened"), open_file(str(tmp_path / "pipe")):
         pass
+
+
+def test_where_no_file_can_be_written(tmp_path):
+    assert output_fault(tmp_path / "new.json") is None
+    (tmp_path / "old.json").write_text("{}")
+    assert output_fault(tmp_path / "old.json") is None
+    assert output_fault(tmp_path) == "it is a folder; give a file"
+    assert output_fault(tmp_path / "none" / "new.json") == "there is no such folder"

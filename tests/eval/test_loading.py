@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from granvit.eval.loading import find_model, load_model, output_fault
+from granvit.eval.loading import find_model, load_model
 
 
 def test_a_run_and_its_export_are_the_same_model(saved):
@@ -118,14 +118,6 @@ def test_a_missing_processor_is_said(export):
 def test_a_device_that_is_not_there_is_named(saved, device):
     with pytest.raises(ValueError, match=f"device: got '{device}', accepted is 'cpu', or 'cuda' with a GPU: .+"):
         load_model(saved[0], device)
-
-
-def test_where_no_file_can_be_written(tmp_path):
-    assert output_fault(tmp_path / "new.json") is None
-    (tmp_path / "old.json").write_text("{}")
-    assert output_fault(tmp_path / "old.json") is None
-    assert output_fault(tmp_path) == "it is a folder; give a file"
-    assert output_fault(tmp_path / "none" / "new.json") == "there is no such folder"
 
 
 def test_damaged_and_missing_weights_are_errors(export):

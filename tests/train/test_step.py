@@ -5,11 +5,11 @@ import torch
 
 from granvit.data.batches import collate
 from granvit.data.loader import GranDataset
-from granvit.toy.warmup import layout_embeds, warmup_loss
+from granvit.toy.warmup import layout_embeds
 from granvit.train.build import build
 from granvit.train.distill import Teacher, distillation_loss
 from granvit.train.loop import freeze
-from granvit.train.step import stage_loss
+from granvit.train.step import stage_loss, warmup_loss
 from granvit_kernels import PackedLayout
 
 

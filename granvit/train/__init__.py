@@ -1,0 +1,1 @@
+"""The trainer: stages, steps, checkpoints, and whole runs of them."""
