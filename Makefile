@@ -12,6 +12,7 @@ test:
 
 lint:
 	$(PYTHON) -m ruff check .
+	lint-imports
 
 bench:  ## every kernel beside its peers; rows go to bench/results/
 	$(PYTHON) -m pytest bench
