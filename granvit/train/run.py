@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import logging
 import resource
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -32,12 +30,13 @@ from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
 from granvit.train.checkpoint import Checkpoints, check_room, load
 from granvit.train.distill import feature_statistics
+from granvit.train.folder import locked, resumes, same_data
 from granvit.train.guard import Termination, termination
 from granvit.train.loop import Phase, model_tensors, train_phase
 from granvit.train.metrics_log import MetricsLog, Tracker, make_trackers, write_aside
 from granvit.train.parallel.compiling import eager
 from granvit.train.parallel.distributed import World, start, stop
-from granvit.train.presets import TrainConfig, load_config, save_config
+from granvit.train.presets import TrainConfig, save_config
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss, warmup_loss
 from granvit.train.summary import write_summary
@@ -45,7 +44,6 @@ from granvit.train.summary import write_summary
 log = logging.getLogger(__name__)
 console = Console()
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
-LOCK = ".lock"
 QUESTION_ROOM = 64  # tokens that a packed sequence has beside its image, at least: a question and its answer
 
 
@@ -90,7 +88,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
     results = []
 
     def claim() -> None:
-        held.enter_context(alone(folder))
+        held.enter_context(locked(folder))
 
     if started:
         world.first(claim)
@@ -136,75 +134,6 @@ def open_splits(config: TrainConfig) -> dict[str, GranDataset]:
 def _has(path: str, split: str) -> bool:
     found = open_dataset(path)
     return split in found if isinstance(found, dict) else split == "train"
-
-
-def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
-    """Write down at `path` which data a run is trained on. Raises ValueError where that says something else already."""
-    ours = {name: {"rows": len(split), "fingerprint": split.fingerprint} for name, split in splits.items()}
-    if not path.exists():
-        write_aside(path, json.dumps(ours, indent=1))
-        return
-    theirs = json.loads(path.read_text())
-    differing = [name for name in ours if ours[name] != theirs.get(name)]
-    if differing:
-        shown = "; ".join(f"{name}: {theirs.get(name)} there, {ours[name]} now" for name in differing)
-        raise ValueError(
-            f"the dataset is not the one that the run in {path.parent} began with ({shown}); choose another --output, "
-            f"or, where nothing but its files' dates or places changed, delete {path}"
-        )
-
-
-# Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with.
-FREE = {
-    "output", "device", "threads", "parallel", "compile", "checkpointing", "profile", "checkpoint_every",
-    "keep_checkpoints", "keep_every", "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers",
-}  # fmt: skip
-
-
-def resumes(folder: Path, config: TrainConfig) -> bool:
-    """Whether `folder` holds this very run; False if it is free. Raises ValueError where it holds something else."""
-    path = folder / "config.yaml"
-    if path.exists():
-        ours, theirs = (dict(_flat(dataclasses.asdict(one))) for one in (config, load_config(path)))
-        differing = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
-        if differing:
-            shown = "; ".join(f"{name}: {theirs[name]} there, {ours[name]} now" for name in differing)
-            raise ValueError(f"{folder} holds a run of another configuration ({shown}); choose another --output")
-        return True
-    if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.rglob("*")))):
-        raise ValueError(f"{folder} is not an empty folder and holds no run (no config.yaml); choose another --output")
-    return False
-
-
-def _foreign(path: Path) -> bool:
-    """Whether a path in a folder without config.yaml is none of what a run leaves that was killed before it wrote one.
-    """
-    return not path.is_dir() and path.name not in (LOCK, "config.yaml.tmp")
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Inside, no other process trains in `folder`: two would take each other's checkpoints away. Raises ValueError
-    where one does. It may have been killed at any moment: what holds is a lock, and no file that would be left."""
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a child doesn't hold it, as it would flock's
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(
-                f"another process trains in {folder} just now; wait for its end, or choose another --output"
-            ) from error
-        except OSError as error:
-            log.warning("%s can't be locked (%s): see that no other process trains there", folder, error)
-        yield
-
-
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """("stage.field", value) of every field of nested configurations."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _regions(data: GranDataset) -> bool:

@@ -16,9 +16,10 @@ from ranks import environment, torchrun
 
 from granvit.train import loop, run
 from granvit.train.checkpoint import Checkpoints
+from granvit.train.folder import locked, resumes
 from granvit.train.guard import STOPPED
 from granvit.train.presets import save_config
-from granvit.train.run import alone, resumes, train
+from granvit.train.run import train
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +154,16 @@ def test_a_second_process_in_a_run_s_folder_is_refused_and_one_after_it_is_not(c
     config = replace(config, pretrain=replace(config.pretrain, steps=1), adapt=replace(config.adapt, steps=0))
     (tmp_path / "run").mkdir()
     fork = multiprocessing.get_context("fork")
-    locked, never = fork.Event(), fork.Event()
+    holds, never = fork.Event(), fork.Event()
 
     def hold() -> None:
-        with alone(tmp_path / "run"):
-            locked.set()
+        with locked(tmp_path / "run"):
+            holds.set()
             never.wait()
 
     other = fork.Process(target=hold)
     other.start()
-    assert locked.wait(60)
+    assert holds.wait(60)
     with pytest.raises(ValueError, match=f"another process trains in {tmp_path / 'run'} just now"):
         train(config)
     other.kill()

@@ -1,0 +1,87 @@
+"""A run's folder: whether it is free or holds this very run, and that only one process at a time trains in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from granvit.data.loader import GranDataset
+from granvit.train.metrics_log import write_aside
+from granvit.train.presets import TrainConfig, load_config
+
+log = logging.getLogger(__name__)
+LOCK = ".lock"
+
+
+def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
+    """Write down at `path` which data a run is trained on. Raises ValueError where that says something else already."""
+    ours = {name: {"rows": len(split), "fingerprint": split.fingerprint} for name, split in splits.items()}
+    if not path.exists():
+        write_aside(path, json.dumps(ours, indent=1))
+        return
+    theirs = json.loads(path.read_text())
+    differing = [name for name in ours if ours[name] != theirs.get(name)]
+    if differing:
+        shown = "; ".join(f"{name}: {theirs.get(name)} there, {ours[name]} now" for name in differing)
+        raise ValueError(
+            f"the dataset is not the one that the run in {path.parent} began with ({shown}); choose another --output, "
+            f"or, where nothing but its files' dates or places changed, delete {path}"
+        )
+
+
+# Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with.
+FREE = {
+    "output", "device", "threads", "parallel", "compile", "checkpointing", "profile", "checkpoint_every",
+    "keep_checkpoints", "keep_every", "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers",
+}  # fmt: skip
+
+
+def resumes(folder: Path, config: TrainConfig) -> bool:
+    """Whether `folder` holds this very run; False if it is free. Raises ValueError where it holds something else."""
+    path = folder / "config.yaml"
+    if path.exists():
+        ours, theirs = (dict(_flat(asdict(run))) for run in (config, load_config(path)))
+        differing = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
+        if differing:
+            shown = "; ".join(f"{name}: {theirs[name]} there, {ours[name]} now" for name in differing)
+            raise ValueError(f"{folder} holds a run of another configuration ({shown}); choose another --output")
+        return True
+    if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.rglob("*")))):
+        raise ValueError(f"{folder} is not an empty folder and holds no run (no config.yaml); choose another --output")
+    return False
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a path in a folder without config.yaml is none of what a run leaves that was killed before it wrote one.
+    """
+    return not path.is_dir() and path.name not in (LOCK, "config.yaml.tmp")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process trains in `folder`: two would take each other's checkpoints away. Raises ValueError
+    where one does. It may have been killed at any moment: what holds is a lock, and no file that would be left."""
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a child doesn't hold it, as it would flock's
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"another process trains in {folder} just now; wait for its end, or choose another --output"
+            ) from error
+        except OSError as error:
+            log.warning("%s can't be locked (%s): see that no other process trains there", folder, error)
+        yield
+
+
+def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """("stage.field", value) of every field of nested configurations."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
