@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from kept import Kept
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Siglip2VisionConfig
 
@@ -30,7 +31,7 @@ from granvit.questions.segments import find_segments
 from granvit.train.build import build
 from granvit.train.distill import Teacher
 from granvit.train.loop import freeze
-from granvit.train.parallel.memory import Kept, checkpoint_activations
+from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import PRESETS
 from granvit.train.stages import GROUPS, Stage
 from granvit.train.step import stage_loss

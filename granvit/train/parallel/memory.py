@@ -1,12 +1,10 @@
-"""What a training step keeps in memory for its backward pass."""
+"""Less kept in memory for the backward pass, for some of it computed twice."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,28 +24,3 @@ def checkpoint_activations(model: nn.Module) -> None:
             # By hand: what does this for a whole model has another name in almost every version of transformers.
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             module.gradient_checkpointing = True
-
-
-class Kept(saved_tensors_hooks):
-    """A context that counts what operations keep for the backward pass: `bytes`, each memory once, without what `model`
-    holds anyway."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(self._pack, lambda tensor: tensor)
-        held = (*model.parameters(), *model.buffers())
-        self._held = {tensor.untyped_storage()._cdata for tensor in held}
-        self.storages: dict[int, torch.UntypedStorage] = {}  # kept alive, or another would take its place
-
-    def __enter__(self) -> Kept:
-        super().__enter__()
-        return self
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._held:
-            self.storages[storage._cdata] = storage
-        return tensor

@@ -1,8 +1,10 @@
 """What backward passes keep: less with checkpointing, nothing of a frozen encoder, little of a frozen LLM."""
 
 import copy
+import runpy
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from granvit.data.batches import collate
 from granvit.questions.schema import Region, Sample
 from granvit.train.distill import Teacher
 from granvit.train.loop import freeze
-from granvit.train.parallel.memory import Kept, checkpoint_activations
+from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import PRESETS
 from granvit.train.step import stage_loss
 
 SMOKE = PRESETS["smoke"]
+Kept = runpy.run_path(str(Path(__file__).parents[3] / "bench" / "kept.py"))["Kept"]
 TASKS = ("global_caption", "bbox2caption", "caption2bbox")
 
 
@@ -59,7 +62,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(parts, stage, aut
 
 
 @contextmanager
-def within(module, kept: Kept):
+def within(module, kept):
     """Yields a list that gets the storages which are kept while `module` runs."""
     found, before = [], set()
     hooks = [
