@@ -5,7 +5,6 @@ DEVICE-training.json as they are measured, and one that stands there for this co
 again. MFU is of useful operations alone (granvit.cost.flops): no recomputation, no padding, a frozen LLM 4 a parameter
 and token. What does not fit is halved until it does. GRANVIT_BENCH_DEVICE=cpu is a dry run at a tiny size, in float32.
 """
-# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -25,12 +24,9 @@ from one_question import OneQuestion, Samples, prepare, trainer
 from rows import Rows, gpu_file, gpu_name, provenance
 from workloads import image_sizes
 
-for needed in ("datasets", "tyro", "pydantic", "yaml"):  # what the trainer imports and a kernel's machine may lack
-    pytest.importorskip(needed)
-
 from granvit.cost.flops import Sizes, count, one_question_each, operations, padded, pictures_of
 from granvit.cost.shapes import config_of
-from granvit.data.batches import collate
+from granvit.data.collate import collate
 from granvit.model import GranViT
 from granvit.model.config import token_grid
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question

@@ -5,27 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
 from granvit.data.files import output_fault
-from granvit.eval.loading import load_model
-from granvit.model.granvit import GranViT
-from granvit.model.processing import GranViTProcessor
 from granvit.questions.pictures import decode_image
 from granvit.questions.prompts import Box, Question, box_fault, describe_box, find_box
+
+# --help needs neither torch nor transformers, which take seconds to import: functions import them.
+if TYPE_CHECKING:
+    from granvit.model import GranViT, GranViTProcessor
 
 MAX_NEW_TOKENS = 64
 LONG_SIDE = 640  # a smaller picture is enlarged to this before a box is drawn on it
 
 
-@torch.no_grad()
 def answer(model: GranViT, processor: GranViTProcessor, image: Image.Image, question: Question) -> str:
     """The model's answer to one question about an RGB image, greedily decoded."""
-    inputs = processor(images=[torch.from_numpy(np.array(image))], questions=[question]).to(model.device)
-    out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    import torch
+
+    with torch.no_grad():
+        inputs = processor(images=[torch.from_numpy(np.array(image))], questions=[question]).to(model.device)
+        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     return processor.decode_answers(out)[0]
 
 
@@ -79,8 +82,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", default="found.png", metavar="PNG", help="where --find draws the box (found.png)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device")
     options = parser.parse_args(arguments)
+
+    import torch
+
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.find is not None and (fault := output_fault(options.output)):
         parser.error(f"--output {options.output}: {fault}")
     return options
@@ -88,6 +95,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    from granvit.eval.loading import load_model
+
     try:
         path = Path(options.image)
         if not path.is_file():

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 from granvit.eval.loading import find_encoder, find_model
 from granvit.lora import Lora, add_adapters
 from granvit.model import GranViT, GranViTConfig
-from granvit.train.build import SHARED
+from granvit.model.processing import SHARED
 from granvit.train.presets import Model
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
 
-from granvit.data.batches import Batch, Sent, beside, check_arguments, join, read_packs, send
+from granvit.data.batches import Sent, beside, check_arguments, read_packs, send
+from granvit.data.collate import Batch, join
 from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, lengths_of, too_long
 from granvit.data.planning import Candidate, Pack, draw, fill

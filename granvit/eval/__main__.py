@@ -6,19 +6,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from granvit.data.files import output_fault
-from granvit.data.loader import GranDataset
-from granvit.eval.baselines import floors
-from granvit.eval.evaluation import evaluate
-from granvit.eval.loading import check_device, load_model
-from granvit.eval.metrics import counts
 from granvit.questions.prompts import CAPTION2BBOX
+
+# --help needs neither torch nor transformers, which take seconds to import: functions import them.
+if TYPE_CHECKING:
+    from granvit.data.loader import GranDataset
 
 BLIND = {"other image": "other_image", "text alone": "text"}
 
@@ -40,8 +39,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fault-budget", type=float, default=0.01, metavar="SHARE", help="faulty rows allowed (0.01)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device")
     options = parser.parse_args(arguments)
+
+    import torch
+
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("limit", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -53,6 +56,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def train_split(options: argparse.Namespace, console: Console) -> GranDataset | None:
     """The split that floors are fitted on, or None, said aloud, where the dataset has none."""
+    from granvit.data.loader import GranDataset
+
     try:
         return GranDataset(options.data, "train", options.fault_budget)
     except ValueError as error:
@@ -83,6 +88,12 @@ def table(title: str, names: list[str], columns: dict[str, dict[str, float]]) ->
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    from granvit.data.loader import GranDataset
+    from granvit.eval.baselines import floors
+    from granvit.eval.evaluation import evaluate
+    from granvit.eval.loading import check_device, load_model
+    from granvit.eval.metrics import counts
+
     console = Console(width=max(100, Console().width))  # the tables have up to eight columns
     try:
         check_device(options.device)

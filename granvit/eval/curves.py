@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#d97706", "#15803d", "#b91c1c", "#64748b"
 
@@ -50,6 +47,8 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
     `lines` are metrics.jsonl's objects: a training line has "loss", an evaluation line has metrics. Steps
     count from 1 in each stage; here the stages stand one after the other.
     """
+    from matplotlib.figure import Figure
+
     # The blinded model's evaluations stand in the same file; they are dashed lines here.
     lines = [line for line in lines if line.get("evaluation", "after") in ("before", "after")]
     stages: dict[str, int] = {}  # name -> its last step, in order of appearance
@@ -63,7 +62,8 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
         chosen = [line for line in lines if line["stage"] == stage and line.get(key) is not None]
         return [start[stage] + line["step"] for line in chosen], [line[key] for line in chosen]
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e2e8f0", linewidth=0.8)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib.pyplot as plt
 from PIL import Image
 
 from granvit.data.loader import GranDataset
@@ -72,9 +71,7 @@ def write_report(run_dir: str | Path) -> Path:
     summary = json.loads(text(report / "summary.json"))
     predictions = json.loads(text(first / "report" / "predictions.json")) if summary["floors"] else {}
 
-    figure = draw_curves(lines, summary)
-    figure.savefig(report / "curves.png", dpi=150)
-    plt.close(figure)
+    draw_curves(lines, summary).savefig(report / "curves.png", dpi=150)
 
     chosen = choose(predictions)
     shown = {p["id"] for group in chosen for p in group["predictions"]}

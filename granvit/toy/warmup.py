@@ -13,7 +13,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from granvit.data.batches import Batch
+from granvit.data.collate import Batch
 from granvit.model import GranViT
 from granvit.model.llm import embedding_rms
 from granvit.questions.schema import Sample

@@ -10,11 +10,9 @@ from granvit.data.loader import GranDataset
 from granvit.eval.loading import find_encoder, load_model
 from granvit.lora import add_adapters
 from granvit.model import GranViT, GranViTProcessor
+from granvit.model.processing import SHARED
 from granvit.toy.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
 from granvit.train.presets import Model
-
-SHARED = ("pixel_shuffle", "region_tokens", "box_style", "box_format", "bins", "max_image_tokens")
-"""Fields that a model's own configuration has under the same names."""
 
 
 def build(config: Model, data: GranDataset, frozen: torch.dtype = torch.float32) -> tuple[GranViT, GranViTProcessor]:

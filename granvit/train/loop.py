@@ -25,7 +25,8 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from granvit.data.batches import Batch, PackLoader
+from granvit.data.batches import PackLoader
+from granvit.data.collate import Batch
 from granvit.lora import ADAPTER, adapters
 from granvit.model import GranViT
 from granvit.train.checkpoint import Checkpoints, load

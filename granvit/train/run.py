@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from granvit.data.batches import Batch, PackLoader, collate
+from granvit.data.batches import PackLoader
+from granvit.data.collate import Batch, collate
 from granvit.data.loader import GranDataset, open_dataset
 from granvit.data.sample import cached_sample
 from granvit.eval import evaluate

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from granvit.data.batches import Batch
+from granvit.data.collate import Batch
 from granvit.model import GranViT
 from granvit.toy.warmup import layout_embeds
 from granvit.train.distill import Teacher, distillation_loss

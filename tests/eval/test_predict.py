@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from granvit import predict
+from granvit.eval.loading import load_model
 from granvit.predict import draw, main
 
 
@@ -29,7 +30,7 @@ def ask(saved, picture, capsys):
 
 def test_a_box_is_captioned(ask, saved, picture):
     code, out, _ = ask("--box", 0.1, 0.1, 0.5, 0.9)
-    model, processor = saved[1].eval(), predict.load_model(saved[0])[1]
+    model, processor = saved[1].eval(), load_model(saved[0])[1]
     expected = predict.caption_box(model, processor, Image.open(picture), (0.1, 0.1, 0.5, 0.9))
     assert code == 0 and out == expected + "\n"
 

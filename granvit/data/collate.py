@@ -1,0 +1,81 @@
+"""What a training step takes, put together out of samples and their questions. No dataset has to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from granvit.questions.packing import PackedBatch, Part, pack_parts, write_parts
+from granvit.questions.prompts import Question
+from granvit.questions.schema import Sample
+
+if TYPE_CHECKING:
+    from granvit.model import GranViTProcessor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step takes. regions [R, 4] are relative xyxy float32, region_image [R] int64 their images."""
+
+    samples: list[Sample]
+    packed: PackedBatch
+    regions: Tensor
+    region_image: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            regions=self.regions.to(device),
+            region_image=self.region_image.to(device),
+        )
+
+
+@dataclass
+class Read:
+    """Sequences on their way to a batch: plan has for each the places of its images in samples, asked and parts; None:
+    they are still to be planned."""
+
+    plan: list[list[int]] | None
+    samples: list[Sample]
+    asked: list[list[Question]]
+    parts: list[Part]
+
+
+def collate(samples: list[Sample], asked: list[list[Question]], processor: GranViTProcessor, capacity: int) -> Batch:
+    """Pack samples and their questions into sequences of at most `capacity` tokens (see `pack_questions`)."""
+    return join([Read(None, samples, asked, write_parts(samples, asked, processor))], processor, capacity)
+
+
+def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int) -> Batch:
+    """The batch of what was read, sequences of the reads in turn.
+
+    Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call.
+    """
+    samples = [sample for read in reads for sample in read.samples]
+    asked = [questions for read in reads for questions in read.asked]
+    parts = [part for read in reads for part in read.parts]
+    order = sorted(range(len(samples)), key=lambda i: samples[i].image.shape[0] / samples[i].image.shape[1])
+    place = np.argsort(order)
+    firsts = np.cumsum([0, *(len(read.samples) for read in reads)])
+    plans = [
+        [[int(place[first + i]) for i in row] for row in read.plan]
+        for read, first in zip(reads, firsts, strict=False)
+        if read.plan is not None
+    ]
+    plan = [row for several in zip_longest(*plans) for row in several if row is not None] if plans else None
+    samples, asked, parts = ([one[i] for i in order] for one in (samples, asked, parts))
+    boxes = [region.box for sample in samples for region in sample.regions]
+    owner = [i for i, sample in enumerate(samples) for _ in sample.regions]
+    return Batch(
+        samples,
+        pack_parts(samples, asked, parts, processor, capacity, plan),
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(owner, dtype=torch.int64),
+    )
