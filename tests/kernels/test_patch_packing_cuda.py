@@ -3,8 +3,11 @@
 That the kernels follow the formula is held in test_patch_packing.py, over the emulated blocks.
 """
 
+import ctypes
+import faulthandler
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from guard_pages import exit_code, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +102,52 @@ def test_copies_any_crops(data):
             grids.append((h, w))
     dtype, order = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(["hwc", "chw"]))
     check(images, p, crops, grids, dtype, order, data.draw(st.integers(0, 8)))
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", ["copies", "resamples"])
+@pytest.mark.parametrize("order", ["hwc", "chw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_touches_nothing_but_images_and_outputs(dtype, order, kernel):
+    """Each lies right before or after a page that ends the process, and is written wholly."""
+
+    def pack(p, at_end):
+        images = [guarded((2 * p + 1, 3 * p + 2, 3), torch.uint8, at_end), guarded((p, p, 3), torch.uint8, at_end)]
+        crops = [(0, 0, 0, 3 * p, 2 * p), (0, 2, 1, 3 * p + 2, 2 * p + 1), (1, 0, 0, p, p)]
+        grids = [(2, 3), (2, 3), (1, 1)]
+        if kernel == "resamples":
+            crops.append((0, 0.5, 0, 3 * p + 2, 2 * p + 1))
+            grids[1:] = [(3, 2), (2, 1), (1, 2)]
+        job = check_packing(images, p, MEAN, STD, crops, grids, dtype, order)
+        patches = guarded(job.shape, dtype, at_end)
+        layout = SimpleNamespace(grids=guarded((len(grids), 2), torch.int32, at_end))
+        layout.cu_seqlens = guarded((len(grids) + 1,), torch.int32, at_end)
+        rows = job.rows
+        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(rows, images, strict=True))
+        task, _keep = cuda.problem(job, rows, patches, layout)
+        native.library().pack_patches_emulated(task, False)
+        assert not patches.isnan().any() and layout.grids.tolist() == list(map(list, grids))
+        assert layout.cu_seqlens.diff().tolist() == [h * w for h, w in grids]
+
+    def pack_all():
+        for p in (1, 3, 4, 14, 16, 46, 50, 130):
+            for at_end in (False, True):
+                print(f"patches of {p}, {'before' if at_end else 'after'} a page", flush=True)
+                pack(p, at_end)
+
+    assert exit_code(pack_all) == 0
+
+
+@pytest.mark.parametrize(("at_end", "offset"), [(False, -1), (True, 5)])
+def test_guard_pages_end_a_process(at_end, offset):
+    tensor = guarded((5,), torch.uint8, at_end)
+    assert tensor.tolist() == [255] * 5
+
+    def read(shift):
+        faulthandler.disable()  # it would tell of a crash
+        ctypes.string_at(tensor.data_ptr() + shift, 1)
+
+    assert exit_code(lambda: read(0)) == 0 and exit_code(lambda: read(offset)) == -signal.SIGSEGV
 
 
 @needs_native
