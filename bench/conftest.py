@@ -1,8 +1,7 @@
-"""Times an operator beside its peers, and keeps what was measured.
+"""What the benchmarks on a CPU share. `pytest bench --benchmark-only` runs all of them.
 
-`pytest bench` runs all of it. Providers alternate within one run, so that what else the machine does meets
-all of them; figures are ratios of medians. malloc keeps freed memory, as a training run does: else the page
-faults of a fresh output would be timed with the work, for every provider.
+malloc keeps freed memory, as a training run does: else the page faults of a fresh output would be timed with the work,
+for every provider.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,7 +19,6 @@ from granvit.machine import device_name
 from granvit_kernels import native
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/*.py import one another
-from rows import Rows, provenance, results_folder  # noqa: E402
 
 THREADS = 2
 KEY = ("mode", "workload", "provider", "device")
@@ -37,48 +33,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def compare(benchmark) -> Callable[..., dict[str, float]]:
-    """compare(operator, mode, workload, providers, rounds=15, **figures) -> {provider: its median over ours}.
+def compare(benchmark) -> Callable[..., None]:
+    """compare(operator, mode, workload, ours, peers={}, check=None, aims={}, count=None, rounds=15, **figures)
 
-    providers: {name: function without arguments}, ours first. figures: kept in each row. Each round calls every one
-    once; the rows go to cpu-OPERATOR.json among the results (rows.py), in place of older ones of equal KEY; times in
-    seconds.
+    ours: a function of nothing; peers: {name: make}, make() giving such a function; the rest as in comparison.compare.
+    count: things that a call deals with; rows then have "per_second" of them. figures: kept in each row. Rows go to
+    cpu-OPERATOR.json among the results (rows.py), in place of older ones of equal KEY.
     """
+    from comparison import compare
+    from rows import Rows, provenance, results_folder
 
-    def compare(
-        operator: str, mode: str, workload: str, providers: dict[str, Callable], rounds: int = 15, **figures: float
-    ) -> dict[str, float]:
-        ours, *peers = providers
-        seconds: dict[str, list[float]] = {name: [] for name in providers}
-        for run in providers.values():
-            run()
+    def compare_on_cpu(operator, mode, workload, ours, peers=None, *, count=None, aims=None, check=None, rounds=15,
+                       **figures) -> None:  # fmt: skip
+        compare(
+            benchmark,
+            Rows(results_folder() / f"cpu-{operator}.json", KEY),
+            {"operator": operator, "mode": mode, "workload": workload, **provenance(device()), **figures},
+            {"granvit": lambda: ours},
+            peers or {},
+            check=check,
+            aims=aims,
+            derived=lambda median: {} if count is None else {"per_second": count / median},
+            rounds=rounds,
+        )
 
-        def time_peers() -> None:
-            for name in peers:
-                start = time.perf_counter()
-                providers[name]()
-                seconds[name].append(time.perf_counter() - start)
-
-        benchmark.pedantic(providers[ours], setup=time_peers, rounds=rounds, iterations=1)
-        seconds[ours] = benchmark.stats.stats.data
-        medians = {name: float(np.median(times)) for name, times in seconds.items()}
-        ratios = {name: median / medians[ours] for name, median in medians.items()}
-        common = {"operator": operator, "mode": mode, "workload": workload, **provenance(device()), **figures}
-        rows = [
-            {
-                **common,
-                "provider": name,
-                "median": medians[name],
-                "quantiles": np.quantile(seconds[name], [0.1, 0.9]).tolist(),
-                "ratio": ratios[name],
-            }
-            for name in providers
-        ]
-        Rows(results_folder() / f"cpu-{operator}.json", KEY).save(*rows)
-        benchmark.extra_info["ratios"] = ratios
-        return ratios
-
-    return compare
+    return compare_on_cpu
 
 
 def device() -> str:

@@ -13,9 +13,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from workloads import PATCH, Pictures, Regions
+from workloads import BINS, PATCH, Pictures, Regions, cell_shares
 
-BINS = 7
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -146,24 +145,24 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
 
 
 # ---- region_attention ----
-def met_cells(group: Group) -> Tensor:
-    """bool [images, boxes, height * width]: whether each box meets each cell of its image."""
-    cell = torch.arange(group.height * group.width, device=group.boxes.device)
-    y, x = cell // group.width, cell % group.width
-    x1, y1, x2, y2 = group.boxes[..., None, :].unbind(-1)
-    return (x1 < x + 1) & (x2 > x) & (y1 < y + 1) & (y2 > y)
-
-
-def region_attention_peers(regions: Regions, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable]:
-    """Of functions of nothing that give [R, K, H, D]; query [K, H, D] is shared by all regions."""
+def region_attention_peers(
+    regions: Regions, query: Tensor, key: Tensor, value: Tensor, coverage: bool = False
+) -> dict[str, Callable]:
+    """Of functions of nothing that give [R, K, H, D]; query [K, H, D] is shared by all regions. Only an additive mask
+    can say how much of a cell is covered."""
     count, queries = len(regions.boxes), len(query)
+
+    def shares(group: Group) -> Tensor:  # [images, boxes, height * width]
+        return cell_shares(group.boxes, group.height, group.width)
 
     def masked(one_batch: bool, additive: bool) -> Callable:
         each = []
         for group in groups(regions, one_batch):
-            mask = met_cells(group).repeat_interleave(queries, 1)[:, None]
+            mask = shares(group).repeat_interleave(queries, 1)[:, None]
             if additive:
-                mask = torch.zeros(mask.shape, dtype=key.dtype, device=key.device).masked_fill(~mask, -torch.inf)
+                mask = (mask if coverage else (mask > 0).float()).log().to(key.dtype)
+            else:
+                mask = mask > 0
             each.append((group, mask))
 
         def run() -> Tensor:
@@ -182,7 +181,7 @@ def region_attention_peers(regions: Regions, query: Tensor, key: Tensor, value: 
         """All regions' tokens copied out once, then attention over sequences of their own lengths."""
         each, start = [], 0
         for group in groups(regions):
-            cells = met_cells(group).nonzero()
+            cells = shares(group).nonzero()
             each.append(start + cells[:, 0] * group.height * group.width + cells[:, 2])
             start += len(group.boxes) * group.height * group.width
         every, lengths = torch.cat(each), regions.met()
@@ -208,6 +207,23 @@ def region_attention_peers(regions: Regions, query: Tensor, key: Tensor, value: 
                 return torch.cat(found).transpose(1, 2)
 
         return lambda: attend(key.index_select(0, every), value.index_select(0, every))
+
+    batch = "one batch" if regions.same_size else "image by image"
+    additive = {f"masked SDPA, {batch}, additive mask": partial(masked, True, True)}
+    if coverage:
+        return additive
+    on_cpu = key.device.type == "cpu"
+    return {
+        f"masked SDPA, {batch}, boolean mask": partial(masked, True, False),
+        **additive,
+        **({"masked SDPA, image by image": partial(masked, False, False)} if on_cpu else {}),
+        "gather, then SDPA a region" if on_cpu else "gather, then varlen attention": gather,
+    }
+
+
+def flex_attention_peers(regions: Regions, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable]:
+    """FlexAttention, which compiles for every shape, and the making of its mask, which returns None."""
+    count, queries = len(regions.boxes), len(query)
 
     def block_mask():
         """Images of one size as a batch, others as one long sequence."""
@@ -241,16 +257,7 @@ def region_attention_peers(regions: Regions, query: Tensor, key: Tensor, value: 
 
         return run
 
-    batch = "one batch" if regions.same_size else "image by image"
-    on_cpu = key.device.type == "cpu"
-    return {
-        f"masked SDPA, {batch}, boolean mask": partial(masked, True, False),
-        f"masked SDPA, {batch}, additive mask": partial(masked, True, True),
-        **({"masked SDPA, image by image": partial(masked, False, False)} if on_cpu else {}),
-        "gather, then SDPA a region" if on_cpu else "gather, then varlen attention": gather,
-        "FlexAttention": flex,
-        "FlexAttention's block mask alone": lambda: lambda: block_mask() and None,
-    }
+    return {"FlexAttention": flex, "FlexAttention's block mask": lambda: lambda: block_mask() and None}
 
 
 # ---- pack_patches ----

@@ -86,7 +86,7 @@ class Rows:
         return [] if self.path is None or not self.path.exists() else json.loads(self.path.read_text())
 
     def has(self, **values: Any) -> bool:
-        """Whether a row with these values was measured at this commit."""
+        """Whether the file has a row with these values of this commit; failed=None asks for one that did not fail."""
         values["commit"] = commit_of_this_run()
         return any(all(row.get(name) == value for name, value in values.items()) for row in self.kept())
 

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparison import near_pictures
+from peers import HALF
 from PIL import Image
+from torch import Tensor
+from workloads import PATCH, Pictures
 
 from granvit_kernels import fit_grid, pack_patches
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[1] / "granvit" / "data" / "sample" / "photographs"
-HALF = (0.5, 0.5, 0.5)
 # (width, height): what datasets and cameras deliver, from thumbnails to 3 megapixels
 SIZES = [
     (640, 480), (480, 640), (640, 427), (333, 500), (1024, 768), (768, 1024), (1024, 683), (1920, 1080),
@@ -29,45 +32,45 @@ def photographs() -> list[Image.Image]:
     return [Image.open(f).convert("RGB").resize(size) for f, size in zip(files, SIZES, strict=True)]
 
 
-def peers(photographs: list[Image.Image], max_patches: int) -> dict:
+def processors(photographs: list[Image.Image], max_patches: int) -> dict:
     from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
     arrays = [np.asarray(picture) for picture in photographs]
-    by_pil = Siglip2ImageProcessorPil(patch_size=16, max_num_patches=max_patches)
-    providers = {
+    by_pil = Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=max_patches)
+    calls = {
         "transformers PIL, PIL images": lambda: by_pil(photographs, return_tensors="pt"),
         "transformers PIL, arrays": lambda: by_pil(arrays, return_tensors="pt"),
     }
     if importlib.util.find_spec("torchvision") is not None:
         from transformers.models.siglip2.image_processing_siglip2 import Siglip2ImageProcessor
 
-        fast = Siglip2ImageProcessor(patch_size=16, max_num_patches=max_patches)
+        fast = Siglip2ImageProcessor(patch_size=PATCH, max_num_patches=max_patches)
         planes = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
         contiguous = [plane.contiguous() for plane in planes]
-        providers["transformers torchvision, PIL images"] = lambda: fast(photographs, return_tensors="pt")
-        providers["transformers torchvision, [3, H, W]"] = lambda: fast(contiguous, return_tensors="pt")
-        providers["transformers torchvision, views [3, H, W]"] = lambda: fast(planes, return_tensors="pt")
-    return providers
+        calls["transformers torchvision, PIL images"] = lambda: fast(photographs, return_tensors="pt")
+        calls["transformers torchvision, [3, H, W]"] = lambda: fast(contiguous, return_tensors="pt")
+        calls["transformers torchvision, views [3, H, W]"] = lambda: fast(planes, return_tensors="pt")
+    return calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("max_patches", [256, 1024])
 def test_pack_patches(compare, photographs, max_patches, dtype):
     images = [torch.from_numpy(np.array(picture)) for picture in photographs]
+    grids = [fit_grid(*image.shape[:2], PATCH, max_patches) for image in images]
 
-    def ours():
-        grids = [fit_grid(*image.shape[:2], 16, max_patches) for image in images]
-        return pack_patches(images, 16, HALF, HALF, grids=grids, dtype=dtype)
+    def ours() -> Tensor:
+        grids = [fit_grid(*image.shape[:2], PATCH, max_patches) for image in images]
+        return pack_patches(images, PATCH, HALF, HALF, grids=grids, dtype=dtype)[0]
 
-    providers = {"granvit": ours, **peers(photographs, max_patches)}
-    theirs = providers["transformers PIL, arrays"]()
-    expected = theirs["pixel_values"][theirs["pixel_attention_mask"].bool()]
-    allowed = (
-        1.5 if dtype == torch.float32 else 2.5
-    )  # bfloat16 rounds by up to half a step on either side of 1
-    assert (ours()[0].float() - expected).abs().max() * 0.5 * 255 < allowed
+    peers = {
+        name: lambda call=call: lambda: call()["pixel_values"]
+        for name, call in processors(photographs, max_patches).items()
+    }
     workload = (
         f"16 photographs of {len(set(SIZES))} sizes, 320x240 to 2048x1536, up to {max_patches} patches each"
     )
-    ratios = compare("pack_patches", f"forward, {str(dtype).removeprefix('torch.')}", workload, providers)
-    assert min(ratio for name, ratio in ratios.items() if name != "granvit") >= 4
+    compare(
+        "pack_patches", f"forward, {str(dtype).removeprefix('torch.')}", workload, ours, peers,
+        check=near_pictures(Pictures(images, grids), dtype), aims={name: ("ratio", 4) for name in peers},
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from granvit_kernels import PackedLayout, fit_grid
 
 PATCH = 16
+BINS = 7
 
 DESCRIPTIONS = {
     "A": "512 images of 512x512 px, 6 boxes each",
@@ -49,6 +50,18 @@ class Regions:
         """Cells that each box meets with positive area, int64 [R]. The boxes must lie inside their images."""
         x1, y1, x2, y2 = self.boxes.T
         return ((x2.ceil() - x1.floor()) * (y2.ceil() - y1.floor())).long()
+
+
+def cell_shares(boxes: Tensor, height: int, width: int) -> Tensor:
+    """The share of each cell of a grid that each box [..., 4] covers, [..., height * width]: 0 where it does not meet
+    the cell."""
+
+    def along(low: Tensor, high: Tensor, size: int) -> Tensor:
+        cell = torch.arange(size, device=boxes.device)
+        return (torch.minimum(high[..., None], cell + 1) - torch.maximum(low[..., None], cell)).clamp(min=0)
+
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (along(y1, y2, height)[..., :, None] * along(x1, x2, width)[..., None, :]).flatten(-2)
 
 
 def log_uniform(low: float, high: float, *shape: int, generator: torch.Generator) -> Tensor:
@@ -113,20 +126,29 @@ def pictures(workload: str, resized: bool, device: str, images: int | None = Non
     return Pictures(made, grids)
 
 
-def randn(*shape: int, dtype: torch.dtype, device: str, seed: int = 3) -> Tensor:
+def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 3) -> Tensor:
     return torch.randn(*shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
+GRAPH = "granvit, CUDA graph"
+
 AIMS = [
-    ("roi_gather", "forward", "A", "granvit", "share", 0.70),
+    ("roi_gather", "forward", "A", GRAPH, "share", 0.70),
     ("roi_gather", "forward", "A", "torchvision", "ratio", 5),
     ("roi_gather", "backward", "A", "torchvision", "ratio", 8),
-    ("region_attention", "forward+backward", "A", "granvit", "share", 0.60),
+    ("region_attention", "forward+backward", "A", GRAPH, "share", 0.60),
     ("region_attention", "forward+backward", "A", "FlexAttention", "ratio", 5),
     ("region_attention", "forward+backward", "A", "gather, then varlen attention", "ratio", 3),
-    ("pack_patches", "as it is", "A", "granvit", "share", 0.70),
+    ("pack_patches", "as it is", "A", GRAPH, "share", 0.70),
     ("pack_patches", "as it is", "A", "transformers' processor", "ratio", 10),
     ("pack_patches", "resized", "A", "transformers' processor", "ratio", 10),
+    ("training", "pretrain", "large", "granvit", "mfu", 0.45),
 ]
-"""(operator, mode, workload, provider, figure, at least): on an H100 in bfloat16. share: of the copy's bandwidth, under
-graph replay. ratio: of the provider's median to ours, under graph replay and eagerly where both were measured."""
+"""(operator, mode, workload, provider, figure, at least): on a GPU of Hopper's kind in bfloat16. share: of the
+bandwidth of a large copy on the same card. ratio: of the provider's median to ours. mfu: of the card's peak."""
+
+
+def aims(operator: str, mode: str, workload: str) -> dict[str, tuple[str, float]]:
+    """{provider: (figure, least)} of AIMS; workload: its letter or shape."""
+    wanted = operator, mode, workload
+    return {provider: (figure, least) for *case, provider, figure, least in AIMS if tuple(case) == wanted}

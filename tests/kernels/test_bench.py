@@ -1,5 +1,6 @@
 """The measurements that wait for a GPU, as far as they run without: peers give what we give, nothing is broken."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,25 @@ BENCH = Path(__file__).parents[2] / "bench"
 DRY = {**os.environ, "GRANVIT_BENCH_DEVICE": "cpu"}
 
 
-def test_dry_run_of_the_gpus_benchmarks():
+def test_dry_run_of_the_gpus_benchmarks(tmp_path):
+    """Ours and the peers are right, and rows of all of them are kept; no other peer fails than one that can't run."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCH / "test_gpu.py")]
     command.append("--benchmark-only")
-    done = subprocess.run(command, env=DRY, capture_output=True, text=True)
-    assert done.returncode == 0 and "18 passed" in done.stdout, done.stdout
+    environment = {**DRY, "GRANVIT_BENCH_RESULTS": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "26 passed" in done.stdout, done.stdout
+    rows = json.loads((tmp_path / "dry-run.json").read_text())
+    assert {"granvit", "granvit, CUDA graph", "torchvision", "FlexAttention"} <= {row["provider"] for row in rows}
+    cannot = "ModuleNotFoundError: No module named 'torchvision'", "NotImplementedError: FlexAttention"
+    for row in rows:
+        assert row["device"] == "dry run" and row["commit"]
+        if "failed" in row:
+            assert row["failed"].startswith(cannot), row
+        else:
+            assert min(row["median"], row["ratio"], row["share"], row["host_us"]) > 0
+    command += ["-k", "workload_A and roi_gather"]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    assert "2 skipped" in again, again
 
 
 def test_without_a_gpu_they_are_skipped_with_a_reason():

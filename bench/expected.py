@@ -1,0 +1,86 @@
+"""The operators' exact results: plain float64, image by image, by formulas of their own. No kernel or peer takes part.
+
+Boxes lie inside their images and meet a cell, as the benchmarks' do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from workloads import BINS, PATCH, Pictures, Regions, cell_shares
+
+
+def by_image(regions: Regions) -> Iterator[tuple[slice, tuple[int, int], Tensor]]:
+    """(its tokens, its grid, which boxes are its own) of every image."""
+    start = 0
+    for image, (height, width) in enumerate(regions.grids):
+        yield slice(start, start + height * width), (height, width), (regions.image_index == image).nonzero()[:, 0]
+        start += height * width
+
+
+# ---- roi_gather ----
+def shares(low: Tensor, high: Tensor, size: int) -> Tensor:
+    """Weights of an axis' cells in each bin, [boxes, BINS, size]: the mean of two samples, each linear between the two
+    cells whose centres it lies between."""
+    sample = (torch.arange(2 * BINS, device=low.device, dtype=torch.float64) + 0.5) / (2 * BINS)
+    at = (low[:, None] + sample * (high - low)[:, None] - 0.5).clamp(0, size - 1)
+    weights = (1 - (at[..., None] - torch.arange(size, device=low.device)).abs()).clamp(min=0)
+    return weights.unflatten(1, (BINS, 2)).mean(2)
+
+
+def roi_gather(regions: Regions, tokens: Tensor, grad: Tensor | None = None) -> Tensor:
+    """float32 [R, BINS, BINS, C] of tokens [T, C]; with the gradient of that, the gradient of the tokens [T, C]."""
+    count, channels = len(regions.boxes), tokens.shape[1]
+    shape = (count, BINS, BINS, channels) if grad is None else tokens.shape
+    result = torch.zeros(shape, device=tokens.device)
+    for rows, (height, width), which in by_image(regions):
+        x1, y1, x2, y2 = regions.boxes[which].double().T
+        down, across = shares(y1, y2, height), shares(x1, x2, width)
+        if grad is None:
+            image = tokens[rows].detach().double().unflatten(0, (height, width))
+            lines = torch.einsum("bqw,hwc->bhqc", across, image)
+            result[which] = torch.einsum("bph,bhqc->bpqc", down, lines).float()
+        else:
+            lines = torch.einsum("bph,bpqc->bhqc", down, grad[which].double())
+            result[rows] = torch.einsum("bqw,bhqc->hwc", across, lines).flatten(0, 1).float()
+    return result
+
+
+# ---- region_attention ----
+def region_attention(
+    regions: Regions, query: Tensor, key: Tensor, value: Tensor, upstream: Tensor, coverage: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [R, K, H, D] and the gradients of query [K, H, D], key and value [T, H, D], float32."""
+    output = torch.empty(upstream.shape, device=query.device)
+    gradients = tuple(torch.zeros(t.shape, device=t.device) for t in (query, key, value))
+    for rows, grid, which in by_image(regions):
+        covered = cell_shares(regions.boxes[which].double(), *grid)[:, None, None]
+        bias = covered.log() if coverage else torch.zeros_like(covered).masked_fill(covered <= 0, -torch.inf)
+        q, k, v = (t.detach().double().requires_grad_() for t in (query, key[rows], value[rows]))
+        weights = (torch.einsum("khd,nhd->khn", q, k) * q.shape[-1] ** -0.5 + bias).softmax(-1)
+        attended = torch.einsum("bkhn,nhd->bkhd", weights, v)
+        output[which] = attended.detach().float()
+        found = torch.autograd.grad(attended, (q, k, v), upstream[which].double())
+        gradients[0].add_(found[0])
+        for whole, part in zip(gradients[1:], found[1:], strict=True):
+            whole[rows] = part.float()
+    return output, *gradients
+
+
+# ---- pack_patches ----
+def pack_patches(pictures: Pictures, number: int = 8) -> list[tuple[slice, Tensor]]:
+    """(its rows, its patches [h * w, PATCH**2 * 3] in float64) of at most `number` pictures, evenly spread; mean and
+    deviation are 0.5. torch's antialiased interpolation of whole pictures is exact to a tenth of an 8-bit step."""
+    starts = torch.tensor([0] + [h * w for h, w in pictures.grids]).cumsum(0).tolist()
+    chosen = torch.linspace(0, len(pictures.images) - 1, min(number, len(pictures.images))).long().unique().tolist()
+    found = []
+    for i in chosen:
+        height, width = pictures.grids[i]
+        planes = pictures.images[i].permute(2, 0, 1)[None].double()
+        planes = F.interpolate(planes, (height * PATCH, width * PATCH), mode="bilinear", antialias=True)[0]
+        tiles = ((planes / 255 - 0.5) / 0.5).reshape(3, height, PATCH, width, PATCH).permute(1, 3, 2, 4, 0)
+        found.append((slice(starts[i], starts[i + 1]), tiles.flatten(2).flatten(0, 1)))
+    return found
