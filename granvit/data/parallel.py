@@ -48,13 +48,17 @@ def end_with_parent() -> None:
     """
     if hasattr(signal, "sigtimedwait"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    # A fork server's children are not the parent's: its end shows by a pipe's. Under fork, though, later children hold
+    # that pipe open too.
+    direct = os.getppid() == parent.pid
     told = None
-    while os.getppid() == parent and (told is None or told.si_pid != parent):
+    while (os.getppid() == parent.pid if direct else parent.is_alive()) and (told is None or told.si_pid != parent.pid):
         told = signal.sigtimedwait({signal.SIGTERM}, 2)
     os._exit(0)
