@@ -107,6 +107,30 @@ def test_turned_pages_and_turned_lines(rotation, turn):
     assert box == pytest.approx(ink, abs=1.2)
 
 
+@pytest.mark.parametrize(
+    ("spans", "text"),
+    [
+        ("(an exam) Tj {}(-) Tj EMC", "an exam-"),  # as tagged files write a hyphen at a line's end
+        ("(co) Tj {}(-) Tj EMC (op here) Tj", "co-op here"),
+        ("(s) Tj {}(a) Tj EMC (me) Tj", "same"),
+        ("{}(a/b) Tj EMC", "a/b"),
+        ("{}(n) Tj {}(es) Tj EMC (ted) Tj EMC", "nested"),
+    ],
+)
+@pytest.mark.parametrize("said", ["<FEFF00AD>", "(x of y)", "()"])
+def test_a_region_is_what_can_be_read_whatever_the_file_says_instead(spans, text, said):
+    pages = []
+    for span in (f"/Span<</ActualText{said}>>BDC ", "/Span<<>>BDC "):
+        page, file = canvas()
+        page.setFont("Helvetica", 12)
+        page._code.append(f"BT 20 50 Td {spans.replace('{}', span)} ET")
+        page.save()
+        pages.append(read(file))
+    (_, told, _), (_, plain, _) = pages
+    assert list(told) == list(plain) == [text]
+    assert told[text] == pytest.approx(plain[text])
+
+
 def test_one_line_is_one_region_however_it_is_drawn():
     page, file = canvas()
     for x, word in ((20, "words"), (130, "one"), (64, "drawn"), (107, "one"), (157, "one")):  # out of order

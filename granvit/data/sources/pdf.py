@@ -36,6 +36,8 @@ MAX_PIXELS = 16_000_000
 """A page that would get more pixels (A4 at 400 dpi has fewer) is rendered at fewer dots per inch."""
 MAX_CHARACTERS = 20_000
 """A page with more (a broadsheet has fewer) is left out: drawings made of letters, and attacks."""
+MAX_FORMS = 32
+"""Forms within forms that are looked into for what they say instead of their glyphs."""
 SECONDS, MEMORY = 60.0, 2_000_000_000
 """What reading a page may take."""
 MAX_CRASHES = 3
@@ -165,6 +167,7 @@ def render(document: Any, page: int, dpi: float) -> tuple[bytes, list[tuple[str,
         raise DataFault("pdf", f"a page of {width:g} x {height:g} points is no sheet")
     dropped: Counter[str] = Counter()
     lines: list[tuple[str, Box]] = []
+    _forget_actual_text(opened)
     textpage = opened.get_textpage()
     if textpage.count_chars() > MAX_CHARACTERS:
         dropped["page with too many characters"] += 1
@@ -213,6 +216,24 @@ class Line:
 
     text: str | None
     box: Box
+
+
+def _forget_actual_text(page: Any) -> None:
+    """Take away what tagged files say instead of their glyphs: a region's text is what can be read in the picture, and
+    pdfium gives characters of such spans boxes of their own making. Before the page's text is loaded."""
+    from pypdfium2 import raw
+
+    def forget(thing: Any, depth: int) -> None:
+        for number in range(max(raw.FPDFPageObj_CountMarks(thing), 0)):
+            mark = raw.FPDFPageObj_GetMark(thing, number)
+            if raw.FPDFPageObjMark_GetParamValueType(mark, b"ActualText") == raw.FPDF_OBJECT_STRING:
+                raw.FPDFPageObjMark_RemoveParam(thing, mark, b"ActualText")
+        if depth and raw.FPDFPageObj_GetType(thing) == raw.FPDF_PAGEOBJ_FORM:
+            for number in range(max(raw.FPDFFormObj_CountObjects(thing), 0)):
+                forget(raw.FPDFFormObj_GetObject(thing, number), depth - 1)
+
+    for number in range(raw.FPDFPage_CountObjects(page)):
+        forget(raw.FPDFPage_GetObject(page, number), MAX_FORMS)
 
 
 def _characters(page: Any, textpage: Any, dropped: Counter[str]) -> Iterator[Character]:
