@@ -15,7 +15,11 @@ lint:
 	lint-imports
 
 bench:  ## every kernel beside its peers; rows go to bench/results/
-	$(PYTHON) -m pytest bench
+	$(PYTHON) -m pytest bench --benchmark-only
+
+.PHONY: check-aims
+check-aims:  ## what falls short of its aim in the newest rows of every device
+	$(PYTHON) bench/check.py
 
 aot:  ## compile every shipped Triton kernel for sm_80, sm_90 and sm_100, no GPU needed; bench/results/aot.json
 	$(PYTHON) bench/aot.py

@@ -238,6 +238,10 @@ def steps_on_gpus() -> list[str]:
         for row in json.loads(path.read_text()):
             if "shape" not in row:  # a CPU's steps
                 continue
+            if "failed" in row:
+                case = [row["device"], row["shape"], row["mode"], row["provider"], "yes" if row["compiled"] else "no"]
+                table.append([*case, row["failed"], "", "", "", ""])
+                continue
             bound = f"{row['ratio']:.2f} (bound {row['ratio_padded']:.2f})" if "ratio" in row else "1"
             table.append(
                 [row["device"], row["shape"], row["mode"], row["provider"], "yes" if row["compiled"] else "no"]

@@ -18,6 +18,7 @@ from dataclasses import replace
 import pytest
 import torch
 from one_question import OneQuestion, prepare, trainer
+from workloads import PACKING_SHARE
 
 from granvit.cost.flops import Sizes, count, one_question_each, operations, packed, padded, pictures_of
 from granvit.data.batches import collate
@@ -36,7 +37,6 @@ STAGES = {
     "pretrain": (SMOKE.pretrain, BBOX2CAPTION),
     "adapt": (SMOKE.adapt, CAPTION2BBOX),
 }
-FEWER = 0.9
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_training(compare, data: GranDataset, name: str, sizes: Callable):
     bound = ratios(model, samples, asked, batch, pairs, processor, stage)
     regions = batch.packed.regions
     workload = f"{IMAGES} images of {sizes.__name__} sizes, {QUESTIONS} questions each, {regions} regions"
-    aims = {"one question a sample": ("ratio", FEWER * bound["ratio_padded"])}
+    aims = {"one question a sample": ("ratio", PACKING_SHARE * bound["ratio_padded"])}
     compare("training", name, workload, step, peers, count=regions, aims=aims, regions=regions, **bound)
 
 

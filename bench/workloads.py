@@ -132,6 +132,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", 
 
 GRAPH = "granvit, CUDA graph"
 
+PACKING_SHARE = 0.9
+"""Aim of a training step: this share of what packing saves, the ratio of operations with both sides' padding."""
+
 AIMS = [
     ("roi_gather", "forward", "A", GRAPH, "share", 0.70),
     ("roi_gather", "forward", "A", "torchvision", "ratio", 5),
