@@ -147,18 +147,17 @@ def test_images_without_regions_and_regions_out_of_order():
     check([(2, 2), (5, 3), (1, 9), (3, 3)], BOXES[:4] + BOXES[:1], [3, 1, 3, 1, 1])
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda x: x.repeat_interleave(2, 2)[..., ::2],
-        lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[2]],
-    ],
-    ids=["of more heads", "heads first", "every second value", "odd rows"],
-)
+VIEWS = {
+    "of more heads": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second value": lambda x: x.repeat_interleave(2, 2)[..., ::2],
+    "odd rows": lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[2]],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_keys_and_values_of_any_strides(view):
-    check([(3, 4), (2, 5)], BOXES[:3], [0, 1, 1], view=view)
+    check([(3, 4), (2, 5)], BOXES[:3], [0, 1, 1], view=VIEWS[view])
 
 
 def test_heads_farther_apart_than_32_bits_count():
@@ -196,20 +195,27 @@ def test_the_interpreter_alone_takes_no_bfloat16(monkeypatch):
 coordinate = st.one_of(
     st.floats(-3, 9, width=32), st.floats(-(2.0**100), 2.0**100, width=32), st.integers(-2, 8).map(float)
 )
-
-
-@settings(max_examples=12, deadline=None)
-@given(
+PROBLEMS = dict(
     grids=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3),
-    boxes=st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), max_size=4),
+    boxes=st.lists(st.one_of(st.tuples(*[coordinate] * 4), st.sampled_from(UNREADABLE)), max_size=4),
     queries=st.integers(1, 5),
     size=st.integers(1, 20),
     shared=st.booleans(),
     coverage=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    view=st.sampled_from([lambda x: x, *VIEWS.values()]),
+    splits=st.integers(1, 3),
     data=st.data(),
 )
-def test_any_problem(grids, boxes, queries, size, shared, coverage, dtype, data):
-    index = st.integers(0, len(grids) - 1)
-    image_index = data.draw(st.lists(index, min_size=len(boxes), max_size=len(boxes)))
-    check(grids, boxes, image_index, queries, 2, size, shared, coverage, dtype)
+
+
+def any_problem(grids, boxes, queries, size, shared, coverage, dtype, view, splits, data):
+    image = st.integers(-1, len(grids))
+    image_index = data.draw(st.lists(image, min_size=len(boxes), max_size=len(boxes)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "_splits", lambda *_: splits)
+        check(grids, boxes, image_index, queries, 2, size, shared, coverage, dtype, view)
+
+
+test_any_problem = settings(max_examples=12, deadline=None)(given(**PROBLEMS)(any_problem))
+test_many_problems = pytest.mark.slow(settings(max_examples=150, deadline=None)(given(**PROBLEMS)(any_problem)))

@@ -113,19 +113,22 @@ coordinate = st.one_of(
     st.floats(-(2.0**100), 2.0**100, width=32),
     st.integers(-2, 8).map(float),
 )
-
-
-@settings(max_examples=15, deadline=None)
-@given(
+PROBLEMS = dict(
     grids=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3),
-    boxes=st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), max_size=3),
+    boxes=st.lists(st.one_of(st.tuples(*[coordinate] * 4), st.sampled_from(UNREADABLE)), max_size=3),
     size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     ratio=st.integers(0, 4),
     channels=st.sampled_from([1, 7, 40]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     data=st.data(),
 )
-def test_any_problem(grids, boxes, size, ratio, channels, dtype, data):
-    index = st.integers(0, len(grids) - 1)
-    image_index = data.draw(st.lists(index, min_size=len(boxes), max_size=len(boxes)))
+
+
+def any_problem(grids, boxes, size, ratio, channels, dtype, data):
+    image = st.integers(-1, len(grids))
+    image_index = data.draw(st.lists(image, min_size=len(boxes), max_size=len(boxes)))
     check(PackedLayout.from_grids(grids), boxes, image_index, channels, size, ratio, dtype)
+
+
+test_any_problem = settings(max_examples=15, deadline=None)(given(**PROBLEMS)(any_problem))
+test_many_problems = pytest.mark.slow(settings(max_examples=150, deadline=None)(given(**PROBLEMS)(any_problem)))
