@@ -254,7 +254,8 @@ def _receive(flat: Tensor, sizes: list[tuple[tuple[int, ...], int]], read: Read)
 
 def beside(reader: Dataset, processes: int, **options: Any) -> Iterator[tuple[Read | None, Any]]:
     """(read, rest) of each (`send`'s or None, rest) that a reader yields, read ahead in as many processes in turn, so
-    that Python's lock is never held against the training step; 0: in this one."""
+    that Python's lock is never held against the training step; 0: in this one. Raises ValueError where they can't hand
+    over their pictures for want of shared memory."""
     loader = DataLoader(
         reader,
         batch_size=None,
@@ -265,5 +266,14 @@ def beside(reader: Dataset, processes: int, **options: Any) -> Iterator[tuple[Re
         generator=torch.Generator(),  # else each start draws a number of the training's own
         **options,
     )
-    for sent, rest in loader:
-        yield None if sent is None else _receive(*sent), rest
+    try:
+        for sent, rest in loader:
+            yield None if sent is None else _receive(*sent), rest
+    except RuntimeError as error:
+        # Bus error: pages of a file of shared memory are taken when they are first written.
+        if not any(sign in str(error) for sign in ("unable to allocate shared memory", "Bus error")):
+            raise
+        raise ValueError(
+            "workers hand over their pictures in /dev/shm, which is full: make it larger (docker --shm-size 8g), or "
+            "read without workers (--data.workers 0)"
+        ) from None

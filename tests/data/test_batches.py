@@ -265,6 +265,15 @@ def test_lengths_are_measured_once_and_anew_for_other_data(gran, processor, monk
     assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
+def test_a_small_shared_memory_is_named(gran, processor, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(ValueError, match="/dev/shm, which is full.*--data.workers 0"):
+        list(loader(GranDataset(gran), processor, workers=1))
+
+
 def runs(process: int) -> bool:
     try:
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
