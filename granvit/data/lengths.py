@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -188,8 +189,10 @@ def as_it_is(found: Any) -> Any:
 
 
 def start_worker(_: int) -> None:
-    """For a DataLoader's workers: tokenizers warn after a fork, and their threads are not wanted beside processes."""
+    """For a DataLoader's workers: tokenizers warn after a fork, and their threads are not wanted beside processes.
+    Ctrl-C, which comes to them too, is the parent's to handle: a run needs them for the step that it saves."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import tyro
 from rich.logging import RichHandler
 
-from granvit.train.guard import Failed
+from granvit.train.guard import INTERRUPTED, Failed
 from granvit.train.presets import PRESETS, TrainConfig, load_config
 from granvit.train.transfer import adapt_config, check_adapt, check_sft, sft_config
 
@@ -75,7 +75,7 @@ STARTS = {"adapt": Start("encoder", adapt_config, check_adapt), "sft": Start("mo
 _USAGE = """Train GranViT through its stages. The first word picks a preset (smoke, compact, paper) or a command: adapt
 is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on conversations, plan says
 what a run costs, replay looks into a dump. --config FILE reloads a run's config.yaml, and the same command again goes
-on where the run was. Under torchrun every rank runs it. Exit code 75: SIGTERM came, everything is saved, the same
+on where the run was. Under torchrun every rank runs it. SIGTERM and Ctrl-C save the run; exit code 75 or 130: the same
 command goes on."""
 
 
@@ -110,7 +110,8 @@ def main() -> None:
     except (ValueError, OSError, Failed) as error:
         raise SystemExit(f"granvit.train: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("granvit.train: stopped; the same command goes on from the last checkpoint") from None
+        print("granvit.train: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

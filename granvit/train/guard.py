@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
 STOPPED = 75
-"""Exit code of a run that was asked to stop (SIGTERM) and can go on: EX_TEMPFAIL of sysexits.h."""
+"""Exit code of a run that was asked to stop by SIGTERM and can go on: EX_TEMPFAIL of sysexits.h."""
+INTERRUPTED = 130
+"""The same after Ctrl-C: what shells say of SIGINT."""
 
 
 class Terminated(SystemExit):
-    """The run was asked to stop; what it had learnt is in a checkpoint."""
+    """The run was asked to stop; what it had learnt is in a checkpoint. code: STOPPED or INTERRUPTED."""
 
-    def __init__(self) -> None:
-        super().__init__(STOPPED)
+    def __init__(self, code: int = STOPPED) -> None:
+        super().__init__(code)
 
 
 class Failed(RuntimeError):
@@ -30,17 +33,24 @@ class NotFinite(Failed):
 
 
 class Termination:
-    """Whether SIGTERM has come. During a stage it is looked at after every step; elsewhere it ends the process at once,
-    as what is done there is begun anew anyway."""
+    """Whether SIGTERM or Ctrl-C has come. During a stage it is looked at after every step; elsewhere it ends the
+    process at once, as what is done there is begun anew anyway. So does a second Ctrl-C, anywhere."""
 
     def __init__(self) -> None:
         self.asked = False
         self.patient = False
+        self.code = STOPPED
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, number: int, *_: object) -> None:
+        interrupt = number == signal.SIGINT
+        if interrupt and (self.asked or not self.patient):
+            raise KeyboardInterrupt
         self.asked = True
+        self.code = INTERRUPTED if interrupt else STOPPED
         if not self.patient:
             raise Terminated
+        if interrupt:
+            log.warning("Ctrl-C: stopping after this step, which is saved; press it again to stop at once")
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
@@ -52,18 +62,23 @@ class Termination:
         finally:
             self.patient = False
         if self.asked:
-            raise Terminated
+            raise Terminated(self.code)
 
 
 @contextmanager
 def termination() -> Iterator[Termination]:
-    """SIGTERM is handled inside."""
-    found = Termination()
-    before = signal.signal(signal.SIGTERM, found)
+    """SIGTERM and Ctrl-C are handled inside; not in a thread, which gets no signals."""
+    asked = Termination()
+    if threading.current_thread() is not threading.main_thread():
+        log.warning("training in a thread: SIGTERM and Ctrl-C will not save the run")
+        yield asked
+        return
+    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield found
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python
 
 
 class Streak:

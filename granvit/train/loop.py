@@ -295,13 +295,13 @@ def train_phase(
                         "goes on from the checkpoint before it"
                     )
                 log.log(loud, "%s: stopped after step %d; the same command goes on", stage.name, phase.step)
-                raise Terminated
+                raise Terminated(termination.code)
         checkpoints.save(stage.name, phase.step, model_tensors(phase.model), {"step": phase.step}, final=True)
         if checkpoints.failures:
             raise Failed(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
         if any(world.total(termination.asked)):  # while the last step was taken, or saved
             log.log(loud, "%s: stopped at its end; the same command goes on", stage.name)
-            raise Terminated
+            raise Terminated(termination.code)
 
 
 def _give_up(phase: Phase, checkpoints: Checkpoints) -> None:

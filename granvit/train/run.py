@@ -53,8 +53,8 @@ def train(config: TrainConfig) -> Path:
 
     Under torchrun every rank calls this. Raises ValueError where the folder holds another run or is another process's
     just now, the dataset is none or has changed since, or a name in the configuration is wrong; Terminated (a
-    SystemExit of guard.STOPPED) when SIGTERM came; Failed (NotFinite is one) as `train_phase` does, and on the ranks
-    that did not fail themselves.
+    SystemExit of guard.STOPPED or INTERRUPTED) when SIGTERM or Ctrl-C came; Failed (NotFinite is one) as `train_phase`
+    does, and on the ranks that did not fail themselves.
     """
     world, device = start(config.device)
     try:

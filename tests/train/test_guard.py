@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,17 @@ import torch
 
 from granvit.train import __main__, checkpoint, loop
 from granvit.train.checkpoint import Checkpoints, read_values
-from granvit.train.guard import STOPPED, Failed, NotFinite, Spikes, Streak, Terminated, Termination, termination
+from granvit.train.guard import (
+    INTERRUPTED,
+    STOPPED,
+    Failed,
+    NotFinite,
+    Spikes,
+    Streak,
+    Terminated,
+    Termination,
+    termination,
+)
 from granvit.train.parallel.distributed import World
 from granvit.train.presets import save_config
 from granvit.train.replay import replay
@@ -61,6 +72,33 @@ def test_sigterm_ends_at_once_where_nobody_waits_for_it_and_is_noted_where_someb
             os.kill(os.getpid(), signal.SIGTERM)
         assert raised.value.code == STOPPED == 75
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_first_ctrl_c_is_as_sigterm_and_the_second_ends_at_once(caplog):
+    before = signal.getsignal(signal.SIGINT)
+    with termination() as asked:
+        with pytest.raises(Terminated) as raised, asked.awaited():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked.asked and "press it again" in caplog.text
+        assert raised.value.code == INTERRUPTED == 130
+        with pytest.raises(KeyboardInterrupt), asked.awaited():
+            os.kill(os.getpid(), signal.SIGINT)
+    with termination() as asked, pytest.raises(KeyboardInterrupt):  # where no step is taken
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_a_thread_no_signal_is_handled_and_that_is_said(caplog):
+    entered = []
+
+    def enter():
+        with termination() as asked:
+            entered.append(asked.asked)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [False] and "will not save the run" in caplog.text
 
 
 @pytest.fixture()
