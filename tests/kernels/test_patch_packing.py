@@ -40,8 +40,7 @@ class Emulated:
         patches, layout = cuda.empty(job)
         patches.fill_(torch.nan)
         layout.grids.fill_(-1), layout.cu_seqlens.fill_(0 if len(layout) == 0 else -1)
-        rows = job.rows
-        task, _keep = cuda.problem(job, rows, patches, layout)
+        task, _keep = cuda.problem(job, patches, layout)
         native.library().pack_patches_emulated(task, self.backwards)
         return patches, layout
 
@@ -367,7 +366,7 @@ def test_without_a_gpu_the_cuda_kernel_gives_cudas_reason():
     assert "no CUDA device" in cuda.why_not(torch.device("cuda"), torch.float32)
     job = check_packing([noise(8, 8)], 8, MEAN, STD, None, None, torch.float32, "hwc")
     patches, layout = cuda.empty(job)
-    task, _keep = cuda.problem(job, job.rows, patches, layout)
+    task, _keep = cuda.problem(job, patches, layout)
     with pytest.raises(RuntimeError, match=r"pack_patches: asking for the device failed: .* \(error \d+\)"):
         native.library().pack_patches_cuda(task, 0, 0)
 

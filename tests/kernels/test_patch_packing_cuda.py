@@ -45,8 +45,7 @@ def emulate(job, offset=0, backwards=False):
     patches, layout = cuda.empty(job)
     storage = torch.full((patches.numel() + offset + 64,), torch.nan, dtype=job.dtype)
     inside = storage[offset : offset + patches.numel()].view(patches.shape)
-    rows = job.rows
-    task, _keep = cuda.problem(job, rows, inside, layout)
+    task, _keep = cuda.problem(job, inside, layout)
     native.library().pack_patches_emulated(task, backwards)
     assert storage[:offset].isnan().all() and storage[offset + patches.numel() :].isnan().all()
     assert not inside.isnan().any()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -39,25 +40,25 @@ class Packing:
     order: str
     device: torch.device
 
-    @property
-    def rows(self) -> list[Tensor]:
-        """The images as the C++ kernels read them, rows of RGBRGB...: a permuted [3, H, W] is copied, a slice of rows
-        and columns is not."""
-        return [
-            image if image.stride()[1:] == (3, 1) and image.stride(0) < 2**31 else image.contiguous()
-            for image in self.images
-        ]
+    def native(self, patches: Tensor) -> tuple[tuple, Any]:
+        """(what a C++ kernel is called with, what has to live until it has returned or was launched).
 
-    def native(self, rows: list[Tensor], patches: Tensor) -> tuple[tuple, np.ndarray]:
-        """(what a C++ kernel is called with, an array to keep alive until it has returned)."""
-        addresses = np.array([(image.data_ptr(), image.stride(0)) for image in rows], dtype=np.int64)
+        Kernels read rows of RGBRGB...: a permuted [3, H, W] is copied, a slice of rows and columns is not.
+        """
+        rows = list(self.images)
+        strides = table(map(Tensor.stride, rows), 3, np.int64)
+        for i in np.flatnonzero((strides[:, 0] >= 2**31) | (strides[:, 1] != 3) | (strides[:, 2] != 1)):
+            rows[i] = rows[i].contiguous()
+            strides[i] = rows[i].stride()
+        addresses = np.empty((len(rows), 2), dtype=np.int64)
+        addresses[:, 0], addresses[:, 1] = list(map(Tensor.data_ptr, rows)), strides[:, 0]
         arguments = (
             addresses.ctypes.data, self.crops.ctypes.data, self.grids.ctypes.data, len(self.crops), self.patch_size,
             [1 / (255 * std) for std in self.std],
             [-mean / std for mean, std in zip(self.mean, self.std, strict=True)],
             self.order == "chw", native.DTYPES[self.dtype], patches.data_ptr(),
         )  # fmt: skip
-        return arguments, addresses
+        return arguments, (rows, addresses)
 
     @property
     def layout(self) -> PackedLayout:
@@ -81,11 +82,10 @@ def check_packing(
     order: str,
 ) -> Packing:
     """pack_patches' arguments, or a ValueError that names the wrong one."""
-    images = check_images(images)
+    images, sizes = check_images(images)
     patch_size, mean, std = check_format(patch_size, mean, std, order)
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype is {dtype}; it takes {', '.join(map(str, FLOAT_DTYPES))}")
-    sizes = np.array([image.shape[:2] for image in images], dtype=np.float64).reshape(-1, 2)
     crops = whole_images(sizes) if crops is None else check_crops(crops, sizes)
     if grids is None:
         sides = np.stack([crops[:, 4] - crops[:, 2], crops[:, 3] - crops[:, 1]], axis=1)
@@ -99,18 +99,35 @@ def check_packing(
     return Packing(images, crops, grids, patch_size, mean, std, dtype, order, device)
 
 
-def check_images(images: Sequence[Tensor]) -> list[Tensor]:
+def check_images(images: Sequence[Tensor]) -> tuple[list[Tensor], np.ndarray]:
+    """The images as a list, and their (height, width) as float64 [N, 2]. A microsecond an image."""
     try:
         images = list(images)
     except TypeError:
         raise ValueError(f"images is {images!r}; it takes a list of uint8 tensors [H, W, 3]") from None
+    device = images[0].device if images and isinstance(images[0], Tensor) else None
+    fine = all(
+        isinstance(image, Tensor) and image.dtype is torch.uint8 and image.ndim == 3 and image.device == device
+        for image in images
+    )
+    shapes = table((image.shape for image in images), 3, np.float64) if fine else None
+    if not fine or not ((shapes[:, :2] >= 1).all() and (shapes[:, 2] == 3).all()):
+        name_wrong_image(images)
+    return images, shapes[:, :2]
+
+
+def name_wrong_image(images: list) -> NoReturn:
     for i, image in enumerate(images):
         got = describe(image) if isinstance(image, Tensor) else f"a {type(image).__name__}"
         if not got.startswith("uint8") or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
             raise ValueError(f"images[{i}] is {got}; it takes a uint8 tensor [H, W, 3] with H, W >= 1")
         if image.device != images[0].device:
             raise ValueError(f"images[{i}] is on {image.device}; it takes {images[0].device}, as images[0]")
-    return images
+
+
+def table(rows: Iterable[Sequence[float]], columns: int, dtype: type) -> np.ndarray:
+    """Rows of `columns` numbers each as an array [N, columns]: what np.array does, several times faster."""
+    return np.fromiter(chain.from_iterable(rows), dtype).reshape(-1, columns)
 
 
 def check_format(

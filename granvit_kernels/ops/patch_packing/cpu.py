@@ -16,7 +16,6 @@ __all__ = ["forward", "why_not"]
 def forward(job: Packing) -> tuple[Tensor, PackedLayout]:
     """As reference.forward."""
     patches = torch.empty(job.shape, dtype=job.dtype)
-    rows = job.rows
-    arguments, _keep = job.native(rows, patches)
+    arguments, _keep = job.native(patches)
     native.library().pack_patches(*arguments, torch.get_num_threads())
     return patches, job.layout

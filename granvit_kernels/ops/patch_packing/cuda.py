@@ -33,8 +33,7 @@ def forward(job: Packing) -> tuple[Tensor, PackedLayout]:
     """As reference.forward, on torch's current stream of the images' device."""
     patches, layout = empty(job)
     if len(job.crops):
-        rows = job.rows
-        task, _keep = problem(job, rows, patches, layout)
+        task, _keep = problem(job, patches, layout)
         stream = torch.cuda.current_stream(job.device)
         native.library().pack_patches_cuda(task, stream.device.index, stream.cuda_stream)
     return patches, layout
@@ -52,8 +51,8 @@ def empty(job: Packing) -> tuple[Tensor, PackedLayout]:
     return torch.empty(job.shape, dtype=job.dtype, device=job.device), layout
 
 
-def problem(job: Packing, rows: list[Tensor], patches: Tensor, layout: PackedLayout) -> tuple:
-    """(csrc/bindings.cpp's PackPatchesCuda, an array to keep alive until the kernel was launched)."""
-    arguments, keep = job.native(rows, patches)
+def problem(job: Packing, patches: Tensor, layout: PackedLayout) -> tuple:
+    """(csrc/bindings.cpp's PackPatchesCuda, what has to live until the kernel was launched)."""
+    arguments, keep = job.native(patches)
     library = native.library()
     return library.PackPatchesCuda(*arguments, layout.grids.data_ptr(), layout.cu_seqlens.data_ptr()), keep
