@@ -1,6 +1,11 @@
 """Operators on packed token sequences: many images' tokens in one [T, C] tensor, described by PackedLayout.
 
 `python -m granvit_kernels` prints which backend runs where, and why the others don't.
+
+On CUDA no operator waits for the device, and all can be captured in a CUDA graph. Before a capture, call each once as
+it will be captured (shapes, dtypes, options; the backward too) and make its PackedLayouts. A first call loads the
+native library, and compiles Triton's kernels for its dtype, channels, heads and options: that takes a second each and
+fails inside a capture.
 """
 
 from .layout import PackedLayout, fit_grid

@@ -30,7 +30,8 @@ def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> 
     problem: device (torch.device), dtype, and what else the operator's backends decide by; nothing for an operator
     on host numbers.
     Raises RuntimeError with the reason(s) where the forced one, or every one, can't run. Warns once where the
-    reference stands in for kernels that this device should have, except in float64, which it alone computes.
+    reference stands in for kernels, on a device that has none (MPS, XPU) too; not in float64, which it alone computes,
+    nor on meta, where nothing is computed.
     """
     forced = _forced(os.environ.get(VARIABLE, ""))
     name = forced.get(operator, forced.get("*"))
@@ -49,8 +50,9 @@ def choose(operator: str, candidates: dict[str, ModuleType], **problem: Any) -> 
         if reason is None:
             if name == "reference" and problem.get("dtype") != torch.float64:
                 device = problem["device"].type if problem else "cpu"
-                missed = [f"{n}: {r}" for n, r in reasons.items() if ORDER[n] == device]
-                if missed:
+                known = device in ORDER.values()  # else no kernel is for it, and each says so
+                missed = [f"{n}: {r}" for n, r in reasons.items() if ORDER[n] == device or not known]
+                if missed and device != "meta":
                     _warn("; ".join(missed))
             return candidates[name]
         reasons[name] = reason

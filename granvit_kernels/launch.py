@@ -34,9 +34,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on CUDA devices, and the tensors are on {device.type}"
     if dtype not in DTYPES:
         return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: `pip install triton`"
-    return device_why_not(device.index)
+    return _triton_why_not() or device_why_not(device.index)
+
+
+@functools.cache
+def _triton_why_not() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed: `pip install triton`"
 
 
 @functools.cache
@@ -59,7 +62,12 @@ def tuned(kernel: str, key: tuple, default: Config, device: torch.device) -> Con
     """
     if device.type != "cuda":
         return default  # the interpreter, or a compilation ahead of time
-    fields = _table(_slug(device.index)).get(kernel, {}).get(key_text(key))
+    return _tuned(kernel, key, default, device.index)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tuned(kernel: str, key: tuple, default: Config, index: int | None) -> Config:
+    fields = _table(_slug(index)).get(kernel, {}).get(key_text(key))
     return default if fields is None else dataclasses.replace(default, **fields)
 
 

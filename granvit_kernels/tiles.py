@@ -33,7 +33,7 @@ def tile_tokens(cu_seqlens: Tensor, image_index: Tensor, num_tokens: int, tile: 
     cu_seqlens int32 [B + 1], B >= 1; image_index int32 or int64 [R], contiguous.
     """
     images, count = cu_seqlens.shape[0] - 1, triton.cdiv(num_tokens, tile) + cu_seqlens.shape[0] - 1
-    image, token = cu_seqlens.new_empty(2, count)
+    image, token = cu_seqlens.new_empty(count), cu_seqlens.new_empty(count)  # each begins at a multiple of 16 bytes
     first, regions = cu_seqlens.new_empty(images + 1), cu_seqlens.new_empty(image_index.shape[0])
     _tile_tokens[(images,)](
         cu_seqlens, image_index, image, token, first, regions, images, image_index.shape[0], count,

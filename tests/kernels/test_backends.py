@@ -39,7 +39,14 @@ def test_the_best_that_can_run():
     assert backends.choose("thing", candidates, **PROBLEM) is able
 
 
-@pytest.mark.parametrize(("device", "reason"), [("cpu", "cpu: not built"), ("cuda", "triton: not installed")])
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("cpu", "cpu: not built"),
+        ("cuda", "triton: not installed"),
+        *((device, "triton: not installed; cpu: not built") for device in ("mps", "xpu", "hpu", "privateuseone")),
+    ],
+)
 def test_missing_kernels_are_said_once_where_the_reference_stands_in(device, reason):
     backends._warn.cache_clear()
     candidates = {"reference": module(None), "cpu": module("not built"), "triton": module("not installed")}
@@ -48,6 +55,23 @@ def test_missing_kernels_are_said_once_where_the_reference_stands_in(device, rea
         for _ in range(2):
             assert backends.choose("thing", candidates, **problem) is candidates["reference"]
     assert len(seen) == 1
+    backends._warn.cache_clear()
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_of_meta():
+    candidates = {"reference": module(None), "cpu": module("not on meta"), "triton": module("not on meta")}
+    problem = {"device": torch.device("meta"), "dtype": torch.float32}
+    assert backends.choose("thing", candidates, **problem) is candidates["reference"]
+
+
+@pytest.mark.parametrize("operator", ["pack_patches", "region_attention", "roi_gather"])
+def test_accelerators_without_kernels_are_named(operator):
+    backends._warn.cache_clear()
+    candidates = backends.operators()[operator]
+    with pytest.warns(RuntimeWarning, match="slow reference: .*on mps; cpu: it runs on the CPU.*on mps$"):
+        problem = {"device": torch.device("mps"), "dtype": torch.float32}
+        assert backends.choose(operator, candidates, **problem) is candidates["reference"]
     backends._warn.cache_clear()
 
 
