@@ -39,19 +39,19 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """Everything that ships: the launchers' choices over the shapes that they tell apart."""
-    found = [Case("roi_gather", "bfloat16", (("smallest", True),))]
+    every = [Case("roi_gather", "bfloat16", (("smallest", True),))]
     for dtype in ("float32", "bfloat16", "float16"):
         for channels in (64, 768, 1152):
             for ratio in (1, 2, 0):
-                found.append(Case("roi_gather", dtype, (("channels", channels), ("sampling_ratio", ratio))))
-    found.append(Case("region_attention", "bfloat16", (("smallest", True),)))
+                every.append(Case("roi_gather", dtype, (("channels", channels), ("sampling_ratio", ratio))))
+    every.append(Case("region_attention", "bfloat16", (("smallest", True),)))
     for dtype in ("float32", "bfloat16", "float16"):
         for size in (32, 64, 72, 96, 128, 256):
             for queries in (4, 32, 64):
-                found.append(Case("region_attention", dtype, (("queries", queries), ("size", size))))
+                every.append(Case("region_attention", dtype, (("queries", queries), ("size", size))))
     for option in ("coverage", "split"):
-        found.append(Case("region_attention", "bfloat16", (("queries", 4), ("size", 64), (option, True))))
-    return found
+        every.append(Case("region_attention", "bfloat16", (("queries", 4), ("size", 64), (option, True))))
+    return every
 
 
 def choice() -> list[tuple[Case, int]]:
@@ -110,22 +110,34 @@ class _Driver:
         return self.target
 
 
+class Launch(NamedTuple):
+    """A launch that was compiled and not run: its function's name, what triton.compile gave, the grid, and the
+    arguments by name."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
 @contextmanager
-def compile_only(architecture: int) -> Iterator[list[tuple[str, Any]]]:
-    """Every launch inside is compiled and not run: a list of (kernel's name, what triton.compile gave)."""
+def compile_only(architecture: int) -> Iterator[list[Launch]]:
+    """Every launch inside is compiled and not run: the list of them, in their order."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    compiled: list[tuple[str, Any]] = []
+    launches: list[Launch] = []
     run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        named = dict(zip(self.arg_names, args, strict=False))  # the rest are options
+        launches.append(Launch(self.fn.__name__, kernel, grid, {**named, **options}))
 
     driver.set_active(_Driver(architecture))  # for good: this process has no other use for one
     JITFunction.run = record
     try:
-        yield compiled
+        yield launches
     finally:
         JITFunction.run = run
 
@@ -136,30 +148,48 @@ def launch(case: Case) -> None:
 
     from granvit_kernels import PackedLayout
 
-    dtype, options = getattr(torch, case.dtype), dict(case.options)
-    small = options.get("smallest", False)  # Triton makes constants of ones
-    images, side, regions = (1, 1, 1) if small else (16, 32, 96)
+    options = dict(case.options)
+    images, side, regions = (1, 1, 1) if options.get("smallest") else (16, 32, 96)  # Triton makes constants of ones
     layout = PackedLayout.from_grids([(side, side)] * images)
     boxes, image_index = torch.zeros(regions, 4), torch.arange(regions) % images
+    if options.get("split"):  # fewer regions than fill a chip
+        boxes, image_index = boxes[:1], image_index[:1]
+    for direction in directions(case, layout, boxes, image_index).values():
+        direction()
+
+
+def directions(case: Case, layout: Any, boxes: Any, image_index: Any) -> dict[str, Callable[[], Any]]:
+    """{"forward", "backward": a call of the case's launcher} on these regions and tensors of theirs whose values mean
+    nothing, all where `boxes` is: on the meta device, sizes cost nothing."""
+    import torch
+
+    dtype, options = getattr(torch, case.dtype), dict(case.options)
+    small = options.get("smallest", False)
     place = (layout.grids, layout.cu_seqlens, boxes, image_index)
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=boxes.device)
+
     if case.operator == "roi_gather":
         from granvit_kernels.ops.roi_gather import triton
 
-        bins, ratio = 1 if small else 7, options.get("sampling_ratio", 2)
-        tokens = torch.zeros(layout.num_tokens, options.get("channels", 1), dtype=dtype)
-        output = triton.forward(tokens, *place, bins, bins, ratio)
-        triton.backward(output, *place, layout.num_tokens, ratio)
-    if case.operator == "region_attention":
-        from granvit_kernels.ops.region_attention import triton
+        bins, ratio, channels = 1 if small else 7, options.get("sampling_ratio", 2), options.get("channels", 1)
+        tokens, grad = zeros(layout.num_tokens, channels), zeros(len(boxes), bins, bins, channels)
+        return {
+            "forward": lambda: triton.forward(tokens, *place, bins, bins, ratio),
+            "backward": lambda: triton.backward(grad, *place, layout.num_tokens, ratio),
+        }
+    from granvit_kernels.ops.region_attention import triton
 
-        if options.get("split"):  # fewer regions than fill a chip
-            place = (layout.grids, layout.cu_seqlens, boxes[:1], image_index[:1])
-        heads, size = (1, 1) if small else (12, options["size"])
-        query = torch.zeros(options.get("queries", 1), heads, size, dtype=dtype)
-        key = torch.zeros(layout.num_tokens, heads, size, dtype=dtype)
-        rest = (0.125, options.get("coverage", False))
-        output, lse = triton.forward(query, key, key, *place, *rest)
-        triton.backward(output, lse, query, key, key, output, lse, *place, *rest)
+    heads, size = (1, 1) if small else (options.get("heads", 12), options["size"])
+    query = zeros(options.get("queries", 1), heads, size)
+    key, value = zeros(layout.num_tokens, heads, size), zeros(layout.num_tokens, heads, size)
+    output, lse = zeros(len(boxes), *query.shape), zeros(len(boxes), *query.shape[:2], dtype=torch.float32)
+    rest = (0.125, options.get("coverage", False))
+    return {
+        "forward": lambda: triton.forward(query, key, value, *place, *rest),
+        "backward": lambda: triton.backward(output, lse, query, key, value, output, lse, *place, *rest),
+    }
 
 
 def compile_case(case: Case, architecture: int) -> list[dict[str, Any]]:
@@ -167,10 +197,10 @@ def compile_case(case: Case, architecture: int) -> list[dict[str, Any]]:
     import torch
 
     torch.set_num_threads(1)
-    with compile_only(architecture) as compiled:
+    with compile_only(architecture) as launches:
         launch(case)
     rows = []
-    for name, kernel in compiled:
+    for name, kernel, *_ in launches:
         rows.append(
             {
                 "case": "tiles" if name == "_tile_tokens" else case.name,  # shared by all
@@ -215,12 +245,18 @@ def instructions(cubin: bytes) -> dict[str, int]:
 
 def compile_all(jobs: list[tuple[Case, int]], report: Callable[[list[dict]], None]) -> None:
     """Compiles in processes without the interpreter, one a core."""
-    context = get_context("spawn")
+    with compilers(os.cpu_count()) as pool:
+        for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
+            report(rows)
+
+
+@contextmanager
+def compilers(processes: int | None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that compile, whatever this one has: Triton decides on its interpreter when it is imported."""
     environment = os.environ.pop("TRITON_INTERPRET", None)
     try:
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
-                report(rows)
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            yield pool
     finally:
         if environment is not None:
             os.environ["TRITON_INTERPRET"] = environment

@@ -114,13 +114,21 @@ class Pictures:
         return sum(h * w for h, w in self.grids)
 
 
-def pictures(workload: str, resized: bool, device: str, images: int | None = None, budget: int = 1024) -> Pictures:
-    """The workload's images of noise: as they are, or larger by a fifth and resampled to at most `budget` patches."""
+def picture_sizes(
+    workload: str, resized: bool, images: int | None = None, budget: int = 1024
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(height, width) in pixels, and the grids in patches: the workload's images as they are, or larger by a fifth and
+    resampled to at most `budget` patches."""
     sizes = image_sizes(workload, images)
-    grids = [(height // PATCH, width // PATCH) for height, width in sizes]
-    if resized:
-        sizes = [(height * 6 // 5, width * 6 // 5) for height, width in sizes]
-        grids = [fit_grid(height, width, PATCH, budget) for height, width in sizes]
+    if not resized:
+        return sizes, [(height // PATCH, width // PATCH) for height, width in sizes]
+    sizes = [(height * 6 // 5, width * 6 // 5) for height, width in sizes]
+    return sizes, [fit_grid(height, width, PATCH, budget) for height, width in sizes]
+
+
+def pictures(workload: str, resized: bool, device: str, images: int | None = None, budget: int = 1024) -> Pictures:
+    """Noise of picture_sizes' sizes."""
+    sizes, grids = picture_sizes(workload, resized, images, budget)
     generator = torch.Generator(device).manual_seed(2)
     made = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator, device=device) for size in sizes]
     return Pictures(made, grids)
