@@ -2,7 +2,7 @@
 PYTHON ?= python
 CONSTRAINTS ?= -c constraints-cpu.txt
 
-.PHONY: install test lint bench train aot gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: install test lint bench train aot floors gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 install:  ## build the kernels and install everything that development needs
 	$(PYTHON) -m pip install $(CONSTRAINTS) -e '.[dev]'
@@ -23,6 +23,9 @@ check-aims:  ## what falls short of its aim in the newest rows of every device
 
 aot:  ## compile every shipped Triton kernel for sm_80, sm_90 and sm_100, no GPU needed; bench/results/aot.json
 	$(PYTHON) bench/aot.py
+
+floors:  ## what the GPU kernels must take at least, counted from their machine code, no GPU needed; bench/results/floors.json
+	$(PYTHON) bench/floors.py
 
 train:  ## the smoke preset: both stages and a report in runs/smoke, minutes on two cores
 	$(PYTHON) -m granvit.train

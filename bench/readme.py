@@ -219,8 +219,52 @@ def performance() -> list[str]:
     head += ["HGMMA", "HMMA", "tcgen05"]
     fields = ("case", "kernel", "arch", "registers", "spills", "shared", "warps", "hgmma", "hmma", "tcgen05")
     lines += markdown(head, [[str(row[field]).lstrip("_") for field in fields] for row in rows])
-    lines += ["", *steps_on_gpus()]
+    lines += ["", *floors(), *steps_on_gpus()]
     return [*lines, "![The kernels beside their peers](performance.png)"]
+
+
+def floors() -> list[str]:
+    """What the kernels must take at least: bench/results/floors.json (bench/floors.py)."""
+    record = json.loads((RESULTS / "floors.json").read_text())
+    assumed, versions = record["assumptions"], record["versions"]
+    chips = assumed["chips"]
+    bandwidths = ", ".join(f"{chip['bytes_per_second'] / 1e12:.1f} TB/s ({name})" for name, chip in chips.items())
+    multiprocessors = " or ".join(sorted({str(chip["multiprocessors"]) for chip in chips.values()}))
+    lines = [
+        "## What the GPU kernels must take at least",
+        "",
+        "Counted bounds, not measurements (`make floors`, which needs no GPU); how well they predict will be said here "
+        "when a GPU has run. The issue floor is the instructions of each loop in the machine code for Hopper times its "
+        f"trips on the workload, over {multiprocessors} multiprocessors that each issue {assumed['schedulers']} warps' "
+        f"instructions a clock, at {assumed['clock_hz'] / 1e9} GHz. The memory floor is each distinct byte that a call "
+        f"reads, once, and each that it writes, over what a large copy is assumed to reach: {bandwidths}. On top of "
+        "both come waiting, units that take less than an instruction a clock, warps whose threads part (the shortest "
+        "way is counted), and torch's own small kernels.",
+        "",
+    ]
+    head = ["operator", "direction", "workload", "shape"]
+    head += [f"{name}: {what}" for name in chips for what in ("issue floor, us", "memory floor, us", "binds")]
+    table = []
+    for row in record["rows"]:
+        cells = [row["operator"], row["direction"], row["workload"], row["shape"]]
+        for name in chips:
+            cells += [f"{1e6 * row[f'{of}_seconds'][name]:.0f}" for of in ("issue", "memory")] + [row["binds"][name]]
+        table.append(cells)
+    what = "Where the instructions are, workload A (without parts under 1 %, and code that stands in a row above):"
+    lines += [*markdown(head, table), "", what, ""]
+    head = ["operator", "direction", "shape", "kernel", "part", "instructions a trip", "trips of warps", "share"]
+    table, known = [], set()
+    for row in record["rows"]:
+        for part in row["parts"] if row["workload"] == "A" else []:
+            share = part["instructions"] * part["trips"] / row["instructions"]
+            code = row["operator"], part["kernel"], part["part"], part["instructions"]
+            if share >= 0.01 and code not in known:
+                cells = [row["operator"], row["direction"], row["shape"], part["kernel"], part["part"]]
+                table.append([*cells, f"{part['instructions']:g}", f"{part['trips']}", f"{100 * share:.0f} %"])
+            known.add(code)
+    made = f"triton {versions['triton']}, nvcc {versions['nvcc']}, commit {record['commit']}"
+    kinds = "[bench/results/floors.json](../bench/results/floors.json) has them by kind"
+    return [*lines, *markdown(head, table), "", f"{made}; {kinds}.", ""]
 
 
 def steps_on_gpus() -> list[str]:

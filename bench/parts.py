@@ -1,0 +1,190 @@
+"""The stretches of code that the GPU kernels are made of: what a trip through each issues, which sass.py reads from the
+machine code, and how often warps run it, which trips.py counts from a workload. floors.py adds it up.
+
+The code is what ships: the launchers run on the meta device, at the workload's size, and what they launch is compiled
+for Hopper (aot.py); pack_patches is compiled by nvcc.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aot
+import sass
+import trips
+from workloads import BINS, Regions
+
+ARCHITECTURE = 90
+DTYPE = "bfloat16"
+VALUES = 8
+"""Values of DTYPE in 16 bytes."""
+
+
+class Part(NamedTuple):
+    """A stretch of a kernel's code: instructions of one trip through it (a loop that does several steps at once: of
+    each), trips of all warps, and instructions by kind."""
+
+    kernel: str
+    part: str
+    instructions: float
+    trips: int
+    kinds: dict[str, int]
+
+
+def part(kernel: str, name: str, code: list[sass.Instruction], count: int, steps: int = 1) -> Part:
+    return Part(kernel, name, len(code) / steps, count, sass.counted(code))
+
+
+# ---- the Triton kernels ----
+
+
+def roi_forward(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    (column,) = code.nested(1)
+    programs = math.prod(launch.grid)
+    yield "once a row of bins", code.through(column), programs
+    yield "a bin", column.through(), programs * BINS
+
+
+def roi_backward(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    region, row, column = code.nested(3)
+    counts, slices = trips.roi_backward(made, launch.arguments["TILE"], BINS), launch.grid[1]
+    tiles = len(trips.TokenTiles(made, launch.arguments["TILE"]))
+    yield "once a tile of tokens", code.through(region), tiles * slices
+    yield "a region elsewhere", region.through(), (counts["pairs"] - counts["met"]) * slices
+    yield "a region that meets the tile", region.through(row), counts["met"] * slices
+    yield "a row of bins", row.through(column), counts["rows"] * slices
+    yield "a bin", column.through(), counts["bins"] * slices
+
+
+def tile_tokens(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    names = ("images before", "tiles written", "regions counted", "regions written")
+    counts = trips.tile_tokens(made, launch.arguments["TILE"], launch.arguments["BLOCK"])
+    yield "once an image", code.through(*code.loops), launch.grid[0]
+    for loop, name, count in zip(code.loops, names, counts, strict=True):
+        yield name, loop.through(), count
+
+
+def attention_walk(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    (block,) = code.nested(1)
+    programs, splits = math.prod(launch.grid), launch.grid[1]
+    walks = programs // len(made.boxes) // splits  # of a box: heads, blocks of queries
+    yield "once a box and head", code.through(block), programs
+    yield "a block of cells", block.through(), trips.walked_blocks(made, launch.arguments["BLOCK_N"]) * walks
+
+
+PRODUCT = "(HMMA|HGMMA).*"  # on the tensor cores
+
+
+def attention_tokens(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    (block,) = code.nested(1)
+    arguments = launch.arguments
+    counts = trips.attention_tokens(made, arguments["BLOCK_T"], arguments["queries"], arguments["BLOCK_M"])
+    products = sum(it.is_a(PRODUCT) for it in block.instructions)
+    tiles = len(trips.TokenTiles(made, arguments["BLOCK_T"])) * arguments["heads"]
+    yield "once a tile of tokens and head", code.through(block), tiles
+    yield "columns elsewhere", block.through(), (counts["blocks"] - counts["computed"]) * arguments["heads"]
+    yield "a block of columns", block.doing(products, PRODUCT), counts["computed"] * arguments["heads"]
+
+
+KERNELS = {
+    ("roi_gather", "forward"): roi_forward,
+    ("roi_gather", "backward"): roi_backward,
+    ("roi_gather", "_tile_tokens"): tile_tokens,
+    ("region_attention", "forward_walk"): attention_walk,
+    ("region_attention", "backward_walk"): attention_walk,
+    ("region_attention", "_tile_tokens"): tile_tokens,
+    ("region_attention", "backward_tokens"): attention_tokens,
+}
+"""How a kernel is counted: (code, launch, regions) -> (part, its instructions, trips of a program) each."""
+
+
+def launched(operator: str, options: dict[str, Any], made: Regions) -> dict[str, list[Part]]:
+    """{direction: its kernels' parts} of an operator that Triton compiles."""
+    case = aot.Case(operator, DTYPE, tuple(options.items()))
+    place = made.layout.to("meta"), made.boxes.to("meta"), made.image_index.to("meta")
+    parts: dict[str, list[Part]] = {}
+    for direction, call in aot.directions(case, *place).items():
+        with aot.compile_only(ARCHITECTURE) as launches:
+            call()
+        parts[direction] = [
+            part(launch.name.lstrip("_"), name, code, count * launch.kernel.metadata.num_warps)
+            for launch in launches
+            for name, code, count in KERNELS[operator, launch.name](_code(launch), launch, made)
+        ]
+    return parts
+
+
+def _code(launch: aot.Launch) -> sass.Region:
+    (code,) = _functions(launch.kernel.asm["cubin"]).values()
+    return code
+
+
+@cache
+def _functions(cubin: bytes) -> dict[str, sass.Region]:
+    return sass.functions(sass.disassemble(cubin))
+
+
+# ---- pack_patches ----
+
+
+@cache
+def pack_kernels() -> tuple[str, dict[str, sass.Region]]:
+    """nvcc's release, and {"copy", "resample": the code that workloads of PATCH pixels and order "hwc" run}."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise SystemExit("pack_patches is compiled by nvcc, and there is none on PATH")
+    release = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "pack.cubin")
+        command = [nvcc, "-cubin", "-arch=sm_90a", "-std=c++17", "-O3", "-lineinfo", f"-I{trips.CSRC.parent}"]
+        subprocess.run([*command, str(trips.CSRC / "pack_patches.cu"), "-o", str(cubin)], check=True)
+        listing = sass.disassemble(cubin.read_bytes())
+    wanted = re.compile("(copy)_kernelI.*Bfloat16E|(resample)_kernelI.*Bfloat16ELi8E")
+    code = sass.functions(listing, wanted.search)
+    return release, {wanted.search(name)[1] or wanted.search(name)[2]: region for name, region in code.items()}
+
+
+LOAD, STORE = r"LDG\.E\.128.*", r"STG\.E\.128"
+
+
+def pack_copy(grids: list[tuple[int, int]]) -> Iterator[Part]:
+    code, named = pack_kernels()[1]["copy"], trips.constants()
+    counts, warps = trips.copied(grids, VALUES), named["COPY_THREADS"] // trips.WARP
+    setup = code.loop("STS.*", "shared.tile = copy_tile(")
+    rows, slots = code.loop(LOAD, "load_image(reinterpret_cast"), code.loop(STORE, "each(tile.slots.divisor")
+    values = code.loop(r"STS\.64", "copy_values<4, PLANES>(job", "copy_values<false>(job")
+    (search,) = setup.loops
+    yield part("copy", "once a tile", code.through(setup, rows, values, slots), counts["blocks"] * warps)
+    yield part("copy", "its place, one warp", setup.through(search), counts["blocks"])
+    yield part("copy", "search for its crop", search.through(), counts["searched"])
+    yield part("copy", "16 bytes in", rows.doing(1, LOAD), counts["rows"])
+    stores = sum(it.is_a(r"STS\.64") for it in values.instructions)
+    yield part("copy", "4 pixels made", values.through(), counts["values"], steps=stores // 3)
+    yield part("copy", "16 bytes out", slots.doing(1, STORE), counts["slots"])
+
+
+def pack_resample(sizes: list[tuple[int, int]], grids: list[tuple[int, int]]) -> Iterator[Part]:
+    code, named = pack_kernels()[1]["resample"], trips.constants()
+    counts, warps = trips.resampled(sizes, grids, VALUES), named["THREADS"] // trips.WARP
+    search, weights = code.loop("LDC.*", "job.first_block[middle]"), code.loop("STS", "shared.share[slot] = 1 / sum")
+    blend, columns = code.loop("STS", "shared.blended[r * 3"), code.loop("STS", "value[c] = (chunk == begin")
+    store = code.loop("LDS.*", "shared.values[r * 3 * TILE_COLUMNS", "fetch(r, v, pixels)")
+    (chunk,) = [loop for loop in code.loops if blend in loop.loops]
+    yield part("resample", "once a tile", code.through(search, weights, chunk, store), counts["blocks"] * warps)
+    yield part("resample", "search for its crop", search.through(), counts["searched"] * warps)
+    yield part("resample", "a chunk of pixels", chunk.through(blend, columns), counts["chunks"] * warps)
+    for taps, count in sorted(counts["weights"].items()):
+        yield part("resample", f"weights of {taps} taps", weights.doing(taps, "FFMA", "sum += triangle("), count)
+    for taps, count in sorted(counts["blend"].items()):
+        yield part("resample", f"4 bytes of {taps} rows", blend.doing(taps, r"LDG\.E"), count)
+    for taps, count in sorted(counts["columns"].items()):
+        yield part("resample", f"a pixel of {taps} columns", columns.doing(3 * taps, "FFMA", "sum[c] += weight"), count)
+    yield part("resample", f"{VALUES} values out", store.doing(1, STORE), counts["store"])

@@ -1,0 +1,226 @@
+"""How often the loops of the GPU kernels run on a workload: counted from its boxes and images, as the launchers share
+the work out among programs and the kernels among their loops. floors.py multiplies with what a loop issues.
+
+tests/kernels/test_floors.py holds the Triton kernels' counts to what Triton's interpreter runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import corners
+from torch import Tensor
+from workloads import PATCH, Regions, cell_shares
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+WARP = 32
+
+
+def met_tokens(regions: Regions) -> int:
+    """Tokens whose cells a box of their image meets."""
+    boxes = regions.boxes.unflatten(0, (-1, regions.boxes_an_image))
+    grids = zip(regions.grids, boxes, strict=True)
+    return sum(int((cell_shares(those, height, width) > 0).any(0).sum()) for (height, width), those in grids)
+
+
+def sampled_tokens(regions: Regions) -> int:
+    """Tokens that roi_gather's samples read."""
+    index, weight = corners(regions)
+    return index[weight > 0].unique().numel()
+
+
+def blocks(items: int | Tensor, size: int) -> int | Tensor:
+    return -(-items // size)
+
+
+# ---- a program a tile of tokens, which visits its image's regions (granvit_kernels/tiles.py) ----
+
+
+class TokenTiles:
+    """All images' tiles of `size` tokens: their image, first and last cell, and the cells' bounds, int64 [N]."""
+
+    def __init__(self, regions: Regions, size: int) -> None:
+        height, width = regions.layout.grids.long().T
+        count = blocks(height * width, size)
+        self.image = torch.arange(len(count)).repeat_interleave(count)
+        before = count.cumsum(0) - count
+        self.low = (torch.arange(len(self.image)) - before[self.image]) * size
+        self.high = (self.low + size).minimum((height * width)[self.image]) - 1
+        width = width[self.image]
+        self.top, self.bottom = self.low // width, self.high // width
+        self.left = torch.where(self.top == self.bottom, self.low % width, 0)
+        self.right = torch.where(self.top == self.bottom, self.high % width, width - 1)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def regions(self, regions: Regions) -> Iterator[Tensor]:
+        """The number of each tile's image's first region [N], of its second, and so on: all images have as many."""
+        for n in range(regions.boxes_an_image):
+            yield self.image * regions.boxes_an_image + n
+
+
+def tile_tokens(regions: Regions, size: int, block: int) -> list[int]:
+    """Of the four loops: images before, tiles written, regions counted and regions written, `block` at a time."""
+    count = TokenTiles(regions, size).image.bincount(minlength=len(regions.grids))
+    written = count.clone()
+    written[-1] += blocks(regions.layout.num_tokens, size) + len(count) - count.sum()  # to the end of the list
+    images = torch.arange(len(count))
+    all_regions = len(count) * blocks(len(regions.boxes), block)
+    return [int(blocks(images, block).sum()), int(blocks(written, block).sum()), all_regions, all_regions]
+
+
+# ---- roi_gather ----
+
+
+def roi_backward(regions: Regions, tile: int, bins: int) -> dict[str, int]:
+    """Over all tiles: pairs of a tile and a region of its image; those that meet, as far as the kernel tells; their
+    rows of bins; and their bins. The kernel's arithmetic (_near and _bins there), in float32 as there."""
+    tiles = TokenTiles(regions, tile)
+    height, width = regions.layout.grids.float()[tiles.image].T
+    counts = Counter(pairs=0, met=0, rows=0, bins=0)
+    for region in tiles.regions(regions):
+        x1, y1, x2, y2 = regions.boxes[region].T
+        near = _near(y1, y2, tiles.top, tiles.bottom) & _near(x1, x2, tiles.left, tiles.right)
+        rows = torch.where(near, _bins(y1, y2, tiles.top, tiles.bottom, bins, height), 0)
+        columns = torch.where(near, _bins(x1, x2, tiles.left, tiles.right, bins, width), 0)
+        met = (rows > 0) & (columns > 0)
+        counts["pairs"] += len(tiles)
+        counts["met"] += int(met.sum())
+        counts["rows"] += int(rows[met].sum())
+        counts["bins"] += int((rows * columns).sum())
+    return dict(counts)
+
+
+def _near(low: Tensor, high: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    slack = 1e-6 * low.abs() + 1e-6 * high.abs()
+    return (low.minimum(high) - slack <= last + 2.0) & (low.maximum(high) + slack >= first - 1.0)
+
+
+def _bins(low: Tensor, high: Tensor, first: Tensor, last: Tensor, bins: int, size: Tensor) -> Tensor:
+    """Bins along one axis that may read a cell in [first, last]; `size` of the image. Boxes have a positive extent."""
+    start = low - 0.5
+    step = ((high - 0.5) - start) / bins
+    slack = 1e-6 * (start.abs() + step.abs() * bins + size)
+    begin = ((first - 1.0 - slack - start) / step).clamp(0, bins).floor()
+    end = ((last + 1.0 + slack - start) / step).clamp(-1, bins - 1).floor() + 1
+    return (end - begin).clamp(min=0).long()
+
+
+# ---- region_attention ----
+
+
+def walked_blocks(regions: Regions, block: int) -> int:
+    """Blocks of `block` cells that the walks of all regions' boxes take, for each head and block of queries. Splits of
+    a walk take whole blocks: they don't change it."""
+    return int(blocks(regions.met(), block).sum())
+
+
+def attention_tokens(regions: Regions, tile: int, queries: int, block: int) -> dict[str, int]:
+    """Over all tiles, for each head: blocks of `block` columns (queries of regions) that go by, and those of them that
+    are computed, as one of their regions meets the tile."""
+    tiles = TokenTiles(regions, tile)
+    x1, y1, x2, y2 = regions.boxes.T
+    column0, row0, column1, row1 = x1.floor(), y1.floor(), x2.ceil(), y2.ceil()  # boxes lie inside their images
+    near = torch.stack(
+        [
+            (row0[n] <= tiles.bottom) & (row1[n] > tiles.top) & (column0[n] <= tiles.right) & (column1[n] > tiles.left)
+            for n in tiles.regions(regions)
+        ],
+        1,
+    )
+    columns = near.repeat_interleave(queries, 1)
+    columns = torch.nn.functional.pad(columns, (0, -columns.shape[1] % block)).unflatten(1, (-1, block))
+    return {"blocks": columns.shape[0] * columns.shape[1], "computed": int(columns.any(2).sum())}
+
+
+# ---- pack_patches, in warps' trips: a block's threads share a loop's items out ----
+
+
+@cache
+def constants() -> dict[str, int]:
+    """The numbers that csrc/cuda names: COPY_PIXELS, TILE_ROWS and so on; MOST (crops of a launch) as of CUDA 12.1."""
+    text = "".join(path.read_text() for path in sorted(CSRC.glob("pack_patches.cu")) + sorted(CSRC.glob("*.h")))
+    lines = re.findall(r"^constexpr int ([^;]+);", text, re.MULTILINE)
+    return {name: int(value) for line in reversed(lines) for name, value in re.findall(r"(\w+) = (\d+)", line)}
+
+
+def searched(tiles: list[int]) -> int:
+    """Steps of all blocks' searches for their crops. tiles: blocks of each crop."""
+    most = constants()["MOST"]
+    launches = [tiles[i : i + most] for i in range(0, len(tiles), most)]
+    return sum(sum(launch) * int(math.log2(len(launch))) for launch in launches)
+
+
+def copied(grids: list[tuple[int, int]], values: int) -> dict[str, int]:
+    """Blocks of threads, steps of their searches, and trips through their three loops: source rows in, values made,
+    values out. values: of 16 bytes. Rows start at multiples of 16 bytes, as images of whole patches of 16 have them."""
+    patches = constants()["COPY_PIXELS"] // PATCH**2
+    tiles = [height * blocks(width, patches) for height, width in grids]
+    counts = Counter(blocks=sum(tiles), searched=searched(tiles))
+    kinds = Counter()  # blocks by patches
+    for height, width in grids:
+        kinds[patches] += height * (width // patches)
+        kinds[width % patches] += height if width % patches else 0
+    for side, count in kinds.items():
+        row = 3 * PATCH * side  # bytes, and values
+        items = {
+            "rows": PATCH * ((15 + row + 4 + 15) // 16),
+            "values": PATCH * side * PATCH // 4,
+            "slots": (row * PATCH + 2 * values - 2) // values,
+        }
+        counts.update({name: count * blocks(number, WARP) for name, number in items.items()})
+    return dict(counts)
+
+
+def resampled(sizes: list[tuple[int, int]], grids: list[tuple[int, int]], values: int) -> dict[str, Any]:
+    """Blocks of threads, steps of their searches, chunks of source pixels, and trips through the loops: those whose
+    length is the taps' as {taps: trips}. values: of 16 bytes.
+
+    sizes: of the images in pixels; all are resampled, and start at a multiple of 4 bytes. The arithmetic is
+    csrc/common/resample.h's.
+    """
+    named = constants()
+    rows, columns, chunk = named["TILE_ROWS"], named["TILE_COLUMNS"], named["CHUNK"]
+    counts, weights, blend, across = Counter(), Counter(), Counter(), Counter()
+    tiles = []
+    for (source_height, source_width), (height, width) in zip(sizes, grids, strict=True):
+        out_height, out_width = height * PATCH, width * PATCH
+        row_taps, column_taps = _taps(source_height, out_height), _taps(source_width, out_width)
+        tall = [min(rows, out_height - top) for top in range(0, out_height, rows)]
+        lefts = range(0, out_width, columns)
+        tiles.append(len(tall) * len(lefts))
+        for left in lefts:
+            wide = min(columns, out_width - left)
+            begin = _first_tap(source_width, out_width, left)
+            end = _first_tap(source_width, out_width, left + wide - 1) + column_taps
+            starts = range(begin, end, chunk)
+            counts["chunks"] += len(tall) * len(starts)
+            for start in starts:
+                lead = 3 * start % 4 if 3 * source_width % 4 == 0 else 0
+                units = blocks(lead + 3 * min(chunk, end - start), 4)
+                blend[row_taps] += sum(blocks(high * units, WARP) for high in tall)
+            pixels = sum(blocks(high * wide, WARP) for high in tall)
+            across[column_taps] += pixels  # a column's taps lie in one chunk, nearly always
+            across[0] += pixels * (len(starts) - 1)
+            weights[column_taps] += sum(blocks(high + wide, WARP) for high in tall)
+            counts["store"] += sum(blocks(high * 3 * wide // values, WARP) for high in tall)
+    counts["blocks"], counts["searched"] = sum(tiles), searched(tiles)
+    return {**counts, "weights": weights, "blend": blend, "columns": across}
+
+
+def _taps(source: int, outputs: int) -> int:
+    return min(math.ceil(2 * max(source / outputs, 1.0)), source)
+
+
+def _first_tap(source: int, outputs: int, i: int) -> int:
+    step = source / outputs
+    first = math.floor((i + 0.5) * step - max(step, 1.0) - 0.5) + 1
+    return min(max(first, 0), source - _taps(source, outputs))
