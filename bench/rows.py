@@ -20,7 +20,7 @@ DRY_RUN = "dry run"
 """What rows call the device of a GPU's benchmark that ran on the CPU, at a tiny size: GRANVIT_BENCH_DEVICE=cpu."""
 
 commit_of_this_run = functools.cache(commit)
-"""The commit, asked once: the first row that is saved changes a file of the checkout."""
+"""The commit as it was when the first row asked for it."""
 
 
 def results_folder() -> Path:
@@ -86,8 +86,11 @@ class Rows:
         return [] if self.path is None or not self.path.exists() else json.loads(self.path.read_text())
 
     def has(self, **values: Any) -> bool:
-        """Whether the file has a row with these values of this commit; failed=None asks for one that did not fail."""
-        values["commit"] = commit_of_this_run()
+        """Whether the file has a row with these values of this commit; failed=None asks for one that did not fail.
+        False where the commit does not say what code this is."""
+        commit = values["commit"] = commit_of_this_run()
+        if commit == "unknown" or commit.endswith("-dirty"):
+            return False
         return any(all(row.get(name) == value for name, value in values.items()) for row in self.kept())
 
     def save(self, *rows: dict[str, Any]) -> None:

@@ -9,14 +9,20 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The checked-out commit, with "-dirty" where files differ from it; outside a checkout, or without git, what
-    GRANVIT_COMMIT says, or "unknown"."""
-    command = ["git", "describe", "--always", "--dirty", "--match", ""]
+    """The checked-out commit, with "-dirty" where files differ from it, results of benchmarks aside: they change while
+    they are measured. Outside a checkout, or without git, what GRANVIT_COMMIT says, or "unknown"."""
     try:
-        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        described = _git("describe", "--always", "--match", "").stdout.strip()
+        changed = _git("diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)bench/results").returncode == 1
     except OSError:  # no git on PATH, or one that can't be run
         described = ""
-    return described or os.environ.get("GRANVIT_COMMIT", "unknown")
+    if not described:
+        return os.environ.get("GRANVIT_COMMIT", "unknown")
+    return described + "-dirty" * changed
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
 
 
 def device_name(device: str = "cpu") -> str:

@@ -76,13 +76,22 @@ def test_a_row_takes_the_place_of_the_older_one_whatever_its_commit(rows, tmp_pa
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
 
 
-def test_what_this_commit_has_measured_is_known(rows, tmp_path):
+def test_what_this_commit_has_measured_is_known(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "commit_of_this_run", lambda: "abc1234")
     kept = rows.Rows(tmp_path / "x.json", ("mode",))
     about = rows.provenance("d")
     assert set(about) == {"device", "versions", "commit"} and about["versions"]["torch"] == torch.__version__
     kept.save({"mode": "f", **about}, {"mode": "b", **about, "failed": "x"}, {"mode": "c", **about, "commit": "other"})
     assert kept.has(mode="f") and kept.has(mode="b") and not kept.has(mode="c")
     assert kept.has(mode="f", failed=None) and not kept.has(mode="b", failed=None)
+
+
+@pytest.mark.parametrize("commit", ["unknown", "abc1234-dirty"])
+def test_a_commit_that_does_not_say_what_code_ran_is_measured_again(rows, tmp_path, monkeypatch, commit):
+    monkeypatch.setattr(rows, "commit_of_this_run", lambda: commit)
+    kept = rows.Rows(tmp_path / "x.json", ("mode",))
+    kept.save({"mode": "f", **rows.provenance("d")})
+    assert not kept.has(mode="f")
 
 
 # ---- comparisons ----
