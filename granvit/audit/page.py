@@ -59,9 +59,9 @@ def audit(
 
             loaded = load_model(model, device)
         chosen = spread(len(rows), images)
-        found = count(data, split, chosen, workers)
-        result = {"data": str(data), "split": split, "rows": len(rows), "numbers": found.numbers()}
-        values = {"plots": draw_plots(found), "regions": _random_regions(rows, chosen), "model": model}
+        statistics = count(data, split, chosen, workers)
+        result = {"data": str(data), "split": split, "rows": len(rows), "numbers": statistics.numbers()}
+        values = {"plots": draw_plots(statistics), "regions": _random_regions(rows, chosen), "model": model}
         if model is not None:
             doubts = _check(*loaded, rows, [chosen[i] for i in spread(len(chosen), checked_images)])
             scores = [doubt["score"] for doubt in doubts if doubt["score"] is not None]
@@ -91,14 +91,16 @@ def _check(model: Any, processor: Any, rows: Any, chosen: Sequence[int]) -> list
                 yield sample
 
     groups = progress(check_regions(model, processor, good()), "Checking captions", -(-len(chosen) // IMAGES))
-    checked = sorted((one for group in groups for one in group), key=lambda one: (isnan(one.score), one.score))
+    checks = [check for group in groups for check in group]
+    checks.sort(key=lambda check: (isnan(check.score), check.score))
     return [
         {
-            "row": places[one.row], "region": one.place, "score": _number(one.score), "box": list(one.region.box),
-            "caption": one.region.caption[:1000], "kind": one.region.kind, "said": one.said, "found": one.found,
-            "parts": {name: _number(value) for name, value in one.parts.items()},
+            "row": places[check.row], "region": check.place, "score": _number(check.score),
+            "box": list(check.region.box), "caption": check.region.caption[:1000], "kind": check.region.kind,
+            "said": check.said, "found": check.found,
+            "parts": {name: _number(value) for name, value in check.parts.items()},
         }
-        for one in checked
+        for check in checks
     ]  # fmt: skip
 
 

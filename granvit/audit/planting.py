@@ -28,11 +28,11 @@ def one_word(region: Region, sample: Sample, pool: Pool, draw: random.Random) ->
     """One word of the caption replaced by the word in its place in another image's caption."""
     words = region.caption.split()
     for name, caption in draw.sample(pool[region.kind], min(20, len(pool[region.kind]))):
-        others = caption.split()
-        places = [i for i in range(min(len(words), len(others))) if words[i].lower() != others[i].lower()]
+        other_words = caption.split()
+        places = [i for i in range(min(len(words), len(other_words))) if words[i].lower() != other_words[i].lower()]
         if name != sample.id and places:
             place = draw.choice(places)
-            return replace(region, caption=" ".join([*words[:place], others[place], *words[place + 1 :]]))
+            return replace(region, caption=" ".join([*words[:place], other_words[place], *words[place + 1 :]]))
     return None
 
 

@@ -20,18 +20,18 @@ from granvit.data.page import encoded  # noqa: E402
 INK, COLOURS = "#7c8aa0", {"natural": "#3b82f6", "ocr": "#f59e0b", "image": "#22c55e"}
 
 
-def draw_plots(found: Statistics) -> list[tuple[str, Markup]]:
+def draw_plots(statistics: Statistics) -> list[tuple[str, Markup]]:
     """(what it shows, PNG as a data: URI) of each plot that there is something for."""
-    sides = {kind: np.array(values).reshape(-1, 2) for kind, values in found.sides.items()}
+    sides = {kind: np.array(values).reshape(-1, 2) for kind, values in statistics.sides.items()}
     plots = (
-        ("Regions an image", {"natural": found.regions_of}, _whole),
-        ("Short side of pictures, px", {"natural": [min(size) for size in found.sizes]}, _log),
+        ("Regions an image", {"natural": statistics.regions_of}, _whole),
+        ("Short side of pictures, px", {"natural": [min(size) for size in statistics.sizes]}, _log),
         ("Short side of boxes, px", {kind: side.min(1) for kind, side in sides.items() if len(side)}, _log),
         ("Width of boxes / height", {kind: side[:, 0] / side[:, 1] for kind, side in sides.items() if len(side)}, _log),
-        ("Words of captions", found.lengths, _whole),
+        ("Words of captions", statistics.lengths, _whole),
     )
     drawn = [(title, _histogram(values, bins)) for title, values, bins in plots if any(map(len, values.values()))]
-    boxes = np.array([box for kind in found.boxes.values() for box in kind]).reshape(-1, 4)
+    boxes = np.array([box for kind in statistics.boxes.values() for box in kind]).reshape(-1, 4)
     if len(boxes):
         drawn.append(("Centres of boxes in their pictures", _map(boxes)))
     return drawn

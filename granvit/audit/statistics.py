@@ -130,57 +130,57 @@ def quantiles(values: Iterable[float]) -> list[float] | None:
 
 
 def _count(data: str, split: str, chosen: Sequence[int]) -> Statistics:
-    found, rows = Statistics(), open_rows(data, split)
+    statistics, rows = Statistics(), open_rows(data, split)
     for number in chosen:
         row = rows[number]
-        before = found.faults.total()
+        before = statistics.faults.total()
         name = f"{split}[{number}] id={str(row['id'])[:80]!r}"
-        found.rows += 1
-        found.ids[str(row["id"])] += 1
-        _count_boxes(found, row)
+        statistics.rows += 1
+        statistics.ids[str(row["id"])] += 1
+        _count_boxes(statistics, row)
         try:
-            sample = parse_row(row, lambda fault, name=name: found.fault(name, fault))
+            sample = parse_row(row, lambda fault, name=name: statistics.fault(name, fault))
         except DataFault as fault:
-            found.fault(name, fault)
+            statistics.fault(name, fault)
         else:
-            _count_sample(found, sample)
-        found.faulty += found.faults.total() > before
-    return found
+            _count_sample(statistics, sample)
+        statistics.faulty += statistics.faults.total() > before
+    return statistics
 
 
-def _count_boxes(found: Statistics, row: dict[str, Any]) -> None:
+def _count_boxes(statistics: Statistics, row: dict[str, Any]) -> None:
     """Which of the two ways a box is wrong in, which the kind of its fault does not tell."""
     for region in row["regions"] or []:
         box = region["box"] if isinstance(region, dict) else None
         if isinstance(box, list) and all(isinstance(side, (int, float)) for side in box):
             fault = box_fault(box) or ""
-            found.outside += "outside" in fault
-            found.empty += "no area" in fault
+            statistics.outside += "outside" in fault
+            statistics.empty += "no area" in fault
 
 
-def _count_sample(found: Statistics, sample: Sample) -> None:
+def _count_sample(statistics: Statistics, sample: Sample) -> None:
     height, width = sample.image.shape[:2]
-    found.sizes.append((width, height))
-    found.regions_of.append(len(sample.regions))
+    statistics.sizes.append((width, height))
+    statistics.regions_of.append(len(sample.regions))
     code = picture_hash(Image.fromarray(sample.image.numpy()))
     if code is not None:
-        found.codes.append(code)
+        statistics.codes.append(code)
     if sample.caption is not None:
-        found.captioned += 1
-        found.lengths["image"].append(len(words(sample.caption)))
+        statistics.captioned += 1
+        statistics.lengths["image"].append(len(words(sample.caption)))
     captions: Counter[str] = Counter()
     for region in sample.regions:
         x1, y1, x2, y2 = region.box
-        found.boxes[region.kind].append(region.box)
-        found.sides[region.kind].append(((x2 - x1) * width, (y2 - y1) * height))
+        statistics.boxes[region.kind].append(region.box)
+        statistics.sides[region.kind].append(((x2 - x1) * width, (y2 - y1) * height))
         said = words(region.caption)
-        found.lengths[region.kind].append(len(said))
+        statistics.lengths[region.kind].append(len(said))
         if region.kind == "natural":
             captions[normalised(region.caption)] += 1
-            found.vocabulary.update(said)
-    found.captions.update(captions)
-    found.same_captions += captions.total() - len(captions)
+            statistics.vocabulary.update(said)
+    statistics.captions.update(captions)
+    statistics.same_captions += captions.total() - len(captions)
     for kind in KINDS:
         boxes = np.array([region.box for region in sample.regions if region.kind == kind])
         if len(boxes) > 1:
-            found.same_boxes += int(np.tril(box_iou(boxes[:, None], boxes) > SAME_BOX, -1).any(1).sum())
+            statistics.same_boxes += int(np.tril(box_iou(boxes[:, None], boxes) > SAME_BOX, -1).any(1).sum())

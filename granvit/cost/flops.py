@@ -112,7 +112,7 @@ class Picture:
 
     @property
     def length(self) -> int:
-        return self.tokens + sum(one.tokens for one in self.asked)
+        return self.tokens + sum(question.tokens for question in self.asked)
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ def pictures_of(
 ) -> list[Picture]:
     """Samples with their questions, as `pack_questions` takes them; of their images only the sizes are looked at.
     crops: whether a teacher sees their regions."""
-    flat = [question for found in asked for question in found]
+    flat = [question for questions in asked for question in questions]
     prompts = iter(processor.prompt_ids([question.prompt for question in flat]))
     answers = iter(processor.answer_ids([question.answer for question in flat]))
-    found = []
+    pictures = []
     for sample, questions in zip(samples, asked, strict=True):
         height, width = sample.image.shape[:2]
         rows, columns = cached_fit_grid(height, width, processor.patch_size, processor.max_image_tokens)
@@ -163,10 +163,10 @@ def pictures_of(
                     question.region is not None,
                 )
             )
-        found.append(
+        pictures.append(
             Picture(rows * columns, tokens + head, tuple(each), len(sample.regions) if crops else 0, head)
         )
-    return found
+    return pictures
 
 
 def _cells(box: Sequence[float], rows: int, columns: int) -> int:
@@ -178,22 +178,22 @@ def count(pictures: Iterable[Picture], crop_grid: tuple[int, int] = (0, 0)) -> C
     """Of images with their questions packed behind them, and nothing for padding. A question sees its image and
     itself."""
     total, crop = Counts(), crop_grid[0] * crop_grid[1]
-    for one in pictures:
+    for picture in pictures:
         total += Counts(
             images=1,
-            questions=len(one.asked),
-            regions=sum(asked.region for asked in one.asked),
-            patches=one.patches,
-            patch_pairs=one.patches**2,
-            image_tokens=one.tokens - one.head,
-            crops=one.crops,
-            crop_patches=one.crops * crop,
-            crop_pairs=one.crops * crop**2,
-            prompts=sum(asked.prompts for asked in one.asked),
-            prompt_pairs=sum(asked.prompts * asked.cells for asked in one.asked),
-            tokens=one.length,
-            pairs=_causal(one.tokens) + sum(a.tokens * one.tokens + _causal(a.tokens) for a in one.asked),
-            answers=sum(asked.answers for asked in one.asked),
+            questions=len(picture.asked),
+            regions=sum(asked.region for asked in picture.asked),
+            patches=picture.patches,
+            patch_pairs=picture.patches**2,
+            image_tokens=picture.tokens - picture.head,
+            crops=picture.crops,
+            crop_patches=picture.crops * crop,
+            crop_pairs=picture.crops * crop**2,
+            prompts=sum(asked.prompts for asked in picture.asked),
+            prompt_pairs=sum(asked.prompts * asked.cells for asked in picture.asked),
+            tokens=picture.length,
+            pairs=_causal(picture.tokens) + sum(a.tokens * picture.tokens + _causal(a.tokens) for a in picture.asked),
+            answers=sum(asked.answers for asked in picture.asked),
         )
     return total
 
@@ -205,26 +205,26 @@ def _causal(length: int) -> int:
 def one_question_each(pictures: Iterable[Picture]) -> list[Picture]:
     """The other recipe's samples: each question with its image again. Each crop is still seen once, by the question
     that asks about its region (by the first, where none does)."""
-    found = []
-    for one in pictures:
-        asked_about = sum(asked.region for asked in one.asked)
-        rest = max(0, one.crops - asked_about)
-        for number, asked in enumerate(one.asked):
-            crops = min(one.crops, asked.region) + (rest if number == 0 else 0)
-            found.append(replace(one, asked=(asked,), crops=crops))
-    return found
+    samples = []
+    for picture in pictures:
+        asked_about = sum(asked.region for asked in picture.asked)
+        rest = max(0, picture.crops - asked_about)
+        for number, asked in enumerate(picture.asked):
+            crops = min(picture.crops, asked.region) + (rest if number == 0 else 0)
+            samples.append(replace(picture, asked=(asked,), crops=crops))
+    return samples
 
 
 def padded(batch: Sequence[Picture], crop_grid: tuple[int, int] = (0, 0)) -> Counts:
     """One question a sample in one batch, every sample as long as the longest, in the encoder and in the LLM."""
     useful, samples = count(batch, crop_grid), len(batch)
-    patches = max(one.patches for one in batch)
-    length = max(one.length for one in batch)
+    patches = max(picture.patches for picture in batch)
+    length = max(picture.length for picture in batch)
     return replace(
         useful,
         patches=samples * patches,
         patch_pairs=samples * patches**2,
-        image_tokens=samples * max(one.tokens - one.head for one in batch),
+        image_tokens=samples * max(picture.tokens - picture.head for picture in batch),
         tokens=samples * length,
         pairs=samples * _causal(length),
     )
@@ -232,8 +232,8 @@ def padded(batch: Sequence[Picture], crop_grid: tuple[int, int] = (0, 0)) -> Cou
 
 def packed(rows: Sequence[Sequence[Picture]], crop_grid: tuple[int, int] = (0, 0)) -> Counts:
     """Images packed into sequences, each as long as the longest; what fills the others up attends to itself."""
-    useful = count((one for row in rows for one in row), crop_grid)
-    filled = len(rows) * max(sum(one.length for one in row) for row in rows)
+    useful = count((picture for row in rows for picture in row), crop_grid)
+    filled = len(rows) * max(sum(picture.length for picture in row) for row in rows)
     return replace(useful, tokens=filled, pairs=useful.pairs + filled - useful.tokens)
 
 

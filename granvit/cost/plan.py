@@ -123,10 +123,10 @@ def measured_lengths(plan: PlanConfig, stage: Stage, data: GranDataset, processo
     rows = spread(len(data), plan.rows)
     samples = [sample for sample in map(data.annotations, rows) if sample is not None]
     tasks = sorted(stage.tasks)
-    found = lengths_of(samples, processor, tasks)
+    lengths = lengths_of(samples, processor, tasks)
     wanted, capacity = plan.run.data.questions_per_image, plan.run.data.capacity
     order = Order(np.ones(len(samples), dtype=np.int64), 1, plan.run.seed)
-    packs = list(Lane(found, order, 0, stage.weights, capacity, wanted, 512, epochs=1))
+    packs = list(Lane(lengths, order, 0, stage.weights, capacity, wanted, 512, epochs=1))
     if not packs:
         raise ValueError(f"{data.path}: no image with a question of {tasks} fits {capacity} tokens (data.capacity)")
     flat = [(samples[row], numbers) for pack in packs for row, numbers in pack]
@@ -136,11 +136,11 @@ def measured_lengths(plan: PlanConfig, stage: Stage, data: GranDataset, processo
         asked.append([written[number] for number in numbers])
     pictures = iter(pictures_of([sample for sample, _ in flat], asked, processor, crops=stage.distill > 0))
     placed = [[next(pictures) for _ in pack] for pack in packs]
-    every = [one for row in placed for picture in row for one in picture.asked]
+    every = [question for row in placed for picture in row for question in picture.asked]
     return Lengths(
         f"{len(samples)} rows of {data.path}",
-        _mean([one for one in every if one.region]),
-        _mean([one for one in every if not one.region]),
+        _mean([question for question in every if question.region]),
+        _mean([question for question in every if not question.region]),
         placed,
     )
 
@@ -199,17 +199,17 @@ class Recipes:
 def compare(rows: Sequence[Sequence[Picture]], crop_grid: tuple[int, int], samples: int, capacity: int = 0) -> Recipes:
     """Both recipes on images packed in `rows`, which are filled up to `capacity` where that is more than the longest;
     the other recipe's samples are shuffled into padded batches of `samples`."""
-    pictures = [one for row in rows for one in row]
-    alone = one_question_each(pictures)
-    random.Random(0).shuffle(alone)
-    batches = (alone[start : start + samples] for start in range(0, len(alone), samples))
+    pictures = [picture for row in rows for picture in row]
+    separate = one_question_each(pictures)
+    random.Random(0).shuffle(separate)
+    batches = (separate[start : start + samples] for start in range(0, len(separate), samples))
     theirs_padded = sum((padded(batch, crop_grid) for batch in batches), Counts())
     ours = count(pictures, crop_grid)
     filled = packed(rows, crop_grid)
     room = len(rows) * capacity
     if room > filled.tokens:
         filled = replace(filled, tokens=room, pairs=ours.pairs + room - ours.tokens)
-    return Recipes(ours, filled, count(alone, crop_grid), theirs_padded)
+    return Recipes(ours, filled, count(separate, crop_grid), theirs_padded)
 
 
 def typical(
@@ -222,9 +222,9 @@ def typical(
     with_tokens = config.box_style != "text" and BBOX2CAPTION in stage.tasks
     prompts = config.region_tokens if with_tokens else 0
     # A box covers about a tenth of its image (bench/workloads.py): it only tells the region prompt's attention.
-    one = Asked(round(lengths.region.tokens), round(lengths.region.answers), prompts, grid[0] * grid[1] // 10)
+    region = Asked(round(lengths.region.tokens), round(lengths.region.answers), prompts, grid[0] * grid[1] // 10)
     caption = Asked(round(lengths.caption.tokens), round(lengths.caption.answers), region=False)
-    asked = [one] * regions + [caption] * (GLOBAL_CAPTION in stage.tasks and stage.global_captions > 0)
+    asked = [region] * regions + [caption] * (GLOBAL_CAPTION in stage.tasks and stage.global_captions > 0)
     return Picture(grid[0] * grid[1], 1 + tokens, tuple(asked), regions if stage.distill else 0)
 
 
@@ -235,17 +235,17 @@ def per_image(
     """Useful operations of an image with `regions` regions, ours and of one question a sample; between whole numbers of
     regions it goes in a straight line."""
     low = int(regions)
-    found = []
+    totals = []
     for number in (low, low + 1):
-        one = typical(plan, config, stage, lengths, number, image_size or plan.image_size)
+        picture = typical(plan, config, stage, lengths, number, image_size or plan.image_size)
         crop_grid = plan.run.distill.crop_grid
-        found.append(
+        totals.append(
             [
                 operations(sizes, count(pictures, crop_grid), stage.train).total
-                for pictures in ([one], one_question_each([one]))
+                for pictures in ([picture], one_question_each([picture]))
             ]
         )
-    return tuple(a + (b - a) * (regions - low) for a, b in zip(*found, strict=True))
+    return tuple(a + (b - a) * (regions - low) for a, b in zip(*totals, strict=True))
 
 
 def gpu_hours(total: float, mfu: float, device_tflops: float) -> float:
@@ -292,7 +292,7 @@ def repeated(sizes: Sizes, config: GranViTConfig, stage: Stage, counts: Counts) 
     passes = operations(replace(sizes, llm_attention=0), counts, stage.train).parts["llm"]  # matrices alone
     mlp = 3 * text.hidden_size * text.intermediate_size / sizes.llm  # of gated layers, one layer's share
     unscored = 1 - counts.answers / max(1, counts.tokens)
-    found = [
+    savings = [
         ("the LLM's last MLP on tokens that are not scored", passes * mlp * unscored, "exact"),
     ]
     if stage.distill:
@@ -301,18 +301,18 @@ def repeated(sizes: Sizes, config: GranViTConfig, stage: Stage, counts: Counts) 
             sizes, replace(counts, crop_patches=counts.patches, crop_pairs=counts.patch_pairs), stage.train
         ).parts["teacher"]
         more = "" if teacher > whole else " (it would cost more)"
-        found.append(
+        savings.append(
             (f"the teacher's crops, against one pass over each image{more}", teacher - whole,
              "another method: the crop's closer look is what is distilled")
         )  # fmt: skip
     if "encoder" not in stage.train:
         encoder = operations(sizes, counts, stage.train).parts["encoder"]
-        found.append(
+        savings.append(
             ("the frozen encoder, once an epoch", encoder,
              f"exact from the second epoch on; {2 * vision.hidden_size * counts.patches / counts.images / 1024:.0f} "
              "KiB an image to keep in bfloat16")
         )  # fmt: skip
-    return [(what, operations_ / total, meaning) for what, operations_, meaning in found]
+    return [(what, operations_ / total, meaning) for what, operations_, meaning in savings]
 
 
 # ---- tables ----
@@ -320,14 +320,14 @@ def repeated(sizes: Sizes, config: GranViTConfig, stage: Stage, counts: Counts) 
 
 def measurements(plan: PlanConfig, stage: Stage, results: Path = RESULTS) -> dict[str, Any] | None:
     """The last measured training step of a GPU with this plan's shapes (bench/test_gpu_training.py), or None."""
-    found = None
+    newest = None
     for path in sorted(results.glob("*-training.json")):
         for row in json.loads(path.read_text()):
             shapes = (plan.run.model.encoder, plan.run.model.llm)
             if row.get("provider") == "granvit" and row["mode"] == stage.name and "mfu" in row:
                 if tuple(row["shapes"]) == shapes or row["shapes"] == [_known(name) for name in shapes]:
-                    found = {**row, "file": path.name}
-    return found
+                    newest = {**row, "file": path.name}
+    return newest
 
 
 def _known(name: str | None) -> str | None:
@@ -380,9 +380,9 @@ def _recipes(plan: PlanConfig, config: GranViTConfig, stage: Stage, lengths: Len
     crop_grid, capacity = plan.run.distill.crop_grid, plan.run.data.capacity
     if lengths.rows:
         return compare(lengths.rows, crop_grid, plan.samples, capacity)
-    one = typical(plan, config, stage, lengths, round(plan.regions / plan.images), plan.image_size)
+    picture = typical(plan, config, stage, lengths, round(plan.regions / plan.images), plan.image_size)
     images = 64  # enough for full batches of the other recipe
-    return compare([[one] * images], crop_grid, plan.samples, round(images * one.length / FULL))
+    return compare([[picture] * images], crop_grid, plan.samples, round(images * picture.length / FULL))
 
 
 def _model_table(plan: PlanConfig, sizes: Sizes) -> Table:
@@ -400,7 +400,7 @@ def _model_table(plan: PlanConfig, sizes: Sizes) -> Table:
 def _recipes_table(
     plan: PlanConfig, sizes: Sizes, stages: Sequence[Stage], recipes: dict[str, Recipes], lengths: dict[str, Lengths]
 ) -> Table:
-    sources = " | ".join(dict.fromkeys(one.source for one in lengths.values()))
+    sources = " | ".join(dict.fromkeys(stage_lengths.source for stage_lengths in lengths.values()))
     table = Table(
         "stage", "recipe", "images", "questions", "10^9 an image", "10^9 a region", "padding, encoder", "padding, LLM",
         "ratio", "ratio with padding",
@@ -431,9 +431,9 @@ def _shares_table(sizes: Sizes, stages: Sequence[Stage], recipes: dict[str, Reci
     table = Table("stage", "recipe", *PARTS, title="Where the operations go")
     for stage in stages:
         for name in ("ours", "theirs"):
-            found = operations(sizes, getattr(recipes[stage.name], name), stage.train)
+            spent = operations(sizes, getattr(recipes[stage.name], name), stage.train)
             label = "packed" if name == "ours" else "one question a sample"
-            table.add_row(stage.name, label, *(f"{100 * found.share(part):.1f} %" for part in PARTS))
+            table.add_row(stage.name, label, *(f"{100 * spent.share(part):.1f} %" for part in PARTS))
     return table
 
 
@@ -473,7 +473,7 @@ def _cost_tables(
 
     def hours(stage: Stage, regions: float, size: tuple[int, int], configuration: GranViTConfig) -> tuple[float, ...]:
         both = per_image(plan, configuration, sizes, stage, lengths[stage.name], regions, size)
-        return tuple(gpu_hours(plan.images * one, *speeds[stage.name]) for one in both)
+        return tuple(gpu_hours(plan.images * per_picture, *speeds[stage.name]) for per_picture in both)
 
     ranks = sorted({8, 32, plan.ranks})
     table = Table(
@@ -496,16 +496,16 @@ def _cost_tables(
     for budget in budgets:
         larger = deepcopy(config)
         larger.max_image_tokens = budget
-        found = [hours(stage, a_picture, plan.image_size, larger) for stage in stages]
-        table.add_row(str(budget), *(f"{a:,.3g}" for a, _ in found), *(f"{b / a:.2f}" for a, b in found))
+        pairs = [hours(stage, a_picture, plan.image_size, larger) for stage in stages]
+        table.add_row(str(budget), *(f"{a:,.3g}" for a, _ in pairs), *(f"{b / a:.2f}" for a, b in pairs))
     yield table
     table = Table(
         "regions an image", *(f"{stage.name}, GPU hours" for stage in stages), *(f"{s.name}, ratio" for s in stages),
         title=f"By regions, at {config.max_image_tokens} patches an image, {plan.images / 1e6:.2f} M images",
     )  # fmt: skip
     for number in sorted({1.0, 3.0, a_picture, 12.0, 24.0}):
-        found = [hours(stage, number, plan.image_size, config) for stage in stages]
-        table.add_row(f"{number:.3g}", *(f"{a:,.3g}" for a, _ in found), *(f"{b / a:.2f}" for a, b in found))
+        pairs = [hours(stage, number, plan.image_size, config) for stage in stages]
+        table.add_row(f"{number:.3g}", *(f"{a:,.3g}" for a, _ in pairs), *(f"{b / a:.2f}" for a, b in pairs))
     yield table
 
 

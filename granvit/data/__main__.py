@@ -148,21 +148,21 @@ def overlap(
     for file in [file for file in (output, page) if file]:
         if fault := output_fault(file):
             raise ValueError(f"{file}: {fault}")
-    found = find_overlap(first, second, split, other_split, distance, workers)
+    shared = find_overlap(first, second, split, other_split, distance, workers)
     table = Table(show_header=False, box=None)
-    for name, number in found.lines():
+    for name, number in shared.lines():
         table.add_row(name, f"{number:,}")
     console.print(table)
-    for match in found.matches[:10]:
+    for match in shared.matches[:10]:
         console.print(f"{match.ids[0]!r:.60} is {match.ids[1]!r:.60} ({match.how})", markup=False)
-    if len(found.matches) > 10:
-        console.print(f"and {len(found.matches) - 10:,} more")
+    if len(shared.matches) > 10:
+        console.print(f"and {len(shared.matches) - 10:,} more")
     if output:
-        if lost := write_ids(found, output):
+        if lost := write_ids(shared, output):
             console.print(f"{lost} ids have line breaks or outer spaces and could not be written", style="yellow")
         console.print(f"wrote {output}", markup=False)
     if page:
-        write_page(found, first, second, split, other_split, page)
+        write_page(shared, first, second, split, other_split, page)
         console.print(f"wrote {page}", markup=False)
 
 

@@ -102,8 +102,8 @@ def state(location: str) -> str:
             return "folder"
         if not os.path.isfile(location):
             raise ValueError(f"no file or folder at {location}")
-        found = os.stat(location)
-        return f"{found.st_size} {found.st_mtime_ns}"
+        status = os.stat(location)
+        return f"{status.st_size} {status.st_mtime_ns}"
     try:
         system, path = _system(location)
         info = system.info(path)

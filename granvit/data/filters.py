@@ -123,8 +123,8 @@ class Filter(Source):
                 if not isinstance(row["id"], str):
                     notes.unreadable(name, DataFault("id", f"id must be a string, got {row['id']!r:.80}"))
                     continue
-                found = sorted(stock.intersection(map(_digest, _region_captions(row)))) if stock else []
-                yield Record(row["id"], name, [number, found, self.unique_pictures and not _is_new(seen, row["image"])])
+                known = sorted(stock.intersection(map(_digest, _region_captions(row)))) if stock else []
+                yield Record(row["id"], name, [number, known, self.unique_pictures and not _is_new(seen, row["image"])])
 
     def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
         """A record's row without what the rules reject, None where that is all of it."""
@@ -250,7 +250,7 @@ def drop_same_boxes(limits: Filter, regions: list[Region]) -> list[Region]:
     if limits.same_box >= 1 or len(regions) < 2:
         return regions
     boxes = np.array([region.box for region in regions])
-    same_kind = np.array([[one.kind == other.kind for other in regions] for one in regions])
+    same_kind = np.array([[first.kind == second.kind for second in regions] for first in regions])
     near = (box_iou(boxes[:, None], boxes) > limits.same_box) & same_kind
     kept: list[int] = []
     for index in _best_first(regions):

@@ -66,10 +66,10 @@ class Lengths:
 
     def checksum(self, *more: np.ndarray) -> int:
         """Of all numbers, and of further int64 arrays: what is planned from other lengths is another plan."""
-        found = 0
+        crc = 0
         for array in (self.image, self.starts, self.question, self.task, *more):
-            found = zlib.crc32(np.ascontiguousarray(array), found)
-        return found
+            crc = zlib.crc32(np.ascontiguousarray(array), crc)
+        return crc
 
 
 def too_long(shortest: np.ndarray, capacity: int) -> np.ndarray:
@@ -107,9 +107,9 @@ def measure(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[s
 
 def _cached(path: Path, tasks: Sequence[str]) -> Lengths | None:
     try:
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in ("image", "starts", "question", "task")}
-            return Lengths(tuple(tasks), faults=[tuple(f) for f in json.loads(str(found["faults"]))], **arrays)
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in ("image", "starts", "question", "task")}
+            return Lengths(tuple(tasks), faults=[tuple(f) for f in json.loads(str(stored["faults"]))], **arrays)
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
@@ -157,11 +157,11 @@ def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
-    found = [reader[range(0)], *progress(loader, "Measuring questions", len(chunks))]
-    parts = [part for part, _ in found]
+    measured = [reader[range(0)], *progress(loader, "Measuring questions", len(chunks))]
+    parts = [part for part, _ in measured]
     arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("image", "question", "task")}
     counts = np.concatenate([np.diff(part.starts) for part in parts])
-    faults = [fault for _, several in found for fault in several]
+    faults = [fault for _, several in measured for fault in several]
     return Lengths(tasks, starts=np.concatenate([[0], np.cumsum(counts)]), faults=faults, **arrays)
 
 
@@ -183,9 +183,9 @@ class _Measured(Dataset):
         return lengths_of([annotations(row) for row in rows], self.processor, self.tasks), faults
 
 
-def as_it_is(found: Any) -> Any:
+def as_it_is(value: Any) -> Any:
     """For a DataLoader, which would make tensors of arrays and of numbers."""
-    return found
+    return value
 
 
 def start_worker(_: int) -> None:

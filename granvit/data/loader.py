@@ -43,12 +43,12 @@ class GranDataset:
         fault_budget: float = 0.01,
     ) -> None:
         if isinstance(path_or_dataset, (str, Path)):
-            found = open_dataset(str(path_or_dataset))
+            dataset = open_dataset(str(path_or_dataset))
             self.path = str(path_or_dataset)
         else:
-            found = path_or_dataset
-            self.path = f"<{type(found).__name__} in memory>"
-        splits = found if isinstance(found, dict) else {"train": found}
+            dataset = path_or_dataset
+            self.path = f"<{type(dataset).__name__} in memory>"
+        splits = dataset if isinstance(dataset, dict) else {"train": dataset}
         if split not in splits:
             raise ValueError(f"split must be one of {sorted(splits)} in {self.path}, got {split!r}")
         rows = splits[split]
@@ -86,9 +86,9 @@ class GranDataset:
         return f"{self.path}[{self.split}][{index}] id={self._texts[index]['id']!r}"
 
     def _counted(self, index: int, decode: bool) -> Sample | None:
-        found: list[DataFault] = []
-        sample = good_or_none(lambda note: self.read(index, note, decode), found.append)
-        for fault in found:
+        faults: list[DataFault] = []
+        sample = good_or_none(lambda note: self.read(index, note, decode), faults.append)
+        for fault in faults:
             self.faults.add(index, self.name(index), fault)
         self.faults.check()
         return sample

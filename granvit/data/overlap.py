@@ -69,15 +69,15 @@ def hash_dataset(data: str | Path, split: str, workers: int | None = None) -> Ha
     rows = open_rows(str(data), split)
     chunks = [range(start, min(start + _CHUNK, len(rows))) for start in range(0, len(rows), _CHUNK)]
     with process_map(workers, len(chunks)) as run:
-        found = list(progress(run(partial(_hash_rows, str(data), split), chunks), f"Hashing {split}", len(chunks)))
-    codes = [code for chunk, _ in found for code in chunk]
+        results = list(progress(run(partial(_hash_rows, str(data), split), chunks), f"Hashing {split}", len(chunks)))
+    codes = [code for chunk, _ in results for code in chunk]
     known = np.array([code is not None for code in codes], dtype=bool)
     blank = np.zeros(4, np.uint64)
     return Hashes(
         [str(name) for name in rows["id"]],
         np.array([blank if code is None else code for code in codes], np.uint64).reshape(-1, 4),
         known,
-        sum((missing for _, missing in found), Counter()),
+        sum((missing for _, missing in results), Counter()),
     )
 
 
@@ -113,8 +113,8 @@ def nearest(first: np.ndarray, second: np.ndarray | None, distance: int, threads
 
     with ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1)) as pool:  # numpy lets go of the interpreter's lock
         starts = range(0, len(first), _BLOCK[0])
-        found = list(progress(pool.map(search, starts), "Comparing", len(starts)))
-    return np.concatenate([np.zeros((0, 3), np.int64), *found]).astype(np.int64)
+        results = list(progress(pool.map(search, starts), "Comparing", len(starts)))
+    return np.concatenate([np.zeros((0, 3), np.int64), *results]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -170,22 +170,22 @@ def find_overlap(
         raise ValueError(f"distance must be in [0, 128] bits, got {distance}")
     same = split == other_split and os.path.realpath(first) == os.path.realpath(second)
     mine = hash_dataset(first, split, workers)
-    others = mine if same else hash_dataset(second, other_split, workers)
-    here, there = np.flatnonzero(mine.known), np.flatnonzero(others.known)
-    found = nearest(mine.codes[here], None if same else others.codes[there], distance, workers)
-    matched = {int(here[i]): (int(there[j]), int(bits)) for i, j, bits in found}
+    theirs = mine if same else hash_dataset(second, other_split, workers)
+    here, there = np.flatnonzero(mine.known), np.flatnonzero(theirs.known)
+    pairs = nearest(mine.codes[here], None if same else theirs.codes[there], distance, workers)
+    matched = {int(here[i]): (int(there[j]), int(bits)) for i, j, bits in pairs}
     by_id: dict[str, int] = {}
     matches = []
     if not same:
-        by_id = {name: row for row, name in reversed(list(enumerate(others.ids)))}
+        by_id = {name: row for row, name in reversed(list(enumerate(theirs.ids)))}
     for row, name in enumerate(mine.ids):
         other, bits = matched.get(row, (by_id.get(name), None))
         if same:
             by_id.setdefault(name, row)
             other = by_id[name] if other is None and by_id[name] != row else other
         if other is not None:
-            matches.append(Match((row, other), (name, others.ids[other]), bits))
-    return Overlap(mine, others, matches)
+            matches.append(Match((row, other), (name, theirs.ids[other]), bits))
+    return Overlap(mine, theirs, matches)
 
 
 def write_ids(overlap: Overlap, path: str | Path) -> int:

@@ -59,42 +59,44 @@ def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[l
             break
         tried = [
             _top_up([waiting[i] for i in members], capacity, target)
-            for members in plan_packing([_tokens(one, target, capacity) for one in waiting], capacity)
+            for members in plan_packing([_tokens(candidate, target, capacity) for candidate in waiting], capacity)
         ]
         # In the last round the one that is fullest goes, if none has, and those who waited too long.
         fullest = max(used for used, *_ in tried)
         last = target == 1
         waiting = []
         for used, pack, members in tried:
-            forced = last and ((not packs and used == fullest) or any(one.waited >= PATIENCE for one in members))
+            overdue = any(candidate.waited >= PATIENCE for candidate in members)
+            forced = last and ((not packs and used == fullest) or overdue)
             if used >= FULL * capacity or forced:
                 packs.append(pack)
             else:
                 waiting += members
-    return packs, [replace(one, waited=one.waited + 1) for one in waiting]
+    return packs, [replace(candidate, waited=candidate.waited + 1) for candidate in waiting]
 
 
-def _asked(one: Candidate, target: int, capacity: int) -> int:
+def _asked(candidate: Candidate, target: int, capacity: int) -> int:
     """How many questions an image has at `target`: at least one, and none that don't fit an empty sequence."""
-    return max(1, min(target, bisect_right(one.totals, capacity)))
+    return max(1, min(target, bisect_right(candidate.totals, capacity)))
 
 
-def _tokens(one: Candidate, target: int, capacity: int) -> int:
-    return one.totals[_asked(one, target, capacity) - 1]
+def _tokens(candidate: Candidate, target: int, capacity: int) -> int:
+    return candidate.totals[_asked(candidate, target, capacity) - 1]
 
 
 def _top_up(members: list[Candidate], capacity: int, target: int) -> tuple[int, Pack, list[Candidate]]:
     """A pack of these images at `target` questions, and as many more, one an image in turn, as fit; its tokens."""
-    asked = [_asked(one, target, capacity) for one in members]
-    pack = [(one.row, list(one.questions[:number])) for one, number in zip(members, asked, strict=True)]
-    used = sum(one.totals[number - 1] for one, number in zip(members, asked, strict=True))
-    deepest = max(len(one.questions) for one in members)
+    asked = [_asked(candidate, target, capacity) for candidate in members]
+    numbered = list(zip(members, asked, strict=True))
+    pack = [(candidate.row, list(candidate.questions[:number])) for candidate, number in numbered]
+    used = sum(candidate.totals[number - 1] for candidate, number in numbered)
+    deepest = max(len(candidate.questions) for candidate in members)
     for depth in range(min(asked), deepest):
-        for one, number, (_, questions) in zip(members, asked, pack, strict=True):
-            if number <= depth < len(one.questions):
-                length = one.totals[depth] - one.totals[depth - 1]
+        for candidate, number, (_, questions) in zip(members, asked, pack, strict=True):
+            if number <= depth < len(candidate.questions):
+                length = candidate.totals[depth] - candidate.totals[depth - 1]
                 if used + length <= capacity:
-                    questions.append(one.questions[depth])
+                    questions.append(candidate.questions[depth])
                     used += length
     return used, pack, members
 
@@ -158,8 +160,8 @@ class Lane:
         waiting: list[Candidate] = []
         arriving = self._candidates()
         while True:
-            for one in arriving:
-                waiting.append(one)
+            for candidate in arriving:
+                waiting.append(candidate)
                 if len(waiting) >= self.window:
                     break
             else:
@@ -199,12 +201,12 @@ def draw(
     by = np.lexsort((-key, owner))
     offset, number = offset[by], number[by]
     cuts = np.searchsorted(owner, np.arange(len(rows) + 1))
-    found = []
+    candidates = []
     for row, first, last in zip(rows, cuts[:-1], cuts[1:], strict=True):
         if first < last:
             totals = lengths.image[row] + np.cumsum(lengths.question[number[first:last]])
-            found.append(Candidate(int(row), offset[first:last].tolist(), totals.tolist()))
-    return found
+            candidates.append(Candidate(int(row), offset[first:last].tolist(), totals.tolist()))
+    return candidates
 
 
 def _uniform(number: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -215,13 +215,13 @@ def build_dataset(
         failing = []
         records = 0 if _hopeless(faults) else indexed["records"]
         for shard in _make_shards(source, work, records, shard_rows, workers, title):
-            found = json.loads((work / f"{shard:05d}.json").read_text())
-            _add_faults(faults, found["faults"])
-            summary.kept += found["kept"]
-            summary.regions += found["regions"]
-            summary.conversations += found.get("conversations", 0)
-            summary.dropped.update(found["dropped"])
-            failing += [shard] if found["faults"] else []
+            shard_summary = json.loads((work / f"{shard:05d}.json").read_text())
+            _add_faults(faults, shard_summary["faults"])
+            summary.kept += shard_summary["kept"]
+            summary.regions += shard_summary["regions"]
+            summary.conversations += shard_summary.get("conversations", 0)
+            summary.dropped.update(shard_summary["dropped"])
+            failing += [shard] if shard_summary["faults"] else []
             if _hopeless(faults):
                 break
         summary.faults, summary.faulty = faults.counts, len(faults.faulty)
@@ -269,11 +269,11 @@ def _work_folder(output_dir: Path, split: str) -> Iterator[Path]:
 
 def _check_free(output_dir: Path, split: str) -> None:
     """Raises ValueError unless the folder is empty or holds other splits that were built here."""
-    found = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else [output_dir.name]
-    shards = {name: match[1] for name in found if (match := SHARD.fullmatch(name))}
+    names = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else [output_dir.name]
+    shards = {name: match[1] for name in names if (match := SHARD.fullmatch(name))}
     if split in shards.values():
         raise ValueError(f"output must be a new or an empty folder, or lack the split {split!r}, got {output_dir}")
-    if set(found) - set(shards) - {"README.md", FINISHED} or (found and not shards):
+    if set(names) - set(shards) - {"README.md", FINISHED} or (names and not shards):
         raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
 
 
@@ -331,8 +331,8 @@ def _index(source: Source, work: Path, exclude: frozenset[str]) -> None:
                 bar.update(task, completed=read)
         database.commit()
     shutil.rmtree(scratch)
-    found = {"records": count, "read": read + notes.unread, "dropped": notes.dropped, "faults": notes.faults}
-    _write(work / "index.json", json.dumps(found))
+    counts = {"records": count, "read": read + notes.unread, "dropped": notes.dropped, "faults": notes.faults}
+    _write(work / "index.json", json.dumps(counts))
     path.rename(work / "index.sqlite")
 
 
@@ -372,7 +372,7 @@ def _make_shards(
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         shard = running.pop(future)
                         future.result()
-                        running.update({pool.submit(_work_on, one): one for one in islice(ahead, 1)})
+                        running.update({pool.submit(_work_on, number): number for number in islice(ahead, 1)})
                         yield made(shard)
             except BrokenProcessPool as error:
                 raise ValueError(
@@ -404,8 +404,8 @@ def _make_shard(source: Source, work: Path, shard: int, shard_rows: int) -> None
     index = (work / "index.sqlite").absolute()
     with closing(sqlite3.connect(f"{index.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
         query = "SELECT id, name, data FROM records WHERE n >= ? AND n < ? ORDER BY n"
-        found = database.execute(query, (shard * shard_rows, (shard + 1) * shard_rows)).fetchall()
-    records = [Record(row_id, name, json.loads(data)) for row_id, name, data in found]
+        rows = database.execute(query, (shard * shard_rows, (shard + 1) * shard_rows)).fetchall()
+    records = [Record(row_id, name, json.loads(data)) for row_id, name, data in rows]
     notes, kept, regions, conversations = Notes(), 0, 0, 0
     path = work / f"{shard:05d}.parquet"
     partial = path.with_suffix(f".{os.getpid()}")

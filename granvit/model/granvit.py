@@ -175,12 +175,12 @@ class GranViT(PreTrainedModel, GenerationMixin):
         name = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
         try:
-            found, _ = PretrainedConfig.get_config_dict(name, **hub)
+            values, _ = PretrainedConfig.get_config_dict(name, **hub)
         except OSError as error:
             raise ValueError(f"{name} holds no model: {error}") from error
-        if found.get("model_type") != GranViTConfig.model_type:
+        if values.get("model_type") != GranViTConfig.model_type:
             raise ValueError(
-                f"{name} is a checkpoint of type {found.get('model_type')!r}, not a GranViT's; "
+                f"{name} is a checkpoint of type {values.get('model_type')!r}, not a GranViT's; "
                 "GranViT.from_parts builds one from an encoder and an LLM"
             )
         wanted = kwargs.pop("output_loading_info", False)

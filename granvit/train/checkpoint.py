@@ -122,14 +122,14 @@ class Checkpoints:
         flipped bit must not send a run back, or a stage that has ended to its begin."""
 
         def last() -> Path | None:
-            found = self._of(phase)
-            if not found:
+            folders = self._of(phase)
+            if not folders:
                 return None
             try:
-                _manifest(found[-1])
+                _manifest(folders[-1])
             except ValueError as error:
-                raise ValueError(f"{error}; {_advice(found[-1])}") from error
-            return found[-1]
+                raise ValueError(f"{error}; {_advice(folders[-1])}") from error
+            return folders[-1]
 
         self.wait()
         # the first rank's answer: a network's file system may show the others a new one later
@@ -142,12 +142,12 @@ class Checkpoints:
 
     def _of(self, phase: str) -> list[Path]:
         """The checkpoints of `phase`, the newest last."""
-        found = []
+        checkpoints = []
         for path in self.folder.iterdir():
             match = _NAME.fullmatch(path.name)
             if match and match["phase"] == phase and path.is_dir() and not path.is_symlink():
-                found.append((int(match["step"]), match["final"] is not None, path))
-        return [path for _, _, path in sorted(found)]
+                checkpoints.append((int(match["step"]), match["final"] is not None, path))
+        return [path for _, _, path in sorted(checkpoints)]
 
     def _write(self, name: str, planner: _Planner, body: dict) -> None:
         """The thread: all ranks write their files, then the first makes a checkpoint of them. All find the same
@@ -382,14 +382,14 @@ def _together(group: dist.ProcessGroup | None, action: Callable[[], T] | None) -
         mine = action() if action is not None else None
     except Exception as error:  # any: the other ranks wait
         cause = error
-    found: list[Any] = [(mine, None if cause is None else _cause(cause))]
+    results: list[Any] = [(mine, None if cause is None else _cause(cause))]
     if group is not None:
-        found, one = [None] * _ranks(group), found[0]
-        dist.all_gather_object(found, one, group=group)
-    for rank, (_, failure) in enumerate(found):
+        results, own = [None] * _ranks(group), results[0]
+        dist.all_gather_object(results, own, group=group)
+    for rank, (_, failure) in enumerate(results):
         if failure is not None:
             raise ValueError(failure if group is None else f"rank {rank}: {failure}") from cause
-    return [result for result, _ in found]
+    return [result for result, _ in results]
 
 
 def _cause(error: BaseException) -> str:
@@ -430,31 +430,31 @@ def _check_folder(path: Path, manifest: Manifest) -> None:
     for name in sorted(there - manifest.files.keys()):
         raise ValueError(f"{path / name} is none of the checkpoint's files")
     for name, file in manifest.files.items():
-        found = (path / name).lstat()
-        if not stat.S_ISREG(found.st_mode):
+        status = (path / name).lstat()
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path / name} is not a plain file")
-        if found.st_size != file.size:
-            raise ValueError(f"{path / name} is damaged: it has {found.st_size} bytes, and should have {file.size}")
+        if status.st_size != file.size:
+            raise ValueError(f"{path / name} is damaged: it has {status.st_size} bytes, and should have {file.size}")
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], subset: bool) -> None:
     """Raises ValueError where the checkpoint's tensors are not those to be filled."""
     try:
-        found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except Exception as error:  # what safetensors and torch raise over headers is of many kinds
         raise ValueError(f"{path} has files that are not a checkpoint's ({type(error).__name__}: {error})") from error
-    _none_of([n for n in tensors if n not in found], f"{path} lacks tensors")
-    _none_of([n for n in found if n not in tensors and not subset], f"{path} has tensors that are not known here")
-    others, holes = [], []
+    _none_of([n for n in tensors if n not in stored], f"{path} lacks tensors")
+    _none_of([n for n in stored if n not in tensors and not subset], f"{path} has tensors that are not known here")
+    differing, holes = [], []
     for name, tensor in tensors.items():
-        saved = found[name]
+        saved = stored[name]
         if saved.size != tensor.shape or saved.properties.dtype != tensor.dtype:
             theirs, ours = ((list(size), kind) for size, kind in (
                 (saved.size, saved.properties.dtype), (tensor.shape, tensor.dtype)))  # fmt: skip
-            others.append(f"{name} ({theirs[1]} {theirs[0]} there, {ours[1]} {ours[0]} here)")
+            differing.append(f"{name} ({theirs[1]} {theirs[0]} there, {ours[1]} {ours[0]} here)")
         elif sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(saved.size):
             holes.append(name)
-    _none_of(others, f"{path} has tensors of another shape or dtype")
+    _none_of(differing, f"{path} has tensors of another shape or dtype")
     _none_of(holes, f"{path} has tensors of which pieces are missing")
 
 
@@ -480,11 +480,11 @@ def _sync_folder(path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
-            found.update(piece)
-    return found.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _digest_of(body: dict) -> str:

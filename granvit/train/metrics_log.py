@@ -46,13 +46,13 @@ class MetricsLog:
     def lines(self) -> list[dict]:
         """All complete lines; one that a crash cut short is left out."""
         text = self.path.read_text() if self.path.exists() else ""
-        found = []
+        lines = []
         for line in [*text.splitlines(), *self._waiting.splitlines()]:
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return found
+        return lines
 
     def drop(self, unwanted: Callable[[dict], bool]) -> None:
         """Rewrite the file without the lines that `unwanted` names: those past the checkpoint a run goes on from."""

@@ -25,19 +25,19 @@ def profiled(folder: Path, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
         sort_by = "self_cuda_time_total"
-    with profile(activities=activities, record_shapes=True) as found:
+    with profile(activities=activities, record_shapes=True) as profiler:
         yield
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    parts = [event for event in found.key_averages() if event.key.startswith(PREFIX)]
+    parts = [event for event in profiler.key_averages() if event.key.startswith(PREFIX)]
     lines = [f"{'part of the step':<32}{'calls':>7}{'host ms':>12}{'device ms':>12}"]
     lines += [
         f"{event.key:<32}{event.count:>7}{event.cpu_time_total / 1e3:>12.3f}{event.device_time_total / 1e3:>12.3f}"
         for event in sorted(parts, key=lambda event: -max(event.cpu_time_total, event.device_time_total))
     ]
-    operators = found.key_averages(group_by_input_shape=True)
+    operators = profiler.key_averages(group_by_input_shape=True)
     table = operators.table(sort_by=sort_by, row_limit=ROWS, max_shapes_column_width=60)
     text = "\n".join((*lines, "", table))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "profile.txt").write_text(text, encoding="utf-8")
-    found.export_chrome_trace(str(folder / "trace.json.gz"))
+    profiler.export_chrome_trace(str(folder / "trace.json.gz"))

@@ -25,18 +25,18 @@ def adapt_config(encoder: str | None) -> TrainConfig:
     it learnt with. The stage is the run's, too, where its LLM was a pretrained one, as this one is; else, and where
     there is no run, the preset compact's.
     """
-    config = _goes_on(encoder, "adapt")
+    config = _run_config(encoder, "adapt")
     if encoder is None:
         return config
-    found = _export(encoder)
-    shape = {field.name: found[field.name] for field in fields(Model) if field.name in found}
+    values = _export(encoder)
+    shape = {field.name: values[field.name] for field in fields(Model) if field.name in values}
     model = replace(config.model, whole=None, encoder=encoder, llm=None, lora=Lora(), **shape)
     return replace(config, model=model)
 
 
 def sft_config(model: str | None) -> TrainConfig:
     """The stage sft alone, on this model: data (conversations come by data.chat), seed and precision are its run's."""
-    config = _goes_on(model, "sft")
+    config = _run_config(model, "sft")
     return replace(config, model=Model(whole=model), sft=replace(config.sft, steps=config.sft.steps or SFT_STEPS))
 
 
@@ -56,13 +56,13 @@ def check_sft(config: TrainConfig, flags: Collection[str]) -> None:
         )
 
 
-def _goes_on(path: str | None, name: str) -> TrainConfig:
+def _run_config(path: str | None, name: str) -> TrainConfig:
     """The configuration of the run at `path`, or else of the preset compact, with the one stage `name` left."""
     compact, run = PRESETS["compact"], PRESETS["compact"]
     folder = Path(path or "")
-    for found in (folder / "config.yaml", folder.parent / "config.yaml"):
-        if path is not None and found.is_file() and (found.parent == folder or folder.name.startswith("seed-")):
-            run = load_config(found)
+    for file in (folder / "config.yaml", folder.parent / "config.yaml"):
+        if path is not None and file.is_file() and (file.parent == folder or folder.name.startswith("seed-")):
+            run = load_config(file)
             break
     pretrained = run.model.llm is not None or run.model.whole is not None
     stages = {other: replace(getattr(run, other), steps=0) for other in ("warmup", "pretrain", "adapt", "sft")}
@@ -74,9 +74,9 @@ def _export(path: str) -> dict[str, Any]:
     """The configuration of the GranViT that lies at `path`, a run's folder or an export; {} where there is none."""
     for folder in (Path(path), Path(path) / "export"):
         try:
-            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(found, dict) and found.get("model_type") == "granvit":
-            return found
+        if isinstance(values, dict) and values.get("model_type") == "granvit":
+            return values
     return {}

@@ -77,7 +77,7 @@ class NoModel(ValueError):
 
 
 @dataclass
-class _Found:
+class _Annotated:
     """What became of one picture; `picture` is None where it can't be decoded."""
 
     picture: Image | None
@@ -125,66 +125,67 @@ class Annotator:
         count = len(batch["image"])
         captions = batch.get("caption", [None] * count)
         regions = batch.get("regions", [None] * count)
-        found = []
+        rows = []
         for chunk in _chunks(zip(batch["image"], captions, regions, strict=True)):
-            self._annotate([one for one in chunk if one.picture])
-            for one in chunk:
-                size, one.picture = one.picture.size if one.picture else (0, 0), None  # the next chunk needs its room
-                faults = "\n".join(f"{fault.kind}: {' '.join(str(fault).split())}" for fault in one.faults)
-                found.append((*size, one.caption, one.regions, faults, "\n".join(one.dropped)))
-        return {name: [row[i] for row in found] for i, name in enumerate(COLUMNS)}
+            self._annotate([annotated for annotated in chunk if annotated.picture])
+            for annotated in chunk:
+                size = annotated.picture.size if annotated.picture else (0, 0)
+                annotated.picture = None  # the next chunk needs its room
+                faults = "\n".join(f"{fault.kind}: {' '.join(str(fault).split())}" for fault in annotated.faults)
+                rows.append((*size, annotated.caption, annotated.regions, faults, "\n".join(annotated.dropped)))
+        return {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
 
-    def _annotate(self, found: list[_Found]) -> None:
-        pictures = [one.picture for one in found]
+    def _annotate(self, batch: list[_Annotated]) -> None:
+        pictures = [annotated.picture for annotated in batch]
         if self.ocr:
-            for one, lines in _results(self.ocr, found, pictures, _lines):
+            for annotated, lines in _results(self.ocr, batch, pictures, _lines):
                 for line in lines:
                     if line.score < self.ocr_score:
-                        one.dropped.append("line under the least score")
+                        annotated.dropped.append("line under the least score")
                     else:
-                        one.add(line.box, line.text, "ocr", line.score)
+                        annotated.add(line.box, line.text, "ocr", line.score)
         if self.detector:
             objects = []
-            for one, detections in _results(self.detector, found, pictures, _detections):
+            for annotated, detections in _results(self.detector, batch, pictures, _detections):
                 for detection in detections:
                     if detection.score < self.detector_score:
-                        one.dropped.append("object under the least score")
-                    elif _crop(one.picture, detection.box) is None:
-                        one.dropped.append(f"object of less than {MIN_SIDE} pixels")
+                        annotated.dropped.append("object under the least score")
+                    elif _crop(annotated.picture, detection.box) is None:
+                        annotated.dropped.append(f"object of less than {MIN_SIDE} pixels")
                     else:
-                        objects.append((one, detection))
+                        objects.append((annotated, detection))
             for some in _batched(objects, BATCH):
                 self._add_objects(some)
         if self.describer:
-            bare = [one for one in found if one.caption is None]
-            for one, caption in _results(self.describer, bare, [one.picture for one in bare], _text):
-                one.caption = " ".join(caption.split()) or None
+            bare = [annotated for annotated in batch if annotated.caption is None]
+            for annotated, caption in _results(self.describer, bare, [annotated.picture for annotated in bare], _text):
+                annotated.caption = " ".join(caption.split()) or None
 
-    def _add_objects(self, objects: list[tuple[_Found, Detection]]) -> None:
-        named = [((one, detection), detection.label) for one, detection in objects]
+    def _add_objects(self, objects: list[tuple[_Annotated, Detection]]) -> None:
+        named = [((annotated, detection), detection.label) for annotated, detection in objects]
         if self.captioner:
-            crops = [one.picture.crop(_crop(one.picture, detection.box)) for one, detection in objects]
+            crops = [owner.picture.crop(_crop(owner.picture, detection.box)) for owner, detection in objects]
             named = _results(self.captioner, objects, crops, _text)
-        for (one, detection), caption in named:
+        for (annotated, detection), caption in named:
             if caption.strip():
-                one.add(detection.box, caption, "natural", detection.score)
+                annotated.add(detection.box, caption, "natural", detection.score)
             else:
-                one.dropped.append("object without a sentence")
+                annotated.dropped.append("object without a sentence")
 
 
-def _chunks(rows: Iterator[tuple[Any, Any, Any]]) -> Iterator[list[_Found]]:
+def _chunks(rows: Iterator[tuple[Any, Any, Any]]) -> Iterator[list[_Annotated]]:
     """Rows with their pictures decoded, BATCH at a time or fewer large ones: what memory has to hold."""
     chunk, pixels = [], 0
     for image, caption, regions in rows:
-        one = _Found(None, caption)
+        annotated = _Annotated(None, caption)
         for region in regions if regions is not None else ():
-            one.keep(region)
+            annotated.keep(region)
         try:
-            one.picture = decode_image(image)
-            pixels += math.prod(one.picture.size)
+            annotated.picture = decode_image(image)
+            pixels += math.prod(annotated.picture.size)
         except DataFault as fault:
-            one.faults.append(fault)
-        chunk.append(one)
+            annotated.faults.append(fault)
+        chunk.append(annotated)
         if len(chunk) == BATCH or pixels >= MAX_PIXELS:
             yield chunk
             chunk, pixels = [], 0
@@ -210,8 +211,8 @@ def _results(
         if len(pictures) > 1:
             pairs = zip(owners, pictures, strict=True)
             return [result for owner, picture in pairs for result in _results(model, [owner], [picture], checked)]
-        found = owners[0] if isinstance(owners[0], _Found) else owners[0][0]
-        found.faults.append(DataFault("model", f"{type(model).__name__}: {type(error).__name__}: {error}"))
+        annotated = owners[0] if isinstance(owners[0], _Annotated) else owners[0][0]
+        annotated.faults.append(DataFault("model", f"{type(model).__name__}: {type(error).__name__}: {error}"))
         return []
     if len(results) != len(pictures):
         raise ValueError(f"{type(model).__name__} returned {len(results)} results for {len(pictures)} images")
@@ -222,8 +223,8 @@ def _lines(lines: Any) -> list[Line]:
     return [Line(_box(line.box), _text(line.text), float(line.score)) for line in lines]
 
 
-def _detections(found: Any) -> list[Detection]:
-    return [Detection(_box(one.box), _text(one.label), float(one.score)) for one in found]
+def _detections(detections: Any) -> list[Detection]:
+    return [Detection(_box(detection.box), _text(detection.label), float(detection.score)) for detection in detections]
 
 
 def _box(box: Any) -> Box:

@@ -34,17 +34,17 @@ class RapidOcr:
 
     def __call__(self, images: list[Image]) -> list[list[Line]]:
         read = _rapidocr()
-        found = []
+        results = []
         for image in images:
             result, grey = read(image), np.asarray(image.convert("L"), dtype=np.int16)
             lines = [] if result.boxes is None else zip(result.boxes, result.txts, result.scores, strict=True)
-            found.append(
+            results.append(
                 [
                     Line(_cut_to_ink(grey, (*corners.min(0), *corners.max(0))), text, float(score))
                     for corners, text, score in lines
                 ]
             )
-        return found
+        return results
 
 
 def _cut_to_ink(grey: np.ndarray, box: Any) -> Box:
@@ -82,10 +82,10 @@ class TransformersDetector:
         for index, image in enumerate(images):
             inputs = processor(images=[image], return_tensors="pt")
             groups[inputs["pixel_values"].shape].append((index, inputs))
-        found: list[list[Detection]] = [[] for _ in images]
+        results: list[list[Detection]] = [[] for _ in images]
         for group in groups.values():
             indices = [index for index, _ in group]
-            inputs = {name: torch.cat([one[name] for _, one in group]) for name in group[0][1]}
+            inputs = {name: torch.cat([inputs_of_one[name] for _, inputs_of_one in group]) for name in group[0][1]}
             inputs = {name: _placed(value, model) for name, value in inputs.items()}
             with torch.inference_mode():
                 outputs = model(**inputs)
@@ -94,10 +94,10 @@ class TransformersDetector:
                 indices, processor.post_process_object_detection(outputs, self.score, sizes), strict=True
             ):
                 rows = zip(result["boxes"].tolist(), result["labels"].tolist(), result["scores"].tolist(), strict=True)
-                found[index] = [
+                results[index] = [
                     Detection(tuple(box), model.config.id2label[label], score) for box, label, score in rows
                 ]
-        return found
+        return results
 
 
 @dataclass(frozen=True)

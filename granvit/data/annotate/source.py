@@ -109,18 +109,18 @@ class Annotate(FolderSource):
         annotator = self.annotator()
         for batch in self._batches(records, notes):
             rows = [row for _, row in batch]
-            found = annotator({name: [row[name] for row in rows] for name in ("image", "caption", "regions")})
+            annotated = annotator({name: [row[name] for row in rows] for name in ("image", "caption", "regions")})
             for i, (record, row) in enumerate(batch):
-                for line in filter(None, found["faults"][i].split("\n")):
+                for line in filter(None, annotated["faults"][i].split("\n")):
                     kind, _, message = line.partition(": ")
                     notes.fault(record, DataFault(kind, message))
-                for rule in filter(None, found["dropped"][i].split("\n")):
+                for rule in filter(None, annotated["dropped"][i].split("\n")):
                     notes.drop(rule)
-                made = row | {name: found[name][i] for name in ("width", "height", "caption", "regions")}
+                made = row | {name: annotated[name][i] for name in ("width", "height", "caption", "regions")}
                 if made["regions"] or made["caption"] is not None:
                     if made["width"]:
                         yield made
-                elif not found["faults"][i]:
+                elif not annotated["faults"][i]:
                     notes.drop("image in which nothing was found")
 
     def _batches(self, records: list[Record], notes: Notes) -> Iterator[list[tuple[Record, dict[str, Any]]]]:
@@ -171,8 +171,8 @@ def _is_dataset(images: str) -> bool:
 @lru_cache(maxsize=1)
 def _rows(path: str, split: str) -> datasets.Dataset | ParquetRows:
     """A split of a dataset, its pictures as bytes. Raises ValueError where there is none."""
-    found = open_dataset(path)
-    splits = found if isinstance(found, dict) else {"train": found}
+    dataset = open_dataset(path)
+    splits = dataset if isinstance(dataset, dict) else {"train": dataset}
     if split not in splits:
         raise ValueError(f"from_split must be one of {sorted(splits)} in {path}, got {split!r}")
     rows = splits[split]

@@ -129,7 +129,12 @@ def combinations(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str, s
     """All (pattern, colour, kind) that hold a held-out pair, or all that hold none."""
     pairs = set(held_out_pairs(config))
     every = product(PATTERNS[: config.patterns], tuple(COLOURS)[: config.colours], KINDS[: config.kinds])
-    return tuple(one for one in every if ((one[0], one[1]) in pairs or (one[2], one[1]) in pairs) == held_out)
+
+    def is_held_out(combination: tuple[str, str, str]) -> bool:
+        pattern, colour, kind = combination
+        return (pattern, colour) in pairs or (kind, colour) in pairs
+
+    return tuple(combination for combination in every if is_held_out(combination) == held_out)
 
 
 def draw_scene(config: SceneConfig, split: str, held_out: bool, rng: np.random.Generator) -> Scene:
@@ -201,14 +206,14 @@ def _twin(
     """The thing's combination and side, changed in one attribute or in the side, or not (another place)."""
     what = rng.integers(5)
     if what < 3:
-        others = [
-            one
-            for one in choices
-            if sum(a != b for a, b in zip(one, thing.combination, strict=True)) == 1
-            and one[what] != thing.combination[what]
+        twins = [
+            choice
+            for choice in choices
+            if sum(a != b for a, b in zip(choice, thing.combination, strict=True)) == 1
+            and choice[what] != thing.combination[what]
         ]
-        if others:
-            return others[rng.integers(len(others))], thing.side
+        if twins:
+            return twins[rng.integers(len(twins))], thing.side
     if what == 3:
         return thing.combination, config.size[0] if thing.side >= LARGE else config.size[1]
     return thing.combination, thing.side
@@ -283,17 +288,17 @@ def _qualifier(thing: Thing, things: list[Thing], rng: np.random.Generator) -> t
     alike = [other for other in things if other is not thing and other.combination == thing.combination]
     if not alike:
         return "", ""
-    found = []
+    qualifiers = []
     size = size_word(thing)
     if size and all(
         size_word(other) != size and max(thing.side / other.side, other.side / thing.side) >= 4 / 3
         for other in alike
     ):
-        found.append((size, ""))
-    found += [("", place) for place in PLACES if _sets_apart(place, thing, alike)]
-    if not found:
-        found = [("", place) for place in _CORNERS if _sets_apart(place, thing, alike)]
-    return found[rng.integers(len(found))] if found else None
+        qualifiers.append((size, ""))
+    qualifiers += [("", place) for place in PLACES if _sets_apart(place, thing, alike)]
+    if not qualifiers:
+        qualifiers = [("", place) for place in _CORNERS if _sets_apart(place, thing, alike)]
+    return qualifiers[rng.integers(len(qualifiers))] if qualifiers else None
 
 
 def _sets_apart(place: str, thing: Thing, alike: list[Thing]) -> bool:
@@ -322,7 +327,7 @@ def _sentence(
     elif wording == 2:  # a size that isn't needed
         words = (size or size_word(thing), thing.pattern, thing.colour, thing.kind, place)
     else:  # a place that isn't needed
-        true = [one for one in PLACES if is_at(thing, one)]
+        true = [candidate for candidate in PLACES if is_at(thing, candidate)]
         more = place or (true[rng.integers(len(true))] if true else "")
         words = (size, thing.pattern, thing.colour, thing.kind, more)
     return " ".join(word for word in words if word)

@@ -76,16 +76,16 @@ def _run(content: bytes) -> Any:
         at = len(stack) - 1
         while stack[at] is not _MARK:  # an IndexError where there is none, after as many steps as entries
             at -= 1
-        found = stack[at + 1 :]
+        since = stack[at + 1 :]
         del stack[at:]
-        return found
+        return since
 
     steps = 0
     for opcode, value, _ in pickletools.genops(content):
         name = opcode.name
         steps += 1
         if name in ("REDUCE", "BUILD"):
-            steps += sum(len(one) for one in _only(tuple, stack[-1]) if isinstance(one, (str, bytes)))
+            steps += sum(len(argument) for argument in _only(tuple, stack[-1]) if isinstance(argument, (str, bytes)))
         if steps > MAX_STEPS:
             raise ValueError(f"it takes more than {MAX_STEPS} steps")
         if name in _VALUES:
@@ -108,14 +108,14 @@ def _run(content: bytes) -> Any:
             at = len(stack) - _TUPLES[name]
             stack[at:] = [tuple(stack[at:])]
         elif name in ("LIST", "TUPLE", "DICT"):
-            found = since_mark()
-            stack.append(found if name == "LIST" else tuple(found) if name == "TUPLE" else _pairs(found))
+            items = since_mark()
+            stack.append(items if name == "LIST" else tuple(items) if name == "TUPLE" else _pairs(items))
         elif name in ("APPEND", "APPENDS"):
-            found = [stack.pop()] if name == "APPEND" else since_mark()
-            _only(list, stack[-1]).extend(found)
+            items = [stack.pop()] if name == "APPEND" else since_mark()
+            _only(list, stack[-1]).extend(items)
         elif name in ("SETITEM", "SETITEMS"):
-            found = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
-            _only(dict, stack[-1]).update(_pairs(found))
+            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
+            _only(dict, stack[-1]).update(_pairs(items))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             named = value if name == "GLOBAL" else " ".join((stack.pop(-2), stack.pop()))
             if named not in _GLOBALS:
@@ -138,8 +138,8 @@ def _run(content: bytes) -> Any:
     raise ValueError("it has no end")
 
 
-def _pairs(found: list[Any]) -> dict[Any, Any]:
-    return dict(zip(found[::2], found[1::2], strict=True))
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    return dict(zip(items[::2], items[1::2], strict=True))
 
 
 def _only(kind: type, value: Any) -> Any:

@@ -82,11 +82,11 @@ class _Reader:
                 return self._text[self._at : self._at + 1]
 
     def _next(self, accepted: str) -> str:
-        found = self._peek()
-        if not found or found not in accepted:
-            raise ValueError(f"expected one of {' '.join(accepted)}, got {found or 'its end'!r}")
+        character = self._peek()
+        if not character or character not in accepted:
+            raise ValueError(f"expected one of {' '.join(accepted)}, got {character or 'its end'!r}")
         self._at += 1
-        return found
+        return character
 
     def _value(self) -> Any:
         self._peek()

@@ -44,36 +44,36 @@ class World:
         """Each number, summed over the ranks."""
         if self.ranks == 1:
             return list(numbers)
-        found = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(found, group=self.control)
-        return found.tolist()
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.control)
+        return sums.tolist()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks."""
         if self.ranks == 1:
             return [value]
-        found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, which alone does it, while the others wait. Where it raises, every
         rank raises: Failed on the others."""
-        found: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         fault = None
         if self.leads:
             try:
-                found = [work(), None]
+                outcome = [work(), None]
             except BaseException as error:
                 fault = error
-                found = [None, f"{type(error).__name__}: {error}"]
+                outcome = [None, f"{type(error).__name__}: {error}"]
         if self.ranks > 1:
-            dist.broadcast_object_list(found, src=0, group=self.control)
+            dist.broadcast_object_list(outcome, src=0, group=self.control)
         if fault is not None:
             raise fault
-        if found[1] is not None:
-            raise Failed(f"the first rank failed ({found[1]})")
-        return found[0]
+        if outcome[1] is not None:
+            raise Failed(f"the first rank failed ({outcome[1]})")
+        return outcome[0]
 
 
 def start(device: str) -> tuple[World, torch.device]:
@@ -88,14 +88,14 @@ def start(device: str) -> tuple[World, torch.device]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} can't be used here ({str(error).splitlines()[0]})") from error
-    found = torch.device(device)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if ranks == 1:
-        return World(), found
+        return World(), chosen
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
-    return World(dist.get_rank(), ranks, dist.new_group(backend="gloo", timeout=PATIENCE)), found
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(dist.get_rank(), ranks, dist.new_group(backend="gloo", timeout=PATIENCE)), chosen
 
 
 def stop() -> None:
