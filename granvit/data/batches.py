@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
@@ -35,8 +35,8 @@ NAMED_FAULTS = 1000
 """Faulty rows over the budget that are named before a loader gives up."""
 
 
-def check_arguments(tasks: Mapping[str, float], rank: int, **least: int) -> None:
-    """Raises ValueError where what PackLoader and StreamLoader are both given makes no sense."""
+def _check_arguments(tasks: Mapping[str, float], rank: int, **least: int) -> None:
+    """Raises ValueError for numbers and weights of a PackLoader that make no sense."""
     for name, value in least.items():
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
@@ -87,7 +87,7 @@ class PackLoader:
         window: int = 512,
         pixels: bool = True,
     ) -> None:
-        check_arguments(tasks, rank, capacity=capacity, packs=packs, questions=questions, ranks=ranks, window=window)
+        _check_arguments(tasks, rank, capacity=capacity, packs=packs, questions=questions, ranks=ranks, window=window)
         self.dataset, self.processor, self.capacity, self.packs = dataset, processor, capacity, packs
         self.rank, self.ranks, self.workers, self.pixels = rank, ranks, workers, pixels
         self.lengths = measure(dataset, processor, sorted(tasks))
@@ -138,7 +138,7 @@ class PackLoader:
         reader = _Reader(self.dataset, self.processor, self.lengths.tasks, threads, self.pixels)
         reads: list[Read] = []
         handed = 0  # rows; over epochs a rank sees more than its share of different ones
-        for read, faults in beside(reader, processes, sampler=_Steps(self, max(1, processes))):
+        for read, faults in _read_ahead(reader, processes, _Steps(self, max(1, processes))):
             self._note(faults)
             handed += len(read.samples) + len({row for row, *_ in faults})
             reads.append(read)
@@ -186,51 +186,39 @@ class _Reader(Dataset):
         self.dataset, self.processor, self.tasks, self.threads, self.pixels = dataset, processor, tasks, threads, pixels
 
     def __getitem__(self, packs: list[Pack]) -> tuple[Sent, list[tuple[int, str, str]]]:
-        read, noted = read_packs(packs, self._read, self.processor, self.tasks, self.threads)
-        return send(read), [(row, fault.kind, str(fault)) for row, fault in noted]
+        """Read and tokenised. A row with a fault leaves its slot empty."""
+        rows = [row for pack in packs for row, _ in pack]
+        faults: list[tuple[int, str, str]] = []  # threads find them in any order
+        read = partial(self._read, faults)
+        if self.threads > 1:
+            with ThreadPoolExecutor(self.threads) as pool:
+                read_samples = iter(list(pool.map(read, rows)))
+        else:
+            read_samples = map(read, rows)
+        samples, asked, plan = [], [], []
+        for pack in packs:
+            plan.append([])
+            for _, numbers in pack:
+                if (sample := next(read_samples)) is not None:
+                    plan[-1].append(len(samples))
+                    samples.append(sample)
+                    questions = self.processor.questions(sample, self.tasks)
+                    asked.append([questions[number] for number in numbers])
+        written = Read(plan, samples, asked, write_parts(samples, asked, self.processor))
+        return _send(written), sorted(faults, key=lambda fault: fault[0])
 
-    def _read(self, row: int, note: Callable[[DataFault], None]) -> Sample:
-        return self.dataset.read(row, note, decode=self.pixels)
-
-
-def read_packs(
-    packs: list[Pack],
-    read: Callable[[int, Callable[[DataFault], None]], Sample],
-    processor: GranViTProcessor,
-    tasks: Sequence[str],
-    threads: int,
-) -> tuple[Read, list[tuple[int, DataFault]]]:
-    """Planned packs, read and tokenised, and the faults of their rows. A row that `read` refuses leaves its slot
-    empty."""
-    rows = [row for pack in packs for row, _ in pack]
-    noted: list[tuple[int, DataFault]] = []
-
-    def sample(row: int) -> Sample | None:
-        return good_or_none(partial(read, row), lambda fault: noted.append((row, fault)))
-
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            found = iter(list(pool.map(sample, rows)))
-    else:
-        found = map(sample, rows)
-    samples, asked, plan = [], [], []
-    for pack in packs:
-        plan.append([])
-        for _, numbers in pack:
-            if (one := next(found)) is not None:
-                plan[-1].append(len(samples))
-                samples.append(one)
-                written = processor.questions(one, tasks)
-                asked.append([written[number] for number in numbers])
-    found = Read(plan, samples, asked, write_parts(samples, asked, processor))
-    return found, sorted(noted, key=lambda one: one[0])
+    def _read(self, faults: list[tuple[int, str, str]], row: int) -> Sample | None:
+        return good_or_none(
+            lambda note: self.dataset.read(row, note, decode=self.pixels),
+            lambda fault: faults.append((row, fault.kind, str(fault))),
+        )
 
 
 # Between processes every tensor costs a file descriptor: images travel as one, each with its shape and its part of it.
 Sent = tuple[Tensor, list[tuple[tuple[int, ...], int]], Read]
 
 
-def send(read: Read) -> Sent:
+def _send(read: Read) -> Sent:
     images = [sample.image for sample in read.samples]
     images = [image if any(image.stride()) else image[:0] for image in images]  # a blank is one number, repeated
     flat = torch.empty(0, dtype=torch.uint8)
@@ -245,30 +233,30 @@ def send(read: Read) -> Sent:
 def _receive(flat: Tensor, sizes: list[tuple[tuple[int, ...], int]], read: Read) -> Read:
     pixels = flat.split([size for _, size in sizes])
     images = [
-        one.view(shape) if size else flat.new_zeros(()).expand(shape)
-        for one, (shape, size) in zip(pixels, sizes, strict=True)
+        image.view(shape) if size else flat.new_zeros(()).expand(shape)
+        for image, (shape, size) in zip(pixels, sizes, strict=True)
     ]
     samples = [replace(sample, image=image) for sample, image in zip(read.samples, images, strict=True)]
     return replace(read, samples=samples)
 
 
-def beside(reader: Dataset, processes: int, **options: Any) -> Iterator[tuple[Read | None, Any]]:
-    """(read, rest) of each (`send`'s or None, rest) that a reader yields, read ahead in as many processes in turn, so
-    that Python's lock is never held against the training step; 0: in this one. Raises ValueError where they can't hand
-    over their pictures for want of shared memory."""
+def _read_ahead(reader: _Reader, processes: int, sampler: Sampler) -> Iterator[tuple[Read, list[tuple[int, str, str]]]]:
+    """What `reader` reads of each of the sampler's, in as many processes in turn, so that Python's lock is never held
+    against the training step; 0: in this one. Raises ValueError where they can't hand over their pictures for want of
+    shared memory."""
     loader = DataLoader(
         reader,
         batch_size=None,
+        sampler=sampler,
         num_workers=processes,
         prefetch_factor=4 if processes else None,
         collate_fn=as_it_is,
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each start draws a number of the training's own
-        **options,
     )
     try:
-        for sent, rest in loader:
-            yield None if sent is None else _receive(*sent), rest
+        for sent, faults in loader:
+            yield _receive(*sent), faults
     except RuntimeError as error:
         # Bus error: pages of a file of shared memory are taken when they are first written.
         if not any(sign in str(error) for sign in ("unable to allocate shared memory", "Bus error")):

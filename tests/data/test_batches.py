@@ -19,11 +19,9 @@ from granvit.data.batches import LANE_BYTES, PackLoader
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.lengths import _measure
 from granvit.data.loader import GranDataset
-from granvit.data.planning import PATIENCE
 from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES
 from granvit.data.shards import RowWriter
-from granvit.data.streaming import StreamLoader
 from tests.data.conftest import gran_rows
 
 TASKS = {"bbox2caption": 1.0, "caption2bbox": 1.0, "global_caption": 2.0}
@@ -328,46 +326,6 @@ def test_killed_in_mid_epoch(tmp_path, many_rows, processor, method):
         assert start(5).communicate()[0] == "".join(printed[5:])
 
 
-def stream(rows: list[dict]) -> datasets.IterableDataset:
-    return datasets.Dataset.from_list(rows, features=FEATURES).to_iterable_dataset(num_shards=4)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_is_packed_too(many_rows, processor, workers):
-    options = {"capacity": 400, "packs": 4, "questions": 3, "window": 24, "workers": workers}
-    one = StreamLoader(stream(many_rows), processor, TASKS, **options)
-    batches = list(one)
-    assert sorted(s.id for b in batches for s in b.samples) == sorted(row["id"] for row in many_rows)
-    filled = [n for batch in batches[:-1] for n in (batch.packed.image_index >= 0).sum(1).tolist()]
-    assert sum(filled) / len(filled) > 0.97 * 400
-    ranks = [StreamLoader(stream(many_rows), processor, TASKS, rank=r, ranks=2, **options) for r in range(2)]
-    ids = [sorted(s.id for b in rank for s in b.samples) for rank in ranks]
-    assert sorted(ids[0] + ids[1]) == sorted(row["id"] for row in many_rows) and len(ids[0]) == len(ids[1])
-
-
-def test_a_stream_goes_on_without_losing_an_image(many_rows, processor):
-    options = {"capacity": 400, "packs": 4, "questions": 3, "window": 24, "workers": 0}
-    one = StreamLoader(stream(many_rows), processor, TASKS, **options)
-    iterator = iter(one)
-    before = [s.id for _ in range(5) for s in next(iterator).samples]
-    other = StreamLoader(stream(many_rows), processor, TASKS, **options)
-    other.load_state_dict(one.state_dict())
-    after = [s.id for batch in other for s in batch.samples]
-    assert set(before) | set(after) == {row["id"] for row in many_rows}
-    assert len(after) < 240
-
-
-def test_a_streams_faults(processor):
-    rows = gran_rows(240)
-    kinds = broken(rows)
-    one = StreamLoader(stream(rows), processor, TASKS, capacity=400, packs=4, workers=0, fault_budget=0.02)
-    ids = {sample.id for batch in one for sample in batch.samples}
-    assert ids == {row["id"] for row in rows} - set(kinds)
-    assert len(one.faults.faulty) == 10
-    with pytest.raises(FaultBudgetExceeded):
-        list(StreamLoader(stream(rows), processor, TASKS, capacity=400, packs=4, workers=0, fault_budget=0.001))
-
-
 def test_rows_of_tasks_that_are_not_asked_are_no_faults(processor):
     rows = [row | ({"caption": "a scene", "regions": []} if i % 2 else {}) for i, row in enumerate(gran_rows(20))]
     data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES))
@@ -428,50 +386,6 @@ def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor,
     assert "measured anew" in caplog.text and "can't be written" in caplog.text
 
 
-def test_a_stream_is_stopped_and_gone_on_with_at_every_step(many_rows, processor):
-    options = {"capacity": 400, "packs": 4, "questions": 3, "window": 24, "workers": 0}
-    every = {row["id"] for row in many_rows}
-
-    def going_on(state) -> StreamLoader:
-        one = StreamLoader(stream(many_rows), processor, TASKS, **options)
-        one.load_state_dict(state)
-        return one
-
-    whole, before = StreamLoader(stream(many_rows), processor, TASKS, **options), set()
-    for number, batch in enumerate(whole):
-        before |= {sample.id for sample in batch.samples}
-        if number % 4 == 2:
-            other = going_on(whole.state_dict())
-            middle = {sample.id for sample in next(iter(other)).samples}
-            after = {sample.id for batch in going_on(other.state_dict()) for sample in batch.samples}
-            assert before | middle | after == every
-            assert len(before & after) <= (PATIENCE + 2) * 24
-    assert number > 6 and other.state_dict()["rows"] > 0
-    assert len(before & after) < 120
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_of_nothing_but_faults_stops_too(processor, workers):
-    rows = [row | {"id": ""} for row in gran_rows(100)]
-    options = {"capacity": 400, "packs": 4, "workers": workers}
-    with pytest.raises(FaultBudgetExceeded, match="10 of 1000|32 of 1000"):
-        list(StreamLoader(stream(rows).repeat(None), processor, TASKS, **options))
-    whole = StreamLoader(stream(rows), processor, TASKS, fault_budget=1, **options)
-    assert list(whole) == [] and len(whole.faults.faulty) == 100
-
-
-def test_a_stream_counts_images_that_are_too_long(many_rows, processor):
-    one = StreamLoader(stream(many_rows), processor, TASKS, capacity=33, packs=4, workers=0, fault_budget=1)
-    ids = {sample.id for batch in one for sample in batch.samples}
-    assert one.faults.counts["capacity"] == 240 - len(ids) > 0
-
-
-@pytest.mark.parametrize("wrong", [{"window": 0}, {"capacity": 0}, {"rank": 5}, {"packs": 3, "ranks": 2}])
-def test_a_stream_refuses_what_a_loader_refuses(many_rows, processor, wrong):
-    with pytest.raises(ValueError, match="must be"):
-        StreamLoader(stream(many_rows), processor, TASKS, **wrong)
-
-
 def test_a_file_that_changes_or_goes_is_named(tmp_path, many_rows, processor):
     write_parquet(tmp_path / "set", many_rows, files=2)
     data = GranDataset(tmp_path / "set")
@@ -516,12 +430,6 @@ def test_a_batch_that_lost_every_image_trains_nothing(tiny):
             loss.backward()
             assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-
-
-def test_a_stream_without_known_features(many_rows, processor):
-    plain = datasets.IterableDataset.from_generator(lambda: iter(many_rows[:50]))
-    one = StreamLoader(plain, processor, TASKS, capacity=400, packs=4, workers=0)
-    assert sum(len(batch.samples) for batch in one) == 50
 
 
 def test_lengths_are_measured_by_several_processes_alike(gran, processor, monkeypatch):
