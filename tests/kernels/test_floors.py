@@ -242,19 +242,21 @@ def test_the_record_adds_up():
 
 
 def test_loops_issue_what_is_recorded():
-    """Within a tenth: more is a slower kernel, and less a record to write anew (make floors)."""
+    """Within a tenth: more is a slower kernel, and less a record to write anew (make floors). What is under a twentieth
+    of its row on every workload may change."""
     if triton.__version__ != RECORD["versions"]["triton"]:
         pytest.skip(f"recorded with triton {RECORD['versions']['triton']}, and this is {triton.__version__}")
     with aot.compilers(2) as pool:
         compiled = [pool.submit(rows, "D") for rows in (floors.roi_rows, floors.attention_rows)]
         rows = [row for future in compiled for row in future.result()]
 
-    def issues(rows):
-        return {
-            (row["operator"], row["direction"], row["shape"], part["kernel"], part["part"]): part["instructions"]
-            for row in rows
-            for part in row["parts"]
-        }
+    def parts_of(rows):
+        for row in rows:
+            for part in row["parts"]:
+                share = part["instructions"] * part["trips"] / row["instructions"]
+                yield (row["operator"], row["direction"], row["shape"], part["kernel"], part["part"]), part, share
 
-    recorded = issues(row for row in RECORD["rows"] if row["workload"] == "D" and row["operator"] != "pack_patches")
-    assert issues(rows) == {key: pytest.approx(count, rel=0.1, abs=2) for key, count in recorded.items()}
+    main = {key: part["instructions"] for key, part, share in parts_of(RECORD["rows"]) if share > 0.05}
+    now = {key: part["instructions"] for key, part, _ in parts_of(rows) if key in main}
+    assert len(now) > 20
+    assert now == {key: pytest.approx(main[key], rel=0.1) for key in now}
