@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 from collections import OrderedDict
@@ -29,8 +30,9 @@ class ParquetRows:
     A row costs its whole row group, of which the latest are kept: read rows of a group soon after each other.
     Reads of several threads take turns; each process opens files of its own.
 
-    groups: int64 [G], rows of each row group, in order. fingerprint: tells these rows from others, and from what the
-    files held before they changed.
+    groups: int64 [G], rows of each row group, in order. fingerprint: of the files' footers, which hold the size and the
+    bounds of every column's every part: it tells these rows from others wherever they lie, and from what the files held
+    before they changed.
     Raises ValueError where a file is no Parquet or the files' columns differ, and in reading where one that is opened
     again, or in another process, has changed or gone.
     """
@@ -47,8 +49,12 @@ class ParquetRows:
                 raise ValueError(f"{file} has the columns {names}, {self.files[0]} has {self.column_names}")
         counts = [[footer.row_group(g).num_rows for g in range(footer.num_row_groups)] for footer in footers]
         self.groups = np.array([rows for file in counts for rows in file], dtype=np.int64)
-        known = "\n".join(f"{file} {state}" for file, state in zip(self.files, self._states, strict=True))
-        self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
+        known = hashlib.sha256()
+        for footer in footers:
+            written = io.BytesIO()
+            footer.write_metadata_file(written)
+            known.update(written.getvalue())
+        self.fingerprint = known.hexdigest()
         self._places = [(f, g) for f, file in enumerate(counts) for g in range(len(file))]
         self._ends = np.cumsum(self.groups)
         self._columns: list[str] | None = None  # all

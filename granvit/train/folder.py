@@ -29,15 +29,16 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
     if differing:
         shown = "; ".join(f"{name}: {theirs.get(name)} there, {ours[name]} now" for name in differing)
         raise ValueError(
-            f"the dataset is not the one that the run in {path.parent} began with ({shown}); choose another --output, "
-            f"or, where nothing but its files' dates or places changed, delete {path}"
+            f"the dataset is not the one that the run in {path.parent} began with ({shown}); choose another --output"
         )
 
 
-# Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with.
+# Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with. Where the data lies
+# is free as well: `same_data` tells whether it is the same.
 FREE = {
     "output", "device", "threads", "parallel", "compile", "checkpointing", "profile", "checkpoint_every",
     "keep_checkpoints", "keep_every", "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers",
+    "data.path", "data.chat",
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from granvit.train.loop import Phase, model_tensors, train_phase
 from granvit.train.metrics_log import MetricsLog, Tracker, make_trackers, write_aside
 from granvit.train.parallel.compiling import eager
 from granvit.train.parallel.distributed import World, start, stop
-from granvit.train.presets import TrainConfig, save_config
+from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss, warmup_loss
 from granvit.train.summary import write_summary
@@ -100,6 +100,8 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
             if not world.first(lambda: resumes(folder, config)):  # still: another process may have been faster
                 world.first(lambda: save_config(config, folder / "config.yaml"))
             started = True
+        elif config != world.first(lambda: load_config(folder / "config.yaml")):  # its data moved, say
+            world.first(lambda: save_config(config, folder / "config.yaml"))
         world.first(lambda: same_data(folder / "data.json", splits))
         results.append(run.finish())
     seconds = max(time.perf_counter() - began, sum(one["seconds"] for one in results))

@@ -18,7 +18,7 @@ from granvit.train import loop, run
 from granvit.train.checkpoint import Checkpoints
 from granvit.train.folder import locked, resumes
 from granvit.train.guard import INTERRUPTED, STOPPED
-from granvit.train.presets import save_config
+from granvit.train.presets import load_config, save_config
 from granvit.train.run import train
 
 
@@ -69,11 +69,17 @@ def cut(monkeypatch, config, stage: str, step: int) -> None:
 
 
 @pytest.mark.parametrize(("stage", "step"), [("pretrain", 3), ("pretrain", 10)])
-def test_an_interrupted_run_goes_on_bit_for_bit(config, undisturbed, tmp_path, monkeypatch, stage, step):
+def test_an_interrupted_run_goes_on_bit_for_bit_wherever_its_data_is(
+    config, undisturbed, tmp_path, monkeypatch, stage, step
+):
+    """A job's copy of the data on its node lies elsewhere than the last one's."""
     config = replace(config, output=str(tmp_path / "run"))
     cut(monkeypatch, config, stage, step)
-    train(config)
+    shutil.copytree(config.data.path, tmp_path / "copy")
+    moved = replace(config, data=replace(config.data, path=str(tmp_path / "copy")))
+    train(moved)
     assert lines_of(tmp_path / "run") == undisturbed
+    assert load_config(tmp_path / "run" / "config.yaml").data.path == str(tmp_path / "copy")
 
 
 @pytest.mark.slow
