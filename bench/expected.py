@@ -73,14 +73,16 @@ def region_attention(
 # ---- pack_patches ----
 def pack_patches(pictures: Pictures, number: int = 8) -> list[tuple[slice, Tensor]]:
     """(its rows, its patches [h * w, PATCH**2 * 3] in float64) of at most `number` pictures, evenly spread; mean and
-    deviation are 0.5. torch's antialiased interpolation of whole pictures is exact to a tenth of an 8-bit step."""
+    deviation are 0.5. By torch's antialiased interpolation of whole pictures, exact to a tenth of an 8-bit step, on the
+    CPU."""
     starts = torch.tensor([0] + [h * w for h, w in pictures.grids]).cumsum(0).tolist()
     chosen = torch.linspace(0, len(pictures.images) - 1, min(number, len(pictures.images))).long().unique().tolist()
     found = []
     for i in chosen:
         height, width = pictures.grids[i]
-        planes = pictures.images[i].permute(2, 0, 1)[None].double()
+        planes = pictures.images[i].cpu().permute(2, 0, 1)[None].double()
         planes = F.interpolate(planes, (height * PATCH, width * PATCH), mode="bilinear", antialias=True)[0]
         tiles = ((planes / 255 - 0.5) / 0.5).reshape(3, height, PATCH, width, PATCH).permute(1, 3, 2, 4, 0)
-        found.append((slice(starts[i], starts[i + 1]), tiles.flatten(2).flatten(0, 1)))
+        patches = tiles.flatten(2).flatten(0, 1).to(pictures.images[i].device)
+        found.append((slice(starts[i], starts[i + 1]), patches))
     return found

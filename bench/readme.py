@@ -45,7 +45,7 @@ def kernels() -> list[str]:
     for path in sorted(RESULTS.glob("cpu-*.json")):
         for key, group in groupby(sorted(json.loads(path.read_text()), key=workload), workload):
             operator, mode, what, device = key
-            providers = {row["provider"]: row for row in group}
+            providers = {row["provider"]: row for row in group if "failed" not in row}
             ours = providers.pop("granvit")
             peers = ", ".join(f"{peer} **{row['ratio']:.1f}**" for peer, row in providers.items())
             isa = device.split(", ")[1]
@@ -195,12 +195,14 @@ def performance() -> list[str]:
                 [row["operator"], row["mode"], row["workload"], row["provider"]]
                 + (
                     [f"{1e6 * row['median']:.0f}", f"{row['ratio']:.2f}", f"{100 * row['share']:.0f} %"]
+                    + [f"{row['host_us']:.0f}"]
                     if "median" in row
-                    else [row["failed"], "", ""]
+                    else [row["failed"], "", "", ""]
                 )
                 for row in rows
             ]
             head = ["operator", "mode", "workload", "provider", "microseconds", "ratio", "share of bandwidth"]
+            head += ["host, microseconds a call"]
             versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
             commits = ", ".join(sorted({row["commit"] for row in rows}))
             lines += [*markdown(head, table), "", f"{versions}; commits {commits}.", ""]
@@ -306,6 +308,8 @@ def plot(path: Path) -> None:
     bars = []
     for found in sorted(RESULTS.glob("cpu-*.json")):
         for row in json.loads(found.read_text()):
+            if "failed" in row:
+                continue
             bars.append((row["operator"], row["mode"], row["device"].split(", ")[1], row["provider"], row["ratio"]))
     for device, rows in gpu_results().items():
         bars += [(r["operator"], r["mode"], device, r["provider"], r["ratio"]) for r in rows if "ratio" in r]

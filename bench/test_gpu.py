@@ -1,9 +1,7 @@
 """The operators on a GPU beside what others would write: rows go to DEVICE.json as they are measured.
 
-Every call starts from an L2 without its data: a buffer larger than it is read between any two (a written one would
-leave lines that the timed call has to write back). The device sleeps until the host has issued the call, so that what
-CUDA events time is the device's work; the host's own microseconds a call stand in the row. Ours is measured once more
-as a CUDA graph's replay. Shares are of the bandwidth of a large copy, measured in the same run.
+The device's work is timed (gpu_clock.py), and the host's own microseconds a call stand in the row. Ours is measured
+once more as a CUDA graph's replay. Shares are of the bandwidth of a large copy, measured in the same run.
 
 Ours is held to float64 (expected.py), and so are the peers. A case whose rows this commit already has is skipped. What
 compiles for long has tests of its own (test_flex_attention, test_compiled_torchvision), and ids name the workload:
@@ -11,16 +9,14 @@ compiles for long has tests of its own (test_flex_attention, test_compiled_torch
 GRANVIT_BENCH_RESULTS names a folder.
 """
 
-import os
-import statistics
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import expected
 import pytest
 import torch
-from comparison import WallClock, compare, near, near_pictures
+from comparison import compare, near, near_pictures
+from gpu_clock import DEVICE, DRY, DeviceClock, bandwidth, replay
 from peers import HALF, corners, flex_attention_peers, pack_patches_peers, region_attention_peers, roi_gather_peers
 from rows import Rows, gpu_file, gpu_name, provenance
 from torch import Tensor
@@ -28,8 +24,6 @@ from workloads import BINS, DESCRIPTIONS, GRAPH, PATCH, aims, cell_shares, pictu
 
 from granvit_kernels import pack_patches, region_attention, roi_gather
 
-DEVICE = os.environ.get("GRANVIT_BENCH_DEVICE", "cuda")
-DRY = DEVICE == "cpu"
 if not DRY and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 if DRY:
@@ -37,89 +31,6 @@ if DRY:
 
 DTYPE = torch.float32 if DRY else torch.bfloat16
 FEW = {"images": 3, "boxes": 2} if DRY else {}
-L2 = 2**16 if DRY else 2**28
-LONGEST_SLEEP = 0.05
-"""Seconds: a peer that waits for the device within its call is not waited for longer."""
-
-
-# ---- the clock ----
-
-
-def timed_on_device(run: Callable[[], Any]) -> float:
-    """Seconds between two events around what `run` issues."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-@cache
-def cycles_per_second() -> float:
-    torch.cuda._sleep(10**6)
-    return 10**7 / timed_on_device(lambda: torch.cuda._sleep(10**7))
-
-
-@cache
-def flushing() -> Tensor:
-    return torch.zeros(L2 // 4, device=DEVICE)
-
-
-class DeviceClock(WallClock):
-    """Times what a function has the device do; `host` is how long it keeps the host, in seconds."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        super().__init__(run)
-        self.host = statistics.median(self._host_seconds() for _ in range(3))
-
-    def _host_seconds(self) -> float:
-        if not DRY:
-            torch.cuda.synchronize()
-        return super().seconds()
-
-    def seconds(self) -> float:
-        """Of one call, from a cold L2."""
-        flushing().sum()
-        if DRY:
-            return super().seconds()
-        torch.cuda._sleep(int(min(2 * self.host, LONGEST_SLEEP) * cycles_per_second()))
-        return timed_on_device(self.run)
-
-    def figures(self) -> dict[str, float]:
-        return {"host_us": 1e6 * self.host}
-
-
-@cache
-def bandwidth() -> float:
-    """Bytes a second of a large copy, read and written."""
-    source = torch.zeros(2**20 if DRY else 2**31, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    clock = DeviceClock(lambda: target.copy_(source))
-    return 2 * source.numel() / statistics.median(clock.seconds() for _ in range(15))
-
-
-def replay(make: Callable) -> Callable:
-    """The call that make() gives as a CUDA graph. Made on the stream of the capture: autograd runs a backward on the
-    stream of its forward, and one of another stream can't be captured."""
-    if DRY:
-        return make()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run = make()
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        output = run()
-
-    def again(keep: Callable = run) -> Any:  # the graph has the addresses of what `run` holds
-        graph.replay()
-        return output
-
-    return again
-
 
 # ---- the rows ----
 ROWS = Rows(gpu_file(), ("operator", "mode", "workload", "provider"))
