@@ -2,7 +2,7 @@
 PYTHON ?= python
 CONSTRAINTS ?= -c constraints-cpu.txt
 
-.PHONY: install test lint bench train aot floors gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: install test lint bench train aot floors gpu gpu-tune gpu-train gpu-wheels
 
 install:  ## build the kernels and install everything that development needs
 	$(PYTHON) -m pip install $(CONSTRAINTS) -e '.[dev]'
@@ -30,24 +30,17 @@ floors:  ## what the GPU kernels must take at least, counted from their machine 
 train:  ## the smoke preset: both stages and a report in runs/smoke, minutes on two cores
 	$(PYTHON) -m granvit.train
 
-# With a GPU: each target runs alone, ends within minutes, goes on where it stopped and downloads nothing.
-gpu: gpu-build gpu-test gpu-sanitize gpu-bench  ## build with what is installed, test, sanitize and measure on a GPU
+# With a GPU: docs/gpu.md. BUDGET=... of seconds; a second call goes on with what is missing.
+BUDGET ?= 480
 
-gpu-build:
-	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "sees", \
-	  torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"); \
-	  raise SystemExit(not torch.cuda.is_available())' \
-	  || { echo "make gpu: no GPU to be used here, so nothing was built, tested or measured"; exit 1; }
-	$(PYTHON) -m pip install -e . --no-build-isolation --no-deps --no-index
-	$(PYTHON) -m granvit_kernels
+gpu:  ## build, prove and measure on the GPU at hand, in eight minutes
+	$(PYTHON) bench/gpu.py --budget $(BUDGET)
 
-gpu-test:  # --ff: what failed last time comes first
-	$(PYTHON) -m pytest tests/kernels tests/model/test_vision.py tests/model/test_question_attention.py -m gpu --ff
+gpu-tune:  ## search launch configurations, four minutes
+	$(PYTHON) bench/gpu.py --tune
 
-gpu-sanitize:
-	$(PYTHON) bench/sanitize.py
+gpu-train:  ## train and evaluate a model of the compact preset's shape, four minutes
+	$(PYTHON) bench/gpu.py --train
 
-gpu-bench:
-	$(PYTHON) -m pytest bench/test_gpu.py --benchmark-only
-	$(PYTHON) -m pytest bench/test_gpu_training.py
-	$(PYTHON) bench/readme.py
+gpu-wheels:  ## fetch into .whl/ what training wants, for a GPU machine without a network
+	$(PYTHON) bench/wheels.py

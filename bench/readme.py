@@ -167,7 +167,7 @@ def performance() -> list[str]:
     lines += [f"Workload {letter}: {what}." + ("" if letter == "D" else "  ") for letter, what in DESCRIPTIONS.items()]
     lines += [
         "",
-        "`make gpu-bench` measures them on the GPU at hand: medians from a cold L2, providers alternating. A share is "
+        "`make gpu` measures them on the GPU at hand: medians from a cold L2, providers alternating. A share is "
         "of the bandwidth of a large copy, bytes being each distinct input byte read once and outputs written once, "
         "under CUDA-graph replay; a ratio is a peer's time over ours.",
         "",

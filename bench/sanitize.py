@@ -1,27 +1,45 @@
-"""python bench/sanitize.py: compute-sanitizer's memcheck, racecheck and initcheck over small shapes of every operator.
+"""python bench/sanitize.py: compute-sanitizer over small shapes of every operator, several processes side by side.
 
-Rows go to bench/results/DEVICE-sanitizer.json as they come; what this commit has passed is not run again. Fails where a
-tool finds something.
+Rows go to DEVICE-sanitizer.json as they come; what this commit has passed is not run again. Fails where a tool finds
+something. A dry run (GRANVIT_BENCH_DEVICE=cpu) runs what would be watched.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
+from rows import Rows, gpu_file, gpu_name, provenance
 
-from granvit.machine import commit
-from granvit_kernels import PackedLayout, launch, pack_patches, region_attention, roi_gather
+from granvit_kernels import PackedLayout, pack_patches, region_attention, roi_gather
 
-RESULTS = Path(__file__).resolve().parent / "results"
-TOOLS = ("memcheck", "racecheck", "initcheck")
-LIMIT = 150
+OPERATORS = ("region_attention", "roi_gather", "pack_patches")
+CHECKS = {
+    # Addresses: every kernel reads through offsets that boxes and layouts make.
+    "memcheck": OPERATORS,
+    # Memory that nothing wrote: kernels hand each other workspaces (tiles, partial sums, a table of crops).
+    "initcheck": OPERATORS,
+    # Shared memory without a barrier: roi_gather's programs are one warp and hold none; its tiles are attention's, too.
+    "racecheck": ("region_attention", "pack_patches"),
+    # Barriers that not all threads reach: only pack_patches writes its own, the others' are Triton's.
+    "synccheck": ("pack_patches",),
+}
+"""What each tool can find here, and where."""
+NOTHING = "nothing"
+"""The tool of a dry run."""
+GATHERS = ((40, 2, "float32"), (256, 2, "bfloat16"), (37, 0, "float32"), (8, 1, "float16"))
+"""(channels, sampling_ratio, dtype) of roi_gather."""
+ATTENTIONS = (
+    (4, 64, "bfloat16", True), (3, 72, "float16", False), (64, 32, "bfloat16", False), (1, 20, "float32", True)
+)  # fmt: skip
+"""(queries, size of a head, dtype, coverage) of region_attention."""
+HEADS = 2
+LIMIT = 80
 """Seconds of one tool on one operator."""
 
 BOXES = [[0.5, 0.5, 3.2, 2.0], [-1e9, -7.0, 1e9, 3e4], [4.0, 5.0, 2.0, 3.0], [1.25, 0.5, 1.5, 0.75], [0.0, 0.0, 9, 9]]
@@ -33,19 +51,17 @@ def where(device: str) -> tuple:
 
 
 def run_roi_gather(device: str) -> None:
-    for channels, ratio, dtype in ((40, 2, "float32"), (256, 2, "bfloat16"), (37, 0, "float32"), (8, 1, "float16")):
+    for channels, ratio, dtype in GATHERS:
         place = where(device)
         tokens = torch.randn(place[0].num_tokens, channels, device=device, dtype=getattr(torch, dtype))
         roi_gather(tokens.requires_grad_(), *place, (3, 2), ratio).sum().backward()
 
 
 def run_region_attention(device: str) -> None:
-    cases = [(4, 64, "bfloat16", True)]
-    cases += [(3, 72, "float16", False), (64, 32, "bfloat16", False), (1, 20, "float32", True)]
-    for queries, size, dtype, coverage in cases:
+    for queries, size, dtype, coverage in ATTENTIONS:
         place = where(device)
-        key = torch.randn(place[0].num_tokens, 2, size, device=device, dtype=getattr(torch, dtype), requires_grad=True)
-        query = torch.randn(queries, 2, size, device=device, dtype=key.dtype, requires_grad=True)
+        made = {"device": device, "dtype": getattr(torch, dtype), "requires_grad": True}
+        key, query = (torch.randn(length, HEADS, size, **made) for length in (place[0].num_tokens, queries))
         region_attention(query, key, key, *place, coverage=coverage).sum().backward()
 
 
@@ -61,41 +77,53 @@ def run_pack_patches(device: str) -> None:
 RUNS = {"roi_gather": run_roi_gather, "region_attention": run_region_attention, "pack_patches": run_pack_patches}
 
 
+def command(tool: str, operator: str) -> list[str]:
+    """tool: NOTHING runs the program alone."""
+    watched = [sys.executable, __file__, operator]
+    return watched if tool == NOTHING else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *watched]
+
+
+def check(tool: str, operator: str) -> dict:
+    """A row. Runs in a process of its own."""
+    began = time.perf_counter()
+    # Each tensor an allocation of its own: a pool would hide what is read beyond one.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command(tool, operator), env=environment, capture_output=True, text=True, timeout=LIMIT)
+        passed, told = done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    except subprocess.TimeoutExpired:
+        passed, told = False, f"not done after {LIMIT} s"
+    seconds = round(time.perf_counter() - began, 1)
+    return {"tool": tool, "operator": operator, "passed": passed, "seconds": seconds, "told": "" if passed else told}
+
+
 def main() -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if not torch.cuda.is_available() or sanitizer is None:
+    dry = os.environ.get("GRANVIT_BENCH_DEVICE") == "cpu"
+    if not dry and (not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None):
         lacking = "compute-sanitizer" if torch.cuda.is_available() else "CUDA device"
         raise SystemExit(f"no {lacking}: nothing was checked")
-    name = torch.cuda.get_device_name()
-    path = RESULTS / f"{launch.slug(name)}-sanitizer.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    for tool in TOOLS:
-        for operator in RUNS:
-            passed = {(row["tool"], row["operator"]) for row in rows if row["commit"] == commit() and row["passed"]}
-            if (tool, operator) in passed:
-                continue
-            start = time.perf_counter()
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, operator]
-            # Each tensor an allocation of its own: a pool would hide what is read beyond one.
-            environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            try:
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
-                passed, told = done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-            except subprocess.TimeoutExpired:
-                passed, told = False, f"not done after {LIMIT} s"
-            row = {"tool": tool, "operator": operator, "passed": passed}
-            row |= {"seconds": round(time.perf_counter() - start, 1)}
-            row |= {"device": name, "torch": torch.__version__, "commit": commit(), "told": "" if passed else told}
-            rows = [old for old in rows if (old["tool"], old["operator"]) != (tool, operator)] + [row]
-            path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-            print(tool, operator, "passed" if passed else f"FAILED\n{told}", flush=True)
-    if not all(row["passed"] for row in rows):
-        raise SystemExit("compute-sanitizer found something")
+    rows, about = Rows(gpu_file("sanitizer"), ("tool", "operator")), provenance(gpu_name())
+    tools = {NOTHING: OPERATORS} if dry else CHECKS
+    checks = [(tool, operator) for tool, operators in tools.items() for operator in operators]
+    todo = [pair for pair in checks if not rows.has(tool=pair[0], operator=pair[1], passed=True)]
+    failed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in as_completed([pool.submit(check, *pair) for pair in todo]):
+            row = done.result()
+            rows.save({**row, **about})
+            failed += not row["passed"]
+            verdict = "passed" if row["passed"] else f"FAILED\n{row['told']}"
+            print(f"{row['tool']} {row['operator']}: {verdict} ({row['seconds']} s)", flush=True)
+    print(f"= {len(checks) - failed} of {len(checks)} without a finding: {', '.join(tools)} of {', '.join(OPERATORS)}")
+    if failed:
+        raise SystemExit("compute-sanitizer found something, or a program failed")
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         RUNS[sys.argv[1]](os.environ.get("GRANVIT_BENCH_DEVICE", "cuda"))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         print("done")
     else:
         main()

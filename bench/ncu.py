@@ -1,0 +1,148 @@
+"""python bench/ncu.py: the main kernels of workload A under Nsight Compute, a row each in DEVICE-ncu.json.
+
+`python bench/ncu.py OPERATOR` is what ncu watches: a call that compiles, then the one that is profiled. ncu runs each
+kernel several times, from a cold L2, and leaves the clocks as they are. A dry run (GRANVIT_BENCH_DEVICE=cpu) makes
+those calls at a tiny size, without ncu.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from rows import Rows, gpu_file, gpu_name, provenance
+from workloads import pictures, randn, regions
+
+from granvit_kernels import pack_patches, region_attention, roi_gather
+
+METRICS = {
+    "seconds": ("gpu__time_duration.sum", 1e-9),
+    "dram_share": ("dram__throughput.avg.pct_of_peak_sustained_elapsed", 0.01),
+    "dram_bytes_read": ("dram__bytes_read.sum", 1),
+    "dram_bytes_written": ("dram__bytes_write.sum", 1),
+    "instructions": ("smsp__inst_executed.sum", 1),
+    "issue_active": ("smsp__issue_active.avg.per_cycle_active", 1),
+    "occupancy": ("sm__warps_active.avg.pct_of_peak_sustained_active", 0.01),
+    "registers": ("launch__registers_per_thread", 1),
+}
+"""{a row's figure: (ncu's metric in base units, the factor to ours)}. issue_active: the share of cycles in which a
+scheduler issued; occupancy: warps of those that fit."""
+LIMIT = 45
+"""Seconds of an operator."""
+
+DRY = os.environ.get("GRANVIT_BENCH_DEVICE") == "cpu"
+DEVICE = "cpu" if DRY else "cuda"
+DTYPE = torch.bfloat16
+
+
+def gather() -> Callable:
+    made = regions("A", DEVICE, *((2, 2) if DRY else ()))
+    tokens = randn(made.layout.num_tokens, 768, dtype=DTYPE, device=DEVICE).requires_grad_()
+
+    def run() -> None:
+        output = roi_gather(tokens, made.layout, made.boxes, made.image_index)
+        torch.autograd.grad(output, tokens, output.detach())
+
+    return run
+
+
+def attend() -> Callable:
+    """As the model: one query, 16 heads of 72, coverage."""
+    made = regions("A", DEVICE, *((2, 2) if DRY else ()))
+    tensors = [
+        randn(length, 16, 72, dtype=DTYPE, device=DEVICE, seed=seed).requires_grad_()
+        for seed, length in enumerate((1, made.layout.num_tokens, made.layout.num_tokens))
+    ]
+
+    def run() -> None:
+        output = region_attention(*tensors, made.layout, made.boxes, made.image_index, coverage=True)
+        torch.autograd.grad(output, tensors, output.detach())
+
+    return run
+
+
+def pack() -> Callable:
+    made = pictures("A", False, DEVICE, *((2, 16) if DRY else ()))
+    half = (0.5, 0.5, 0.5)
+    return lambda: pack_patches(made.images, 16, half, half, grids=made.grids, dtype=DTYPE)
+
+
+OPERATORS = {"roi_gather": gather, "region_attention": attend, "pack_patches": pack}
+
+
+def watched(operator: str) -> None:
+    run = OPERATORS[operator]()
+    run()
+    if DRY:
+        return run()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def command(operator: str) -> list[str]:
+    program = [sys.executable, __file__, operator]
+    names = ",".join(metric for metric, _ in METRICS.values())
+    return program if DRY else [
+        "ncu", "--clock-control", "none", "--profile-from-start", "off", "--metrics", names,
+        "--csv", "--page", "raw", "--print-units", "base", *program,
+    ]  # fmt: skip
+
+
+def parse(output: str) -> Iterator[dict]:
+    """The kernels in what ncu printed: a line of names, one of units, then one a kernel. PyTorch's own are left out."""
+    lines = output.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    for line in list(csv.DictReader(lines[start:]))[1:]:
+        if "Kernel Name" not in line or "at::" in line["Kernel Name"]:
+            continue
+        values = {name: line.get(metric) or "nan" for name, (metric, _) in METRICS.items()}
+        figures = {name: float(values[name].replace(",", "")) * factor for name, (_, factor) in METRICS.items()}
+        yield {"kernel": line["Kernel Name"].partition("(")[0], "grid": line["Grid Size"], **figures}
+
+
+def run_command(command: list[str]) -> tuple[int | None, str]:
+    """(exit status, None where it was ended; what it printed)."""
+    try:
+        limit = None if DRY else LIMIT
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
+        return done.returncode, done.stdout
+    except subprocess.TimeoutExpired:
+        return None, f"not done after {LIMIT} s"
+
+
+def main() -> None:
+    if not DRY and shutil.which("ncu") is None:
+        raise SystemExit("no ncu on PATH: nothing was profiled")
+    rows, about = Rows(gpu_file("ncu"), ("operator", "kernel")), provenance(gpu_name())
+    failed = []
+    for operator in OPERATORS:
+        if rows.has(operator=operator):
+            print(f"{operator}: profiled at this commit")
+            continue
+        status, output = run_command(command(operator))
+        if DRY and status == 0:
+            print(f"= {operator}: its calls ran, without ncu")
+            continue
+        profiled = list(parse(output))
+        for row in profiled:
+            rows.save({"operator": operator, **row, **about})
+            print("= {} {kernel}: {:.0f} us, DRAM {dram_share:.0%}, issue slots {issue_active:.0%}, "
+                  "{registers:.0f} registers, occupancy {occupancy:.0%}".format(
+                      operator, 1e6 * row["seconds"], **row), flush=True)  # fmt: skip
+        if not profiled:
+            failed.append(operator)
+            print(f"{operator}: ncu gave no kernel\n{output[-1500:]}", flush=True)
+    if failed:
+        raise SystemExit(f"nothing was profiled of {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    watched(sys.argv[1]) if len(sys.argv) > 1 else main()
