@@ -48,21 +48,22 @@ class PackedLayout:
         Raises ValueError for another shape or dtype, a side under 1, or 2**31 tokens and more; RuntimeError while a
         CUDA graph is captured on that device.
         """
-        given = grids.detach() if isinstance(grids, Tensor) else _as_tensor(grids)
+        given = grids.detach() if isinstance(grids, Tensor) else _read(grids)
         if given.shape == (0,):
             given = given.reshape(0, 2).to(torch.int64)
-        if given.dim() != 2 or given.shape[1] != 2:
+        if given.ndim != 2 or given.shape[1] != 2:
             raise ValueError(f"grids has shape {list(given.shape)}; it takes [B, 2], (h, w) an image")
-        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-            raise ValueError(f"grids has dtype {given.dtype}; it takes integers")
-        host = given.to("cpu", torch.int64)
-        wrong = (host < 1) | (host >= 2**31)
-        if wrong.any():
-            image = int(wrong.any(1).nonzero()[0])
+        if isinstance(given, Tensor):
+            if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+                raise ValueError(f"grids has dtype {given.dtype}; it takes integers")
+            device = given.device if device is None else device
+            given = given.to("cpu", torch.int64).numpy()
+        wrong = ((given < 1) | (given >= 2**31)).any(1)
+        for image in np.flatnonzero(wrong):
             raise ValueError(
-                f"grids[{image}] is {tuple(host[image].tolist())}; both sides must be at least 1 and below 2**31"
+                f"grids[{image}] is {tuple(given[image].tolist())}; both sides must be at least 1 and below 2**31"
             )
-        return cls._on(given.device if device is None else torch.device(device), host)
+        return cls._on(torch.device("cpu" if device is None else device), given)
 
     @classmethod
     def of_tensors(
@@ -76,24 +77,23 @@ class PackedLayout:
         return layout
 
     @classmethod
-    def _on(cls, device: torch.device, host: Tensor) -> PackedLayout:
-        """host: grids int64 [B, 2] on the CPU, sides in range."""
-        lengths, host_grids = host.prod(1), tuple(zip(*host.T.tolist(), strict=True))
-        if lengths.sum(dtype=torch.float64) >= 2**31:  # the sum may be larger than int64
+    def _on(cls, device: torch.device, grids: np.ndarray) -> PackedLayout:
+        """grids: int64 [B, 2], sides in range."""
+        lengths, host_grids = grids.prod(axis=1), tuple(zip(*grids.T.tolist(), strict=True))
+        if lengths.sum(dtype=np.float64) >= 2**31:  # the sum may be larger than int64
             tokens = sum(h * w for h, w in host_grids)
             raise ValueError(f"grids hold {tokens} tokens together; a layout takes fewer than 2**31")
         pin = device.type == "cuda" and torch.cuda.is_initialized()
         if pin and torch.cuda.is_current_stream_capturing():  # replays would read memory that is no longer ours
             raise RuntimeError("a CUDA graph can't capture PackedLayout.from_grids or .to: make the layout before")
 
-        def copied(numbers: Tensor) -> Tensor:
-            numbers = numbers.to(torch.int32).contiguous()
+        def copied(numbers: np.ndarray) -> Tensor:
+            host = torch.from_numpy(numbers.astype(np.int32, order="C"))
             # Pinned memory goes back to torch's allocator, which waits for the copy's event before it reuses it.
-            return (numbers.pin_memory() if pin else numbers).to(device, non_blocking=True)
+            return (host.pin_memory() if pin else host).to(device, non_blocking=True)
 
-        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         # Two copies: views of one buffer have offsets, for which torch.compile compiles once more.
-        return cls.of_tensors(host_grids, copied(host), copied(ends))
+        return cls.of_tensors(host_grids, copied(grids), copied(np.append(0, lengths.cumsum())))
 
     @cached_property
     def host_grids(self) -> tuple[tuple[int, int], ...]:
@@ -111,7 +111,7 @@ class PackedLayout:
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its tensors on `device`. To CUDA it is copied as from_grids does it."""
         device = torch.empty(0, device=device).device  # "cuda" with its number
-        return self if device == self.device else self._on(device, _as_tensor(self.host_grids).reshape(-1, 2))
+        return self if device == self.device else self._on(device, _read(self.host_grids))
 
     def split(self, features: Tensor) -> list[Tensor]:
         """Packed features [T, ...] image by image: B views [h, w, ...], which gradients flow through.
@@ -152,12 +152,15 @@ class PackedLayout:
         return boxes.detach().to(torch.float32) * sides.repeat(1, 2)
 
 
-def _as_tensor(grids: Sequence[Sequence[int]]) -> Tensor:
-    """What a list of grids holds, on the host. Raises ValueError for what is no table of numbers."""
+def _read(grids: Sequence[Sequence[int]]) -> np.ndarray | Tensor:
+    """A list of grids as an array int64 [B, 2], or, where it holds something else, as what torch makes of it. Raises
+    ValueError for what is no table of numbers."""
     try:
         rows = [tuple(grid) for grid in grids]
-        array = np.array(rows)  # a few times faster than torch.tensor, which knows the other kinds
-        return torch.from_numpy(array) if array.dtype == np.int64 else torch.tensor(rows, device="cpu")
+        if not rows:
+            return np.zeros((0, 2), dtype=np.int64)
+        array = np.array(rows)  # a few times faster than torch.tensor
+        return array if array.dtype == np.int64 else torch.tensor(rows, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):  # no pairs, ragged ones, other things in them
         raise ValueError(f"grids is {checks.shown(grids)}; it takes pairs (h, w) of whole numbers") from None
 

@@ -197,9 +197,11 @@ class Phase:
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate
         norm = nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        parts = [sum(float(one.get(name, 0.0)) for one in found) for name in ("loss_caption", "loss_distill")]
-        caption, distill = self.world.total(*parts)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        captions, distills = ([part[k] for part in found if k in part] for k in ("loss_caption", "loss_distill"))
+        # Here alone a step waits for the device: it has to know whether the update is good.
+        norm, *losses = torch.stack([norm, *captions, *distills]).tolist()
+        caption, distill = self.world.total(sum(losses[: len(captions)]), sum(losses[len(captions) :]))
         loss = caption + self.stage.distill * distill
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.streak.add(finite)

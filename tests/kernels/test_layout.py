@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from granvit_kernels import PackedLayout, fit_grid, roi_gather
 
@@ -82,6 +83,10 @@ def test_grids_are_known_on_the_host():
         assert back.to("cpu") is back
     with torch.device("meta"):
         assert PackedLayout.from_grids(GRIDS).device.type == "cpu"
+    with FakeTensorMode():  # of tensors without numbers
+        layout = PackedLayout.from_grids(GRIDS)
+        assert layout.host_grids == GRIDS and len(layout.split(torch.zeros(8, 5))) == 2
+        assert isinstance(layout.grids, FakeTensor) and layout.to("meta").host_grids == GRIDS
 
 
 def test_a_layout_of_its_four_fields_reads_its_grids_when_they_are_needed():

@@ -153,3 +153,32 @@ def test_crossings_are_seen_and_reads_raise():
     for read in (x.tolist, x.cpu, x[0].item, lambda: bool(x[0] > 0), x.nonzero, lambda: x[x > 0]):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_step_on_a_gpu_never_waits(tiny, samples, stage):
+    """What meta can't show: copies and kernels of libraries that wait. The second of two steps, on other images."""
+    model, processor = tiny(pixel_shuffle=2)
+    model = model.to("cuda").train()
+    groups = model.groups()
+    freeze(groups, stage.train)
+    teacher = Teacher(model.encoder, 0.9) if stage.distill else None
+    optimizer = make_optimizer(groups, stage)
+    trained = [parameter for name in stage.train for parameter in groups[name]]
+    before = torch.cuda.get_sync_debug_mode()
+    for some, mode in ((samples, before), (samples[:3], "error")):
+        batch = collate(some, [processor.questions(sample, stage.tasks) for sample in some], processor, 256).to("cuda")
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                losses = stage_loss(model, teacher, batch, stage, SMOKE.distill)
+            losses["loss"].backward()
+            nn.utils.clip_grad_norm_(trained, stage.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if teacher is not None:
+                teacher.update(model.encoder)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert losses["loss"].isfinite()
