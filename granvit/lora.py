@@ -85,7 +85,7 @@ def merged(state: Mapping[str, Tensor], llm: PreTrainedModel) -> dict[str, Tenso
     from peft.tuners.lora import LoraLayer
 
     [scaling] = {layer.scaling["default"] for layer in llm.modules() if isinstance(layer, LoraLayer)}
-    found = {}
+    weights = {}
     for key, value in state.items():
         if ADAPTER in key:
             continue
@@ -93,8 +93,8 @@ def merged(state: Mapping[str, Tensor], llm: PreTrainedModel) -> dict[str, Tenso
         if rest == "weight":
             a, b = (state[f"{layer}.lora_{which}.default.weight"].cpu().float() for which in "AB")
             value = (value.cpu().float() + scaling * (b @ a)).to(value.dtype)
-        found[f"{layer}.{rest}" if inner else key] = value
-    return found
+        weights[f"{layer}.{rest}" if inner else key] = value
+    return weights
 
 
 def save_adapters(llm: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -102,10 +102,10 @@ def save_adapters(llm: PreTrainedModel, folder: Path, state: Mapping[str, Tensor
     its weights are spread over processes."""
     from safetensors.torch import save_file
 
-    found = {key: value for key, value in (llm.state_dict() if state is None else state).items() if ADAPTER in key}
+    weights = {key: value for key, value in (llm.state_dict() if state is None else state).items() if ADAPTER in key}
     llm.peft_config["default"].save_pretrained(str(folder))
     tensors = {
-        f"base_model.model.{key.replace('.default.', '.')}": value.cpu().contiguous() for key, value in found.items()
+        f"base_model.model.{key.replace('.default.', '.')}": value.cpu().contiguous() for key, value in weights.items()
     }
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -135,14 +135,14 @@ def _layers(llm: PreTrainedModel, lora: Lora) -> dict[str, nn.Linear]:
     head = llm.get_output_embeddings()
     linear = {name: m for name, m in llm.named_modules() if isinstance(m, Linear) and m is not head}
     if lora.targets == (ALL_LINEAR,):
-        found = linear
+        layers = linear
     else:
-        found = {name: m for name, m in linear.items() if name.rpartition(".")[2] in lora.targets}
-    unknown = set(lora.targets) - {name.rpartition(".")[2] for name in found} - {ALL_LINEAR}
-    if unknown or not found:
+        layers = {name: m for name, m in linear.items() if name.rpartition(".")[2] in lora.targets}
+    unknown = set(lora.targets) - {name.rpartition(".")[2] for name in layers} - {ALL_LINEAR}
+    if unknown or not layers:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "no linear layer"
         raise ValueError(f"lora.targets: got {', '.join(sorted(unknown or lora.targets))}; the LLM has {known}")
-    return found
+    return layers
 
 
 def _hollow(config: PretrainedConfig) -> PreTrainedModel:

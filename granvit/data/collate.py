@@ -70,7 +70,7 @@ def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int) -> B
         if read.plan is not None
     ]
     plan = [row for several in zip_longest(*plans) for row in several if row is not None] if plans else None
-    samples, asked, parts = ([one[i] for i in order] for one in (samples, asked, parts))
+    samples, asked, parts = ([column[i] for i in order] for column in (samples, asked, parts))
     boxes = [region.box for sample in samples for region in sample.regions]
     owner = [i for i, sample in enumerate(samples) for _ in sample.regions]
     return Batch(

@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_device(options.device)
         test = GranDataset(options.data, options.split, options.fault_budget)
         model, processor = load_model(options.model, options.device)
-        found = evaluate(model, processor, test, limit=options.limit, batch_size=options.batch_size)
+        evaluation = evaluate(model, processor, test, limit=options.limit, batch_size=options.batch_size)
         blinded = {
             label: evaluate(
                 model, processor, test, blind=blind, limit=options.limit, batch_size=options.batch_size
@@ -111,12 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    columns = {"model": found.metrics} | blinded | below
-    boxes = [name for name in found.metrics if CAPTION2BBOX in name]
-    captions = [name for name in found.metrics if name not in boxes]
+    columns = {"model": evaluation.metrics} | blinded | below
+    boxes = [name for name in evaluation.metrics if CAPTION2BBOX in name]
+    captions = [name for name in evaluation.metrics if name not in boxes]
     console.print(table("Captions of boxes (per cent; CIDEr as it is, 10 at most)", captions, columns))
     console.print(table("Boxes of sentences (per cent)", boxes, columns))
-    asked = counts(found.predictions)
+    asked = counts(evaluation.predictions)
     console.print(
         "asked: " + ", ".join(f"{name} {number}" for name, number in asked.items() if "/" not in name)
     )
@@ -127,11 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
             "model": str(options.model),
             "data": str(options.data),
             "split": options.split,
-            "metrics": found.metrics,
+            "metrics": evaluation.metrics,
             "blind": blinded,
             "floors": below,
             "counts": asked,
-            "predictions": found.predictions,
+            "predictions": evaluation.predictions,
         }
         Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
         console.print(f"written to {options.json}", markup=False)

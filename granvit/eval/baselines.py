@@ -134,12 +134,12 @@ def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[st
                 predictions.append({**truth, "answer": "", "predicted_box": list(box(truth))})
         return summarise(predictions)
 
-    found = {
+    constant = {
         "centre_box": answered(None, lambda r: (0.25, 0.25, 0.75, 0.75)),
         "whole_image": answered(None, lambda r: (0.0, 0.0, 1.0, 1.0)),
     }
     if not known:
-        return found
+        return constant
 
     kinds = {r["kind"] for r in known}
     of_kind = {kind: [r for r in known if r["kind"] == kind] for kind in kinds} | {None: known}
@@ -155,6 +155,6 @@ def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[st
     return {
         "most_frequent": answered(lambda r: frequent[kind(r)], None),
         "blind": answered(blind, lambda r: likely_box[kind(r)]),
-        **found,
+        **constant,
         "mean_box": answered(None, lambda r: mean_box[kind(r)]),
     }

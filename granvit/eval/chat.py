@@ -37,13 +37,13 @@ def score_chat(
     it was.
     """
     rows = spread(len(dataset), limit)
-    found = {row: sample for row in rows if (sample := dataset[row]) is not None and sample.conversations}
-    if blind == "other_image" and len(found) < 2:
+    conversing = {row: sample for row in rows if (sample := dataset[row]) is not None and sample.conversations}
+    if blind == "other_image" and len(conversing) < 2:
         return {}
-    shown = other_images(found) if blind == "other_image" else found
+    shown = other_images(conversing) if blind == "other_image" else conversing
     pairs = [
         (replace(sample, image=shown[row].image), question)
-        for row, sample in found.items()
+        for row, sample in conversing.items()
         for question in processor.questions(sample, [CHAT])
     ][rank::ranks]
     lengths = [

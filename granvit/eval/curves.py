@@ -79,7 +79,7 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
 
     _losses(axes[0, 0], series, stages)
     _features(axes[0, 1], series, stages)
-    measured = [one for one in EVALUATIONS if any(series(one[1], stage)[0] for stage in stages)]
+    measured = [evaluation for evaluation in EVALUATIONS if any(series(evaluation[1], stage)[0] for stage in stages)]
     for axis in axes[1, len(measured) :]:
         axis.set_visible(False)
     for axis, (title, metric, floors) in zip(axes[1], measured, strict=False):

@@ -146,8 +146,8 @@ def evaluate(
     boxes = processor.parse_boxes(answers)
     predictions = []
     for a, said, box in zip(asked, answers, boxes, strict=True):
-        found = list(box) if box is not None and a.truth["task"] == CAPTION2BBOX else None
-        predictions.append({**a.truth, "answer": said, "predicted_box": found})
+        predicted = list(box) if box is not None and a.truth["task"] == CAPTION2BBOX else None
+        predictions.append({**a.truth, "answer": said, "predicted_box": predicted})
     parts = gather(predictions)
-    predictions = [one for several in zip_longest(*parts) for one in several if one is not None]
+    predictions = [prediction for several in zip_longest(*parts) for prediction in several if prediction is not None]
     return Evaluation(summarise(predictions), predictions)

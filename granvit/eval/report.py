@@ -115,18 +115,18 @@ def headlines(summary: dict[str, Any]) -> list[dict[str, Any]]:
             ("another image", sft.get("other_image", {})),
         )),
     )  # fmt: skip
-    found = []
-    for title, unit, metric, model, others in claims:
+    claimed = []
+    for title, unit, metric, model, references in claims:
         if metric not in model:
             continue
         value = 100 * model[metric]
         against = [
             {"who": who, "value": 100 * metrics[metric], "distance": value - 100 * metrics[metric]}
-            for who, metrics in others
+            for who, metrics in references
             if metric in metrics
         ]
-        found.append({"title": title, "unit": unit, "value": value, "against": against})
-    return found
+        claimed.append({"title": title, "unit": unit, "value": value, "against": against})
+    return claimed
 
 
 def _everybody(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, float], list[dict[str, float]]]]:
@@ -172,13 +172,13 @@ def table(
 ) -> dict[str, Any]:
     """A task's table: who answered, by the first metric for every kind and source, then by the others."""
     names = {name for _, _, mean, _ in _everybody(summary) for name in mean}
-    (first_label, first), *others = metrics
+    (first_label, first), *rest = metrics
     sources = sorted(n.split("/")[0] for n in names if n.endswith(f"/{task}_{first}"))
     prefixes = {"all": "", "natural": "natural_", "text": "ocr_"} | {
         source: f"{source}/" for source in sources
     }
     columns = [(first_label, label, f"{prefix}{task}_{first}") for label, prefix in prefixes.items()]
-    columns += [(label, "all", f"{task}_{metric}") for label, metric in others]
+    columns += [(label, "all", f"{task}_{metric}") for label, metric in rest]
     return _table(summary, title, [c for c in columns if c[2] in names])
 
 
@@ -249,18 +249,18 @@ def _images(path: str, wanted: set[str]) -> dict[str, dict[str, Any]]:
     The run has already kept to its fault budget: no other row is read here, and no fault ends the report.
     """
     dataset = GranDataset(path, split="test", fault_budget=1.0)
-    found: dict[str, dict[str, Any]] = {}
+    images: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(dataset.rows["id"][:]):
-        if name not in wanted or name in found or (sample := dataset[i]) is None:
+        if name not in wanted or name in images or (sample := dataset[i]) is None:
             continue
         image = Image.fromarray(sample.image.numpy())
         image.thumbnail((LONG_SIDE, LONG_SIDE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=88)
-        found[name] = {"uri": encoded(buffer.getvalue(), "jpeg"), "size": image.size}
-    if missing := wanted - found.keys():
+        images[name] = {"uri": encoded(buffer.getvalue(), "jpeg"), "size": image.size}
+    if missing := wanted - images.keys():
         raise ValueError(f"{path} has no test image {sorted(missing)[0]!r}, of which predictions.json speaks")
-    return found
+    return images
 
 
 def _rectangle(box: list[float], size: tuple[int, int]) -> dict[str, float]:

@@ -37,7 +37,7 @@ def layout_embeds(model: GranViT, processor, batch: Batch, seed: str) -> tuple[T
         grids.append((rows, columns))
         start += count
     generators = [torch.Generator().manual_seed(zlib.crc32(f"{seed} {s.id}".encode())) for s in batch.samples]
-    noise = [torch.randn(one.shape, generator=g) for one, g in zip(per_image, generators, strict=True)]
+    noise = [torch.randn(embeds.shape, generator=g) for embeds, g in zip(per_image, generators, strict=True)]
     image = torch.cat(per_image)
     image = image + NOISE * scale * torch.cat(noise).to(image)
     image = image + model.cell_positions(PackedLayout.from_grids(grids, device=image.device))

@@ -179,8 +179,8 @@ class Phase:
         for number, batch in enumerate(batches):
             synchronise(self.losses, number == len(batches) - 1)
             weight = float(bool(batch.samples))
-            peers = totals[len(counts) * number + 1]
-            share = Share(step["targets"], step["regions"], peers, self.world.ranks, weight)
+            round_regions = totals[len(counts) * number + 1]
+            share = Share(step["targets"], step["regions"], round_regions, self.world.ranks, weight)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                 losses = self.losses(self.step, (batch if weight else self.blank).to(self.device), share)
             # The ranks' gradients are averaged, but their losses are parts of a sum.

@@ -30,12 +30,12 @@ def replay(dump: Annotated[Path, tyro.conf.Positional], device: str = "auto") ->
     values = read_values(dump)
     try:
         config = TypeAdapter(TrainConfig).validate_python(values["config"])
-        stage = {one.name: one for one in (config.warmup, *config.stages)}[values["stage"]]
+        stage = {stage.name: stage for stage in (config.warmup, *config.stages)}[values["stage"]]
     except (KeyError, ValidationError) as error:
         raise ValueError(f"{dump} is no dump of a step that this version can take again: {error}") from error
     config = replace(config, trackers=())  # this is no part of the run
-    _, found = start(device)
-    run = Run(config, dump.resolve().parents[1], World(), found, Termination())
+    _, chosen = start(device)
+    run = Run(config, dump.resolve().parents[1], World(), chosen, Termination())
     phase = run.new_phase(stage, run.model)
     phase.resume(dump)
     watch = Watch(run.model)
@@ -74,8 +74,8 @@ class Watch:
 
 
 def _finite(values: object) -> bool:
-    return all(bool(one.isfinite().all()) for one in _floats(values))
+    return all(bool(tensor.isfinite().all()) for tensor in _floats(values))
 
 
 def _floats(values: object) -> Iterator[Tensor]:
-    yield from (one for one in tree_leaves(values) if isinstance(one, Tensor) and one.is_floating_point())
+    yield from (tensor for tensor in tree_leaves(values) if isinstance(tensor, Tensor) and tensor.is_floating_point())

@@ -21,13 +21,13 @@ from granvit_kernels import PackedLayout, pack_patches, roi_gather
 class Share:
     """What a batch is a part of: all batches of a step, on all ranks.
 
-    answers, regions: the step's tokens of answers and its regions. peers: regions of the batches that the ranks go
-    through at the same time. weight: 0 for a batch that is gone through only because other ranks wait for this one.
+    answers, regions: the step's tokens of answers and its regions. round_regions: regions of the batches that the ranks
+    go through at the same time. weight: 0 for a batch that is gone through only because other ranks wait for this one.
     """
 
     answers: float
     regions: float
-    peers: float
+    round_regions: float
     ranks: int = 1
     weight: float = 1.0
 
@@ -72,7 +72,7 @@ def stage_loss(
     region_embeds = model.region_embeds(features, layout, batch.packed.boxes, batch.packed.box_image_index)
     losses = answer_losses(model, batch, image_embeds, region_embeds, share)
     losses["features"] = features.detach()
-    if teacher is not None and share.peers:
+    if teacher is not None and share.round_regions:
         crop_layout = PackedLayout.from_grids(all_grids[len(images) :], device=patches.device)
         with record_function("granvit.teacher"), torch.no_grad():
             target = teacher.encoder(patches[layout.num_tokens :], crop_layout)
@@ -81,7 +81,7 @@ def stage_loss(
             regions = roi_gather(features, layout, boxes, batch.region_image, output_size=distill.crop_grid)
             regions = regions.reshape(target.shape)
             distance = distillation_loss(regions, target, distill.target, share.weight, share.ranks)
-        losses["loss_distill"] = distance * (share.peers / share.regions)
+        losses["loss_distill"] = distance * (share.round_regions / share.regions)
         losses["loss"] = losses["loss_caption"] + stage.distill * losses["loss_distill"]
     return losses
 

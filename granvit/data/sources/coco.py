@@ -58,11 +58,11 @@ class Coco(FolderSource):
             for image, file, width, height in database.execute("SELECT id, file, width, height FROM images"):
                 columns = "id, category_id, crowd, no_box, x, y, w, h"
                 query = f"SELECT {columns} FROM annotations WHERE image_id = ? ORDER BY n"
-                found = database.execute(query, (image,)).fetchall()
+                objects = database.execute(query, (image,)).fetchall()
                 told = database.execute("SELECT caption FROM captions WHERE image_id = ?", (image,)).fetchone()
                 caption = told[0] if told else None
-                things = [thing for thing in found if not thing[2]]
-                notes.drop("crowd region", len(found) - len(things))
+                things = [thing for thing in objects if not thing[2]]
+                notes.drop("crowd region", len(objects) - len(things))
                 if not things and caption is None:
                     notes.skip("image without annotation")
                     continue

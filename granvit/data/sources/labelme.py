@@ -49,7 +49,7 @@ class Labelme(FolderSource):
     """Noted in every row."""
 
     def inputs(self) -> list[str]:
-        return [folder for one in (self.annotations, self.images) if one for folder in local(one)]
+        return [folder for location in (self.annotations, self.images) if location for folder in local(location)]
 
     def records(self, notes: Notes, scratch: Path) -> Iterator[Record]:
         for name, shown in self.named_files(self.annotations, (".json",), notes):

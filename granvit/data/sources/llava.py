@@ -73,8 +73,8 @@ class Llava(FolderSource):
             database.execute("CREATE INDEX by_image ON items (image, n)")
             pictures = database.execute("SELECT image, min(n) AS first FROM items GROUP BY image ORDER BY first")
             for image, first in pictures:
-                found = database.execute("SELECT turns FROM items WHERE image = ? ORDER BY n", (image,))
-                data = {"image": image, "conversations": [json.loads(turns) for (turns,) in found]}
+                conversations = database.execute("SELECT turns FROM items WHERE image = ? ORDER BY n", (image,))
+                data = {"image": image, "conversations": [json.loads(turns) for (turns,) in conversations]}
                 aliases = tuple(f"{name}/{match[1]}" for name, known in _ELSEWHERE if (match := known.search(image)))
                 yield Record(f"{self.name}/{image}", f"{self.annotations}[{first}]", data, aliases)
 

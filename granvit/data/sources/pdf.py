@@ -350,10 +350,10 @@ def _upright_columns(characters: list[Character]) -> list[Character]:
     for i, j in zip(wide, wide[1:], strict=False):
         above, below = characters[i].cell, characters[j].cell
         size = above[2] - above[0]
-        beside = abs(above[0] + above[2] - below[0] - below[2]) > 0.5 * size
-        if not beside and abs(below[1] - above[3]) < 0.3 * size and characters[j].turn == 0:
-            for one in (i, j):
-                characters[one] = Character(characters[one].text, characters[one].ink, characters[one].cell, 1)
+        side_by_side = abs(above[0] + above[2] - below[0] - below[2]) > 0.5 * size
+        if not side_by_side and abs(below[1] - above[3]) < 0.3 * size and characters[j].turn == 0:
+            for index in (i, j):
+                characters[index] = Character(characters[index].text, characters[index].ink, characters[index].cell, 1)
     return characters
 
 
@@ -369,7 +369,7 @@ def _groups(runs: list[_Run]) -> list[list[_Run]]:
             mine, theirs = group[id(run)], group[id(other)]
             if mine is not theirs and run.continues(other):
                 mine += theirs
-                group.update((id(one), mine) for one in theirs)
+                group.update((id(member), mine) for member in theirs)
     place = {id(run): i for i, run in enumerate(runs)}
     groups = {id(members): members for members in group.values()}.values()
     return sorted(groups, key=lambda members: min(place[id(run)] for run in members))
@@ -378,8 +378,8 @@ def _groups(runs: list[_Run]) -> list[list[_Run]]:
 def _line(group: list[_Run]) -> Line | None:
     letters = "".join(text for run in group for text in run.texts if text)
     leftwards = sum(unicodedata.bidirectional(c) in ("R", "AL") for c in letters) * 2 > len(letters)
-    first, *others = sorted(group, key=lambda run: run.cell[0], reverse=leftwards)
-    for run in others:
+    first, *following = sorted(group, key=lambda run: run.cell[0], reverse=leftwards)
+    for run in following:
         first.append(run, first.gap(run) > SPACE * max(first.height, run.height))
     texts, glyphs = first.texts, first.characters
     while texts and texts[0] in (None, " "):

@@ -39,7 +39,7 @@ _PATHS = {"image_id", "image_path", "split", "captions", "bbox"}
 _PICTURES = {"image", "file_name", "answer", "bbox"}
 
 _Object = tuple[Any, str, str, str]  # a row of the table refs
-_Found = tuple[str, Any, Callable[[], _Object]]  # what faults call an object, its split, and what reads it
+_Entry = tuple[str, Any, Callable[[], _Object]]  # what faults call an object, its split, and what reads it
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class RefCoco(FolderSource):
             raise ValueError(f"refs must be a pickle (.p), Parquet or a folder with Parquet in it, got {self.refs}")
         return [inside(self.refs, name, self.follow_links) for name in files]
 
-    def _pickled(self, database: sqlite3.Connection, notes: Notes) -> Iterator[_Found]:
+    def _pickled(self, database: sqlite3.Connection, notes: Notes) -> Iterator[_Entry]:
         if self.images is None:
             raise ValueError("images must be the folder of COCO's train2014 pictures: a pickle holds none")
         read_instances(self._instances(), database, notes)
@@ -142,7 +142,7 @@ class RefCoco(FolderSource):
             split = ref.get("split") if isinstance(ref, dict) else None
             yield f"{self.refs}[{index}]", split, partial(_pickled_object, ref, database)
 
-    def _rows(self) -> Iterator[_Found]:
+    def _rows(self) -> Iterator[_Entry]:
         for location in self._files():
             with open_file(location) as opened:
                 try:
@@ -178,7 +178,8 @@ def _pickled_object(ref: Any, database: sqlite3.Connection) -> _Object:
     file, *size = database.execute(query, (image,)).fetchone() or (None, None)
     if file is None:
         raise DataFault("image_id", f"image {image!r:.80} is not listed")
-    sentences = [one.get("sent") if isinstance(one, dict) else None for one in _list(ref.get("sentences"))]
+    listed = _list(ref.get("sentences"))
+    sentences = [sentence.get("sent") if isinstance(sentence, dict) else None for sentence in listed]
     return _object(image, file, None if None in size else size, sentences, box)
 
 

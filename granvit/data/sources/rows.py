@@ -117,9 +117,9 @@ def picture_row(
     if size is not None and tuple(size) != picture.size:
         raise DataFault("size", "annotated as {}x{}, the image is {}x{} as EXIF turns it".format(*size, *picture.size))
     regions = []
-    for index, one in enumerate(boxes):
+    for index, given in enumerate(boxes):
         try:
-            regions.append(_region(one, *picture.size))
+            regions.append(_region(given, *picture.size))
         except DataFault as fault:
             notes.fault(record, DataFault(fault.kind, f"box {index}: {fault}"))
     if not regions and caption is None and not conversations:
@@ -137,11 +137,11 @@ def picture_row(
     return row | {"conversations": list(conversations)} if conversations else row
 
 
-def _region(one: PixelBox, width: int, height: int) -> dict[str, Any]:
+def _region(given: PixelBox, width: int, height: int) -> dict[str, Any]:
     sides = (width, height, width, height)
     # Up to a pixel of overhang is rounding; more is a fault, which parse_region names.
-    box = [min(max(v, 0.0), s) if one.cut or -1 <= v <= s + 1 else v for v, s in zip(one.box, sides, strict=True)]
+    box = [min(max(v, 0.0), s) if given.cut or -1 <= v <= s + 1 else v for v, s in zip(given.box, sides, strict=True)]
     relative = [v / s for v, s in zip(box, sides, strict=True)]
-    caption = " ".join(one.caption.split()) if isinstance(one.caption, str) else one.caption
-    entry = {"box": relative, "caption": caption, "kind": one.kind, "score": one.score}
+    caption = " ".join(given.caption.split()) if isinstance(given.caption, str) else given.caption
+    entry = {"box": relative, "caption": caption, "kind": given.kind, "score": given.score}
     return parse_region(entry).fields()

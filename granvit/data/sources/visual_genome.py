@@ -49,17 +49,17 @@ class VisualGenome(FolderSource):
             for index, (_, item) in enumerate(elements(self.regions)):
                 name = f"{self.regions}[{index}]"
                 try:
-                    image, found = _image(item)
+                    image, regions = _image(item)
                 except DataFault as fault:
                     notes.unreadable(name, fault)
                     continue
-                if not found:
+                if not regions:
                     notes.skip("image without annotation")
                     continue
                 query = "SELECT coco, width, height FROM images WHERE id = ?"
                 coco, *size = database.execute(query, (image,)).fetchone() or (None, None, None)
                 aliases = () if coco is None else (f"coco/{coco}",)
-                yield Record(f"vg/{image}", name, {"image": image, "size": size, "regions": found}, aliases)
+                yield Record(f"vg/{image}", name, {"image": image, "size": size, "regions": regions}, aliases)
 
     def row(self, record: Record, notes: Notes) -> dict[str, Any]:
         data, boxes = record.data, []

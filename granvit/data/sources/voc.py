@@ -68,11 +68,11 @@ class Voc(FolderSource):
         return picture_row(record, picture, image, boxes, notes, size, source="voc", licence=self.licence)
 
     def _box(self, item: ElementTree.Element) -> PixelBox:
-        found = [item.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
+        texts = [item.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
-            x1, y1, x2, y2 = map(float, found)
+            x1, y1, x2, y2 = map(float, texts)
         except ValueError:
-            raise DataFault("box", f"bndbox must hold numbers xmin, ymin, xmax and ymax, got {found}") from None
+            raise DataFault("box", f"bndbox must hold numbers xmin, ymin, xmax and ymax, got {texts}") from None
         phrase = class_phrase(item.findtext("name", ""), self.articles)
         return PixelBox((x1 - self.origin, y1 - self.origin, x2, y2), phrase)
 
