@@ -129,13 +129,13 @@ class Phase:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name. They are the phase's own: to write to them is to load."""
-        found = model_tensors(self.model)
+        tensors = model_tensors(self.model)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter, state in self.optimizer.state.items():
-            found |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
         if self.teacher is not None:
-            found |= {f"teacher.{name}": value for name, value in self.teacher.encoder.state_dict().items()}
-        return found
+            tensors |= {f"teacher.{name}": value for name, value in self.teacher.encoder.state_dict().items()}
+        return tensors
 
     def values(self) -> dict[str, Any]:
         """The rest of a checkpoint: the place in the data, and what is remembered of past losses."""
@@ -175,7 +175,7 @@ class Phase:
         seed = f"{self.config.seed} {self.stage.name} {self.step} {self.world.rank}"
         torch.manual_seed(zlib.crc32(seed.encode()))
         self.optimizer.zero_grad(set_to_none=True)
-        found = []
+        parts = []
         for number, batch in enumerate(batches):
             synchronise(self.losses, number == len(batches) - 1)
             weight = float(bool(batch.samples))
@@ -185,20 +185,20 @@ class Phase:
                 losses = self.losses(self.step, (batch if weight else self.blank).to(self.device), share)
             # The ranks' gradients are averaged, but their losses are parts of a sum.
             (losses["loss"] * self.world.ranks).backward()
-            found.append({name: value.detach() for name, value in losses.items()})
-        line |= self._update(found, batches)
-        seen = "features" in found[0] and "skipped" not in line  # there is no rank of what isn't finite
+            parts.append({name: value.detach() for name, value in losses.items()})
+        line |= self._update(parts, batches)
+        seen = "features" in parts[0] and "skipped" not in line  # there is no rank of what isn't finite
         if seen and (self.step % self.config.log_every == 0 or self.step == 1):
-            line |= {f"features_{k}": v for k, v in feature_statistics(found[0]["features"]).items()}
+            line |= {f"features_{k}": v for k, v in feature_statistics(parts[0]["features"]).items()}
         return line
 
-    def _update(self, found: list[dict[str, Tensor]], batches: list[Batch]) -> dict[str, Any]:
+    def _update(self, parts: list[dict[str, Tensor]], batches: list[Batch]) -> dict[str, Any]:
         rate = self.stage.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate
         norm = nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        captions, distills = ([part[k] for part in found if k in part] for k in ("loss_caption", "loss_distill"))
+        captions, distills = ([part[k] for part in parts if k in part] for k in ("loss_caption", "loss_distill"))
         # Here alone a step waits for the device: it has to know whether the update is good.
         norm, *losses = torch.stack([norm, *captions, *distills]).tolist()
         caption, distill = self.world.total(sum(losses[: len(captions)]), sum(losses[len(captions) :]))
@@ -208,7 +208,7 @@ class Phase:
         if not finite:
             self.optimizer.zero_grad(set_to_none=True)
             log.warning("%s step %d: loss %.4g, gradient norm %.4g; the step is skipped, its images: %s",
-                        self.stage.name, self.step, loss, norm, ", ".join(self._suspects(found, batches)))  # fmt: skip
+                        self.stage.name, self.step, loss, norm, ", ".join(self._suspects(parts, batches)))  # fmt: skip
             return {"skipped": True}
         with record_function("granvit.optimizer"):
             self.optimizer.step()
@@ -220,10 +220,10 @@ class Phase:
                         ", ".join(ids))  # fmt: skip
         return {"loss": loss, "loss_caption": caption, "loss_distill": distill, "grad_norm": norm, "rate": rate}
 
-    def _suspects(self, found: list[dict[str, Tensor]], batches: list[Batch]) -> list[str]:
+    def _suspects(self, parts: list[dict[str, Tensor]], batches: list[Batch]) -> list[str]:
         """Ids of the images of all ranks with an answer whose loss is not finite; of all images if none has one."""
-        pairs = [(one, batch) for one, batch in zip(found, batches, strict=True) if batch.samples]
-        blamed = [batch.samples[i].id for one, batch in pairs for i in faulty(one["answers"], batch)]
+        pairs = [(losses, batch) for losses, batch in zip(parts, batches, strict=True) if batch.samples]
+        blamed = [batch.samples[i].id for losses, batch in pairs for i in faulty(losses["answers"], batch)]
         ranks = self.world.gather((blamed, [sample.id for _, batch in pairs for sample in batch.samples]))
         return [i for some, _ in ranks for i in some] or [i for _, every in ranks for i in every]
 
@@ -258,7 +258,7 @@ def train_phase(
     stage, config, world = phase.stage, phase.config, phase.world
     folder, profiled_step = checkpoints.folder.parent, STEP if config.profile and world.leads else None
     phase.model.train()
-    loud = logging.WARNING if world.leads else logging.DEBUG  # what all ranks have to say
+    level = logging.WARNING if world.leads else logging.DEBUG  # what all ranks have to say
     with ExitStack() as stack:
         bar = stack.enter_context(
             Progress(
@@ -274,7 +274,7 @@ def train_phase(
                 line = phase.take(batches)
             ended = time.perf_counter()
             if "skipped" not in line and "loss" not in line:
-                log.log(loud, "%s step %d: no readable image among its rows, skipped", stage.name, phase.step)
+                log.log(level, "%s step %d: no readable image among its rows, skipped", stage.name, phase.step)
             elif world.leads:
                 metrics.write(stage=stage.name, step=phase.step, **line, seconds=ended - began)
             began = ended
@@ -296,13 +296,13 @@ def train_phase(
                         f"{stage.name}: stopped after step {phase.step}, which could not be saved; the same command "
                         "goes on from the checkpoint before it"
                     )
-                log.log(loud, "%s: stopped after step %d; the same command goes on", stage.name, phase.step)
+                log.log(level, "%s: stopped after step %d; the same command goes on", stage.name, phase.step)
                 raise Terminated(termination.code)
         checkpoints.save(stage.name, phase.step, model_tensors(phase.model), {"step": phase.step}, final=True)
         if checkpoints.failures:
             raise Failed(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
         if any(world.total(termination.asked)):  # while the last step was taken, or saved
-            log.log(loud, "%s: stopped at its end; the same command goes on", stage.name)
+            log.log(level, "%s: stopped at its end; the same command goes on", stage.name)
             raise Terminated(termination.code)
 
 

@@ -77,14 +77,14 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
             data = world.first(lambda: str(cached_sample(config.data.images, seed=0)))
     else:
         data = config.data.path
-    found = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
-    splits = open_splits(found)
-    folders = {folder: found}
+    complete = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+    splits = open_splits(complete)
+    folders = {folder: complete}
     if config.seeds > 1:
         seeds = range(config.seed, config.seed + config.seeds)
         folders = {
-            folder / f"seed-{seed}": dataclasses.replace(found, seed=seed, seeds=1, output=str(folder / f"seed-{seed}"))
-            for seed in seeds
+            path: dataclasses.replace(complete, seed=seed, seeds=1, output=str(path))
+            for seed, path in ((seed, folder / f"seed-{seed}") for seed in seeds)
         }
     results = []
 
@@ -93,8 +93,8 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
 
     if started:
         world.first(claim)
-    for path, one in folders.items():
-        run = Run(one, path, world, device, asked)
+    for path, seed_config in folders.items():
+        run = Run(seed_config, path, world, device, asked)
         if not started:  # only now: a setting that can't be built must not claim the folder
             world.first(claim)
             if not world.first(lambda: resumes(folder, config)):  # still: another process may have been faster
@@ -104,9 +104,9 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
             world.first(lambda: save_config(config, folder / "config.yaml"))
         world.first(lambda: same_data(folder / "data.json", splits))
         results.append(run.finish())
-    seconds = max(time.perf_counter() - began, sum(one["seconds"] for one in results))
+    seconds = max(time.perf_counter() - began, sum(result["seconds"] for result in results))
     if world.leads:
-        write_summary(folder, found, splits, results, seconds)
+        write_summary(folder, complete, splits, results, seconds)
         console.print(f"report: [bold]{write_report(folder)}[/bold]")
     return folder
 
@@ -118,25 +118,25 @@ def open_splits(config: TrainConfig) -> dict[str, GranDataset]:
     A run of sft alone may lack the first two, and any "chat_test". Raises ValueError where another one is missing, or
     there is nothing to ask.
     """
-    data, found = config.data, {}
+    data, splits = config.data, {}
     if any(stage is not config.sft for stage in config.stages) or config.warmup.steps:
         for split in ("train", "test"):
-            found[split] = GranDataset(data.path, split, data.fault_budget)
-            _need_regions(found[split])
+            splits[split] = GranDataset(data.path, split, data.fault_budget)
+            _need_regions(splits[split])
     elif _has(data.path, "train") and _has(data.path, "test"):
         both = {split: GranDataset(data.path, split, data.fault_budget) for split in ("test", "train")}
-        found |= both if all(map(_regions, both.values())) else {}
+        splits |= both if all(map(_regions, both.values())) else {}
     if config.sft.steps:
         chats = data.chat or data.path
-        found["chat"] = GranDataset(chats, "train", data.fault_budget)
+        splits["chat"] = GranDataset(chats, "train", data.fault_budget)
         if _has(chats, "test"):
-            found["chat_test"] = GranDataset(chats, "test", data.fault_budget)
-    return found
+            splits["chat_test"] = GranDataset(chats, "test", data.fault_budget)
+    return splits
 
 
 def _has(path: str, split: str) -> bool:
-    found = open_dataset(path)
-    return split in found if isinstance(found, dict) else split == "train"
+    dataset = open_dataset(path)
+    return split in dataset if isinstance(dataset, dict) else split == "train"
 
 
 def _regions(data: GranDataset) -> bool:
@@ -206,7 +206,7 @@ class Run:
         features: dict[str, dict] = {}
         last = None
         for stage in config.stages:
-            found = stages[stage.name] = {"before": self.evaluation(stage, 0, "before", known=last)}
+            metrics = stages[stage.name] = {"before": self.evaluation(stage, 0, "before", known=last)}
             if "encoder" in stage.train:
                 features[stage.name] = self._features("before")
             self.phase(stage)
@@ -214,8 +214,8 @@ class Run:
                 features[stage.name] |= self._features("after")
             for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
                 if blind != "text" or "test" in self.splits:  # else there is nothing that it would measure
-                    found[when] = self.evaluation(stage, stage.steps, when, blind)
-            last = found["after"]
+                    metrics[when] = self.evaluation(stage, stage.steps, when, blind)
+            last = metrics["after"]
         self.world.first(self._export)
         controlled = config.control and config.adapt.steps > 0
         if controlled:
@@ -297,11 +297,11 @@ class Run:
         metrics, predictions = dict(known or {}), None
         with self._autocast(), eager():
             if known is None and "test" in self.splits:
-                found = evaluate(
+                evaluated = evaluate(
                     self.model, self.processor, self.splits["test"], TASKS, blind=blind, limit=limit,
                     rank=world.rank, ranks=world.ranks, gather=world.gather,
                 )  # fmt: skip
-                metrics, predictions = found.metrics, found.predictions
+                metrics, predictions = evaluated.metrics, evaluated.predictions
             if stage is self.config.sft and "chat_test" in self.splits and blind != "text":
                 metrics |= score_chat(
                     self.model, self.processor, self.splits["chat_test"], self.config.data.capacity, blind, limit,
