@@ -73,7 +73,8 @@ def audit(
                 card for card in (_doubt(rows, doubt) for doubt in doubts[: len(scores)][:CARDS]) if card
             ]
         (folder / "audit.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        html = render("audit.html", title=f"Audit of {Path(data).name}", **{**result, **values})
+        title = f"Audit of {Path(data).name}"
+        html = render("audit.html", "granvit.audit", title=title, **{**result, **values})
         (folder / "index.html").write_text(html, encoding="utf-8")
     return result
 

@@ -16,9 +16,12 @@ LONGEST = 300
 """Characters of other people's text that a page shows."""
 
 
-def render(template: str, **values: Any) -> str:
-    """A template of granvit/data/html, filled in; every string in `values` is escaped, and cut by `shown`."""
-    return _environment().get_template(template).render(**values)
+def render(template: str, package: str = "granvit.data", **values: Any) -> str:
+    """A template in a package's folder html/, filled in; every string in `values` is escaped, and cut by `shown`.
+
+    It may extend granvit.data's base.html.
+    """
+    return _environment(package).get_template(template).render(**values)
 
 
 def shown(text: Any) -> str:
@@ -42,9 +45,9 @@ def encoded(content: bytes, kind: str) -> Markup:
     return Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
 
 
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    loader = jinja2.PackageLoader("granvit.data", "html")
+@lru_cache
+def _environment(package: str) -> jinja2.Environment:
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(name, "html") for name in (package, "granvit.data")])
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     return jinja2.Environment(loader=loader, finalize=_cut, **options)
 
