@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import aot
 import numpy as np
 import torch
+from gpu_clock import DeviceClock
 from rows import DRY_RUN, gpu_file, gpu_name
 from warm import attention
 from workloads import randn, regions
@@ -149,8 +150,6 @@ def call(target: Target, workload: str) -> Callable:
 
 def median(run: Callable, most: float = float("inf")) -> float:
     """Seconds from a cold L2; infinite where it failed. One call is enough where it takes far longer than `most`."""
-    from test_gpu import DeviceClock  # a test module: skipped where there is no GPU
-
     try:
         clock = DeviceClock(run)  # which has run it, too
         first = clock.seconds()

@@ -106,6 +106,39 @@ def test_training_says_what_is_missing():
     assert done.returncode == 1 and "training lacks datasets, tyro: `make gpu-wheels`" in done.stderr
 
 
+COVERED = """
+import sys
+import aot, torch, warm
+from workloads import regions
+
+cases = [case for case in warm.cases() if case.dtype == "bfloat16" and ("heads", 2) not in case.options]
+with aot.compile_only(90) as launches:
+    for case in cases:
+        aot.launch(case)
+beforehand = {launch.kernel.hash for launch in launches}
+missed = set()
+for letter in "ABCD":
+    made = regions(letter, "cpu")
+    place = made.layout.to("meta"), made.boxes.to("meta"), made.image_index.to("meta")
+    for case in cases:
+        with aot.compile_only(90) as launches:
+            for direction in aot.directions(case, *place).values():
+                direction()
+        missed |= {launch.name for launch in launches if launch.kernel.hash not in beforehand}
+print(*sorted(missed), len(beforehand))
+"""
+
+
+def test_what_is_compiled_beforehand_is_what_the_workloads_launch():
+    pytest.importorskip("triton")
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"GRANVIT_BENCH_DEVICE": "cpu", "PYTHONPATH": os.pathsep.join([str(BENCH.parent), str(BENCH)])}
+    done = subprocess.run([sys.executable, "-c", COVERED], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *missed, kernels = done.stdout.split()
+    assert set(missed) <= {"_tile_tokens"} and int(kernels) > 15  # compiled in a moment
+
+
 def test_what_is_tuned_is_what_the_launchers_ask_for(load):
     pytest.importorskip("triton")
     tune = load("tune")
