@@ -55,6 +55,7 @@ def environment(dry: bool) -> dict[str, str]:
     """Of every step. A dry run keeps its rows under build/, unless it was told where."""
     paths = [str(ROOT), str(ROOT / "bench"), str(TARGET), os.environ.get("PYTHONPATH", "")]
     made = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    made.setdefault("OMP_NUM_THREADS", "2")  # steps run many processes, and the GPU does the work
     if dry:
         made |= {"GRANVIT_BENCH_DEVICE": "cpu", "GRANVIT_TEST_DEVICE": "cpu"}
         made.setdefault("GRANVIT_BENCH_RESULTS", str(ROOT / "build" / "gpu-dry"))
@@ -95,7 +96,7 @@ def execute(command: Sequence[str], limit: float, log: Path, variables: dict[str
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables, cwd=ROOT,
-            start_new_session=True,
+            preexec_fn=os.setpgrp,  # a group to end, within the session: whoever ends that ends all
         )  # fmt: skip
         try:
             while (left := began + limit - time.monotonic()) > 0:

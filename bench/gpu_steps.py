@@ -70,7 +70,7 @@ def operators(output: str, results: Path, commit: str, chosen: Callable[[dict], 
     for case, rows in cases.items():
         times, peers = [], {}
         for row in sorted(rows, key=lambda row: row.get("ratio", 0), reverse=True):
-            kind = row["provider"].partition(",")[0]
+            kind = row["provider"].partition(",")[0] + " compiled" * row["provider"].endswith(", compiled")
             if "failed" in row:
                 peers.setdefault(kind, f"{row['provider']} failed")
             elif row["provider"] == "granvit":

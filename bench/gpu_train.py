@@ -1,8 +1,8 @@
 """python bench/gpu_train.py: trains a model of the compact preset's shape through both stages, and evaluates it.
 
 On the generated sample set, within --seconds (230 by default): a first run of a few steps tells what a step and the
-evaluations take, the second has as many steps as fit. The LLM has the shape of SmolLM2-135M and is made from scratch,
-with the text-only warm-up that this wants, so nothing is downloaded. Rows go to DEVICE-run.json: one for each
+evaluations take, the second has as many steps as fit. The LLM is as wide and deep as SmolLM2-135M and made from
+scratch, with the text-only warm-up that this wants, so nothing is downloaded. Rows go to DEVICE-run.json: one for each
 evaluation, for each phase's speed and for each floor. A dry run (GRANVIT_BENCH_DEVICE=cpu) does the same at tiny sizes.
 """
 

@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import as_completed
+from concurrent.futures import TimeoutError, as_completed
 from typing import Any, NamedTuple
 
 import aot

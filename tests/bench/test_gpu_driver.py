@@ -178,6 +178,13 @@ def test_the_ordinary_steps_fit_the_budget_and_leave_eight_files():
     assert len(steps.FILES) <= 8
 
 
+def test_the_docs_list_the_steps():
+    text = (BENCH.parent / "docs" / "gpu.md").read_text()
+    for step in steps.STEPS:
+        assert f"| {step.name} | {step.seconds} s |" in text, step.name
+    assert len(text.splitlines()) <= 60
+
+
 def test_every_step_names_a_program_that_is_there():
     for step in (*steps.STEPS, steps.TUNE, steps.TRAIN):
         for command in filter(None, (step.command, step.dry)):
