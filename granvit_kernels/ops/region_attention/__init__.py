@@ -32,6 +32,9 @@ def region_attention(
     image is the square [x, x + 1] x [y, y + 1]. Time and memory go with the covered tokens: nothing of size
     [R, T] is made.
 
+    What is not finite stays with its region and head: it reaches that region's output, its queries' gradient and the
+    gradients of the tokens under its box, any element of them, and no others.
+
     query [R, K, H, D], or [K, H, D] shared by all regions: float32, bfloat16, float16, or float64 (in the
         reference).
     key, value [T, H, D]: of query's dtype, any strides. All three get gradients, once differentiable;

@@ -306,15 +306,19 @@ def backward_tokens(
         region = tl.load(image_regions + first + column // queries, mask=column < columns, other=0)
         row0, row1, column0, column1 = _box(covered, region)
         near = (column < columns) & (row0 <= bottom) & (row1 > top) & (column0 <= right) & (column1 > left)
+        row = (region.to(tl.int64) * queries + column % queries) * heads + head
+        # Where anything in q, g or their output is not finite, neither is `change`. In the products below it would meet
+        # the zeros of tokens that the region does not touch: its own tokens get NaN through the weights instead.
+        change = tl.load(delta + row, mask=column < columns, other=0.0)
+        finite = tl.abs(change) < float("inf")
         if tl.max(near.to(tl.int32)) > 0:
-            row = (region.to(tl.int64) * queries + column % queries) * heads + head
             q_row = region.to(tl.int64) * query_stride + (column % queries * heads + head) * SIZE
-            read = near[:, None] & (d < SIZE)[None, :]
+            read = (near & finite)[:, None] & (d < SIZE)[None, :]
             q = tl.load(query + q_row[:, None] + d[None, :], mask=read, other=0.0)
             g = tl.load(grad_output + (row * SIZE)[:, None] + d[None, :], mask=read, other=0.0)
             shift = tl.load(lse + row, mask=near, other=float("inf"))
             shift = tl.where(shift == float("-inf"), float("inf"), shift)
-            change = tl.load(delta + row, mask=near, other=0.0)
+            shift = tl.where(finite, shift, float("nan"))
 
             met = (y[:, None] >= row0[None, :]) & (y[:, None] < row1[None, :])
             met &= (x[:, None] >= column0[None, :]) & (x[:, None] < column1[None, :])
@@ -323,9 +327,8 @@ def backward_tokens(
                 x1, y1, x2, y2 = _box(boxes, region)
                 logits += _share(y1[None, :], y2[None, :], y[:, None]) + _share(x1[None, :], x2[None, :], x[:, None])
             p = _exp(tl.where(met, logits, float("-inf")) - shift[None, :])
-            p = tl.where(met, p, 0.0)  # where the lse is no number, it is none of other tokens'
-            rounded = p.to(g.dtype)
-            acc_value = tl.dot(rounded, g, acc_value, input_precision="ieee")
+            p = tl.where(met, p, 0.0)
+            acc_value = tl.dot(p.to(g.dtype), g, acc_value, input_precision="ieee")
             through_value = tl.dot(values, tl.trans(g), input_precision="ieee")
             grad_logits = tl.where(met, p * (through_value - change[None, :]), 0.0)
             rounded = grad_logits.to(q.dtype)

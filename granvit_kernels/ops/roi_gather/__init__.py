@@ -25,6 +25,9 @@ def roi_gather(
     bilinear samples, spread evenly over it. What torchvision.ops.roi_align(spatial_scale=1, aligned=True)
     gives on each image's own feature map. Samples more than one patch outside the image count as zeros.
 
+    What is not finite in a token reaches only the boxes that read it, and in a gradient only the tokens that its box
+    reads.
+
     tokens [T, C]: float32, bfloat16 or float16 (accumulated in float32; float64 in the reference). Only they
         get a gradient, once differentiable. Autocast leaves their dtype alone.
     layout: of those tokens, on their device.

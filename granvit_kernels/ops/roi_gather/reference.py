@@ -39,9 +39,13 @@ def forward(
             outputs.append(tokens.new_zeros(out_h, out_w, tokens.shape[1], dtype=compute))
             continue
         h, w = sides[image]
-        feature = tokens[starts[image] : starts[image + 1]].to(compute).unflatten(0, (h, w))
-        rows = axis_weights(box[1], box[3], h, out_h, sampling_ratio).to(feature)
-        columns = axis_weights(box[0], box[2], w, out_w, sampling_ratio).to(feature)
+        feature = tokens[starts[image] : starts[image + 1]].unflatten(0, (h, w))
+        rows = axis_weights(box[1], box[3], h, out_h, sampling_ratio)
+        columns = axis_weights(box[0], box[2], w, out_w, sampling_ratio)
+        # Only the cells that the box reads: 0 times infinity would carry what is not finite to others and from them.
+        y, x = (weights.any(0).nonzero().flatten() for weights in (rows, columns))
+        feature = feature[y.to(tokens.device)][:, x.to(tokens.device)].to(compute)
+        rows, columns = rows[:, y].to(feature), columns[:, x].to(feature)
         with torch.autocast(tokens.device.type, enabled=False):
             outputs.append(torch.einsum("qw,pwc->pqc", columns, torch.einsum("ph,hwc->pwc", rows, feature)))
     if not outputs:

@@ -328,7 +328,8 @@ def backward(
                     reads = inside & (tl.broadcast_to(tl.max(share, 0), inside.shape) > 0)
                     read = tl.load(grad + (first + column) * channels + channel, mask=reads, other=0).to(tl.float32)
                     read = tl.broadcast_to(read, total.shape)
-                    total = tl.fma(tl.broadcast_to(share[:, None], total.shape), read, total)
+                    share = tl.broadcast_to(share[:, None], total.shape)
+                    total = tl.where(share > 0, tl.fma(share, read, total), total)
     rows = (token + tl.arange(0, TILE)).to(tl.int64)
     kept = (rows <= last)[:, None] & inside
     grad_tokens += rows[:, None] * channels + channel
