@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_common import INDICES
+
 BLOCK = 1024
 
 
@@ -36,13 +38,16 @@ def tile_tokens(cu_seqlens: Tensor, image_index: Tensor, num_tokens: int, tile: 
     image, token = cu_seqlens.new_empty(count), cu_seqlens.new_empty(count)  # each begins at a multiple of 16 bytes
     first, regions = cu_seqlens.new_empty(images + 1), cu_seqlens.new_empty(image_index.shape[0])
     _tile_tokens[(images,)](
-        cu_seqlens, image_index, image, token, first, regions, images, image_index.shape[0], count,
-        TILE=tile, BLOCK=BLOCK,
+        cu_seqlens=cu_seqlens, image_index=image_index, tile_image=image, tile_token=token, region_first=first,
+        regions=regions, images=images, num_regions=image_index.shape[0], num_tiles=count, TILE=tile, BLOCK=BLOCK,
     )  # fmt: skip
     return Tiles(image, token, first, regions)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["images", "num_regions", "num_tiles"],  # they change from batch to batch
+    do_not_specialize_on_alignment=INDICES,
+)
 def _tile_tokens(
     cu_seqlens, image_index, tile_image, tile_token, region_first, regions, images, num_regions, num_tiles,
     TILE: tl.constexpr, BLOCK: tl.constexpr,

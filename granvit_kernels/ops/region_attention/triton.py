@@ -103,7 +103,7 @@ def forward(
     output, lse = query.new_empty(shape), query.new_empty(shape[:3], dtype=torch.float32)
     if not output.numel() or not key.numel():
         return output.zero_(), lse.fill_(-math.inf)
-    call = _Call(query, key, value, grids, cu_seqlens, boxes, image_index, scale)
+    call = _Call(query, key, value, grids, cu_seqlens, boxes, image_index)
     walk = call.tuned("forward", _walk)
     splits = call.splits(walk)
     kernels, grid = _kernels(), call.grid(splits)
@@ -114,14 +114,15 @@ def forward(
         part, part_max, part_sum = output, lse, lse
     with torch.cuda.device_of(query):
         kernels.forward_walk[grid](
-            call.query, call.key, call.value, *call.where, part, part_sum, part_max,
-            scale, *call.counts, *call.strides, splits,
+            **call.tensors, **call.place, output=part, lse=part_sum, part_max=part_max,
+            scale=scale, **call.counts, **call.strides, splits=splits,
             **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n, SHORT=call.short,
             COVERAGE=coverage, SPLIT=splits > 1, num_warps=walk.warps, num_stages=walk.stages,
         )  # fmt: skip
         if splits > 1:
             kernels.merge[call.grid(1)](
-                part, part_sum, part_max, *call.where, output, lse, *call.counts, splits,
+                part=part, part_sum=part_sum, part_max=part_max, **call.place, output=output, lse=lse,
+                **call.counts, splits=splits,
                 SIZE=call.size, BLOCK_D=call.block_d, BLOCK_K=call.block_k, num_warps=4,
             )  # fmt: skip
     return output, lse
@@ -138,7 +139,7 @@ def backward(
         return query.new_zeros(query.shape), grad_key.zero_(), grad_value.zero_()
     from ...tiles import tile_tokens
 
-    call = _Call(query, key, value, grids, cu_seqlens, boxes, image_index, scale)
+    call = _Call(query, key, value, grids, cu_seqlens, boxes, image_index)
     grad_output, grad_lse, output, lse = (t.contiguous() for t in (grad_output, grad_lse, output, lse))
     walk, tokens = call.tuned("backward_walk", _walk), call.tuned("backward_tokens", _tokens)
     splits = call.splits(walk)
@@ -150,16 +151,20 @@ def backward(
     kernels = _kernels()
     with torch.cuda.device_of(query):
         kernels.backward_walk[call.grid(splits)](
-            grad_output, grad_lse, call.query, call.key, call.value, output, lse, *call.where, grad_query, delta,
-            covered, scale, *call.counts, *call.strides, splits,
+            grad_output=grad_output, grad_lse=grad_lse, **call.tensors, output=output, lse=lse, **call.place,
+            grad_query=grad_query, delta=delta, covered=covered,
+            scale=scale, **call.counts, **call.strides, splits=splits,
             **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n, SHORT=call.short,
             COVERAGE=coverage, num_warps=walk.warps, num_stages=walk.stages,
             maxnreg=_registers("backward_walk", coverage),
         )  # fmt: skip
-        tiles = tile_tokens(call.cu_seqlens, call.image_index, key.shape[0], tokens.block_t)
+        tiles = tile_tokens(call.place["cu_seqlens"], call.place["image_index"], key.shape[0], tokens.block_t)
         kernels.backward_tokens[(tiles.image.shape[0] * call.heads,)](
-            grad_output, call.query, call.key, call.value, lse, delta, covered, call.grids, call.cu_seqlens,
-            call.boxes, *tiles, grad_key, grad_value, scale, *call.counts[2:], *call.strides,
+            grad_output=grad_output, **call.tensors, lse=lse, delta=delta, covered=covered,
+            grids=call.place["grids"], cu_seqlens=call.place["cu_seqlens"], boxes=call.place["boxes"],
+            tile_image=tiles.image, tile_token=tiles.token, region_first=tiles.first, image_regions=tiles.regions,
+            grad_key=grad_key, grad_value=grad_value,
+            scale=scale, queries=call.queries, heads=call.heads, **call.strides,
             **call.constants, BLOCK_T=tokens.block_t, BLOCK_M=tokens.block_m, COVERAGE=coverage,
             num_warps=tokens.warps, num_stages=tokens.stages, maxnreg=_registers("backward_tokens", coverage),
         )  # fmt: skip
@@ -171,45 +176,48 @@ def backward(
 
 
 class _Call:
-    """What the launches of one call have in common: tensors as the kernels take them, sizes, constants."""
+    """What the launches of one call have in common: tensors as the kernels take them, sizes, constants; in dicts, by
+    the kernels' names for them."""
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor,
-        image_index: Tensor, scale: float,
+        image_index: Tensor,
     ):  # fmt: skip
         # Of key and value, only the last dimension has to be dense.
-        self.key, self.value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
-        self.query, self.grids, self.cu_seqlens = query.contiguous(), grids.contiguous(), cu_seqlens.contiguous()
-        self.boxes, self.image_index = boxes.contiguous(), image_index.contiguous()
-        self.where = (self.grids, self.cu_seqlens, self.boxes, self.image_index)
-        self.regions = boxes.shape[0]
+        key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+        self.tensors = dict(query=query.contiguous(), key=key, value=value)
+        self.place = dict(
+            grids=grids.contiguous(), cu_seqlens=cu_seqlens.contiguous(), boxes=boxes.contiguous(),
+            image_index=image_index.contiguous(),
+        )  # fmt: skip
+        self.regions, self.tokens, self.dtype, self.device = boxes.shape[0], key.shape[0], key.dtype, key.device
         self.queries, self.heads, self.size = query.shape[-3:]
-        self.counts = (grids.shape[0], self.regions, self.queries, self.heads)
-        # Not query.stride(0): one region counts as contiguous with any stride.
-        region_stride = math.prod(query.shape[1:]) if query.dim() == 4 else 0
-        strides = [*self.key.stride()[:2], *self.value.stride()[:2]]
+        self.counts = dict(images=grids.shape[0], regions=self.regions, queries=self.queries, heads=self.heads)
+        strides = [*key.stride()[:2], *value.stride()[:2]]
         # Triton sees that 16 divides an argument, and no smaller number; a vector of a head of 72 needs 8. Where
         # one needs 64 bits all go whole: what is left of it would pass as 32, and its product with the unit overflow.
         unit = math.gcd(16, *strides) if max(strides) < 2**31 else 1
-        self.strides = (region_stride, *(stride // unit for stride in strides))
+        names = ("key_token", "key_head", "value_token", "value_head")
+        self.strides = {name: stride // unit for name, stride in zip(names, strides, strict=True)}
+        # Not query.stride(0): one region counts as contiguous with any stride.
+        self.strides["query_stride"] = math.prod(query.shape[1:]) if query.dim() == 4 else 0
         most = 16 if query.dtype == torch.float32 else 64  # a block's queries; more make more programs
         self.block_k = min(max(power_of_two(self.queries), 16), most)
         self.block_d = max(power_of_two(self.size), 16)
         self.constants = dict(SIZE=self.size, BLOCK_D=self.block_d, UNIT=unit)
         # Within a walk, where 64 bits would be a tenth of the instructions.
-        self.short = key.shape[0] * max(strides[0], strides[2]) + self.block_d < 2**31
+        self.short = self.tokens * max(strides[0], strides[2]) + self.block_d < 2**31
 
     def grid(self, splits: int) -> tuple[int, int, int]:
         return self.regions * self.heads, splits, -(-self.queries // self.block_k)
 
     def splits(self, walk: Walk) -> int:
-        return _splits(math.prod(self.grid(1)), self.key.shape[0], walk.block_n, self.key.device)
+        return _splits(math.prod(self.grid(1)), self.tokens, walk.block_n, self.device)
 
     def tuned(self, kernel: str, default: Any) -> Any:
-        dtype = self.query.dtype
-        key = (self.block_k, self.size, str(dtype).removeprefix("torch."))
-        usual = default(self.block_k, self.block_d, dtype)
-        return launch.tuned(f"region_attention_{kernel}", key, usual, self.key.device)
+        key = (self.block_k, self.size, str(self.dtype).removeprefix("torch."))
+        usual = default(self.block_k, self.block_d, self.dtype)
+        return launch.tuned(f"region_attention_{kernel}", key, usual, self.device)
 
 
 @functools.cache

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...triton_common import INDICES, finite_box, load_box
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Triton makes a constant of a 1: of these it would only compile the same once more.
@@ -27,10 +29,8 @@ def _exp(x):
 def _covered_cells(x1, y1, x2, y2, width, height, exists):
     """(row0, row1, column0, column1) as reference.covered_cells; nothing where `exists` is false."""
     w, h = width.to(tl.float32), height.to(tl.float32)
-    infinite = float("inf")
-    # A comparison with a NaN is false.
-    meets = (tl.abs(x1) < infinite) & (tl.abs(y1) < infinite) & (tl.abs(x2) < infinite) & (tl.abs(y2) < infinite)
-    meets &= (x1 < x2) & (y1 < y2) & (x1 < w) & (y1 < h) & (x2 > 0) & (y2 > 0) & exists
+    meets = finite_box(x1, y1, x2, y2) & exists
+    meets &= (x1 < x2) & (y1 < y2) & (x1 < w) & (y1 < h) & (x2 > 0) & (y2 > 0)
     # Clip before rounding: a box may be far larger than any integer type.
     row0 = tl.where(meets, tl.maximum(y1, 0.0), 0.0).to(tl.int32)
     row1 = tl.where(meets, tl.ceil(tl.minimum(y2, h)), 0.0).to(tl.int32)
@@ -40,24 +40,14 @@ def _covered_cells(x1, y1, x2, y2, width, height, exists):
 
 
 @triton.jit
-def _region(grids, cu_seqlens, boxes, image_index, region, images):
-    """Of one region: the token of its image's first cell, the image's width, its covered cells' row0, row1, column0 and
-    column1, its box's x1, y1, x2 and y2."""
+def _image(grids, cu_seqlens, image_index, region, images):
+    """Of a region's image: its first token, width and height; and whether there is such an image."""
     image = tl.load(image_index + region).to(tl.int64)
     exists = (image >= 0) & (image < images)
-    height = tl.load(grids + image * 2, mask=exists, other=0)
-    width = tl.load(grids + image * 2 + 1, mask=exists, other=0)
     start = tl.load(cu_seqlens + image, mask=exists, other=0)
-    x1, y1, x2, y2 = _box(boxes, region)
-    row0, row1, column0, column1 = _covered_cells(x1, y1, x2, y2, width, height, exists)
-    return start, width, row0, row1, column0, column1, x1, y1, x2, y2
-
-
-@triton.jit
-def _box(boxes, region):
-    """x1, y1, x2, y2 of one region or of many."""
-    at = boxes + region.to(tl.int64) * 4
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    width = tl.load(grids + image * 2 + 1, mask=exists, other=0)
+    height = tl.load(grids + image * 2, mask=exists, other=0)
+    return start, width, height, exists
 
 
 @triton.jit
@@ -82,7 +72,7 @@ def _offset(y, x, width, SHORT: tl.constexpr):
     return offset if SHORT else offset.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def forward_walk(
     query, key, value, grids, cu_seqlens, boxes, image_index, output, lse, part_max,
     scale, images, regions, queries, heads, query_stride, key_token, key_head, value_token, value_head, splits,
@@ -97,9 +87,9 @@ def forward_walk(
     head = tl.program_id(0) % heads  # fastest: the heads of a token lie side by side
     region = tl.program_id(0) // heads
     split = tl.program_id(1)
-    start, width, row0, row1, column0, column1, x1, y1, x2, y2 = _region(
-        grids, cu_seqlens, boxes, image_index, region, images
-    )
+    start, width, height, exists = _image(grids, cu_seqlens, image_index, region, images)
+    x1, y1, x2, y2 = load_box(boxes, region)
+    row0, row1, column0, column1 = _covered_cells(x1, y1, x2, y2, width, height, exists)
     columns = column1 - column0
     cells = (row1 - row0) * columns
     begin, end = _piece(cells, split, splits, BLOCK_N)
@@ -157,7 +147,7 @@ def forward_walk(
         tl.store(output + (row * SIZE)[:, None] + d[None, :], acc.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def merge(
     part, part_sum, part_max, grids, cu_seqlens, boxes, image_index, output, lse,
     images, regions, queries, heads, splits,
@@ -165,7 +155,9 @@ def merge(
 ):  # fmt: skip
     """One region, head and block of queries: the sums that `forward_walk` left, added in the splits' order."""
     head, region = tl.program_id(0) % heads, tl.program_id(0) // heads
-    _, _, row0, row1, _, _, _, _, _, _ = _region(grids, cu_seqlens, boxes, image_index, region, images)
+    _, width, height, exists = _image(grids, cu_seqlens, image_index, region, images)
+    x1, y1, x2, y2 = load_box(boxes, region)
+    row0, row1, _, _ = _covered_cells(x1, y1, x2, y2, width, height, exists)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     row = (region.to(tl.int64) * queries + k) * heads + head
@@ -189,7 +181,7 @@ def merge(
     tl.store(output + (row * SIZE)[:, None] + d[None, :], acc.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def backward_walk(
     grad_output, grad_lse, query, key, value, output, lse, grids, cu_seqlens, boxes, image_index, grad_query, delta,
     covered, scale, images, regions, queries, heads, query_stride, key_token, key_head, value_token, value_head, splits,
@@ -202,9 +194,9 @@ def backward_walk(
     region's row0, row1, column0 and column1.
     """
     head, region, split = tl.program_id(0) % heads, tl.program_id(0) // heads, tl.program_id(1)
-    start, width, row0, row1, column0, column1, x1, y1, x2, y2 = _region(
-        grids, cu_seqlens, boxes, image_index, region, images
-    )
+    start, width, height, exists = _image(grids, cu_seqlens, image_index, region, images)
+    x1, y1, x2, y2 = load_box(boxes, region)
+    row0, row1, column0, column1 = _covered_cells(x1, y1, x2, y2, width, height, exists)
     columns = column1 - column0
     cells = (row1 - row0) * columns
     begin, end = _piece(cells, split, splits, BLOCK_N)
@@ -261,7 +253,7 @@ def backward_walk(
     tl.store(grad_query + (row * SIZE)[:, None] + d[None, :], acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=NUMBERS[2:4])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def backward_tokens(
     grad_output, query, key, value, lse, delta, covered, grids, cu_seqlens, boxes,
     tile_image, tile_token, region_first, image_regions, grad_key, grad_value,
@@ -304,7 +296,7 @@ def backward_tokens(
     for begin in range(0, columns, BLOCK_M):
         column = begin + tl.arange(0, BLOCK_M)
         region = tl.load(image_regions + first + column // queries, mask=column < columns, other=0)
-        row0, row1, column0, column1 = _box(covered, region)
+        row0, row1, column0, column1 = load_box(covered, region)
         near = (column < columns) & (row0 <= bottom) & (row1 > top) & (column0 <= right) & (column1 > left)
         row = (region.to(tl.int64) * queries + column % queries) * heads + head
         # Where anything in q, g or their output is not finite, neither is `change`. In the products below it would meet
@@ -324,7 +316,7 @@ def backward_tokens(
             met &= (x[:, None] >= column0[None, :]) & (x[:, None] < column1[None, :])
             logits = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale
             if COVERAGE:
-                x1, y1, x2, y2 = _box(boxes, region)
+                x1, y1, x2, y2 = load_box(boxes, region)
                 logits += _share(y1[None, :], y2[None, :], y[:, None]) + _share(x1[None, :], x2[None, :], x[:, None])
             p = _exp(tl.where(met, logits, float("-inf")) - shift[None, :])
             p = tl.where(met, p, 0.0)

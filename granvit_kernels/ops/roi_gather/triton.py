@@ -62,12 +62,13 @@ def forward(
     if output.numel() == 0 or images == 0:
         return output.zero_()
     config = choose("forward", channels, tokens.dtype, sampling_ratio, tokens.device)
-    arguments = (tokens, *_contiguous(grids, cu_seqlens, boxes, image_index), output)
+    grids, cu_seqlens, boxes, image_index = _contiguous(grids, cu_seqlens, boxes, image_index)
     grid = (regions * out_h, -(-channels // config.block_c))
     with torch.cuda.device_of(tokens):
         triton_kernels.forward[grid](
-            *arguments, images, channels, out_h, out_w, sampling_ratio, SAMPLES=_samples(sampling_ratio),
-            BLOCK_C=config.block_c, num_warps=config.warps, enable_fp_fusion=False,
+            tokens=tokens, grids=grids, cu_seqlens=cu_seqlens, boxes=boxes, image_index=image_index, output=output,
+            images=images, channels=channels, out_h=out_h, out_w=out_w, ratio=sampling_ratio,
+            SAMPLES=_samples(sampling_ratio), BLOCK_C=config.block_c, num_warps=config.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return output
 
@@ -91,7 +92,9 @@ def backward(
         plan = tiles.tile_tokens(cu_seqlens, image_index, num_tokens, config.tile)
         grid = (plan.image.shape[0], -(-channels // config.block_c))
         triton_kernels.backward[grid](
-            grad, *plan, grids, cu_seqlens, boxes, grad_tokens, channels, out_h, out_w, sampling_ratio,
+            grad=grad, tile_image=plan.image, tile_token=plan.token, region_first=plan.first, regions=plan.regions,
+            grids=grids, cu_seqlens=cu_seqlens, boxes=boxes, grad_tokens=grad_tokens,
+            channels=channels, out_h=out_h, out_w=out_w, ratio=sampling_ratio,
             SAMPLES=_samples(sampling_ratio), TILE=config.tile, BLOCK_C=config.block_c, num_warps=config.warps,
             enable_fp_fusion=False,
         )  # fmt: skip

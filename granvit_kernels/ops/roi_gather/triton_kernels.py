@@ -13,42 +13,36 @@ found by searching the samples that touch it.
 import triton
 import triton.language as tl
 
+from ...triton_common import INDICES, finite_box, load_box
+
 # Triton makes a constant of a 1: of these it would only compile the same once more.
 NUMBERS = ["images", "out_h", "out_w", "ratio"]
+
 
 @triton.jit
 def _axis(low, high, bins, ratio):
     """(start, size of a bin, samples a bin and axis as int64: 0 where there are none) of one axis of a box."""
     start = low - 0.5
-    bin = tl.div_rn((high - 0.5) - start, bins.to(tl.float32))
-    fits = tl.abs(bin) < float("inf")  # the ends may be so far apart that their distance overflows
-    adaptive = tl.where(fits & (bin > 0), tl.minimum(tl.ceil(tl.where(fits, bin, 0.0)), 4.611686e18), 0.0).to(tl.int64)
+    bin_size = tl.div_rn((high - 0.5) - start, bins.to(tl.float32))
+    fits = tl.abs(bin_size) < float("inf")  # the ends may be so far apart that their distance overflows
+    bin_size = tl.where(fits, bin_size, 0.0)
+    adaptive = tl.where(bin_size > 0, tl.minimum(tl.ceil(bin_size), 4.611686e18), 0.0).to(tl.int64)
     samples = tl.where(ratio > 0, ratio.to(tl.int64), adaptive)
-    return start, tl.where(fits, bin, 0.0), tl.where(fits, samples, 0)
+    return start, bin_size, tl.where(fits, samples, 0)
 
 
 @triton.jit
-def _box(boxes, region):
-    """(x1, y1, x2, y2, whether all are finite)."""
-    box = boxes + region.to(tl.int64) * 4
-    x1, y1, x2, y2 = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
-    finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
-    finite &= (tl.abs(x2) < float("inf")) & (tl.abs(y2) < float("inf"))
-    return x1, y1, x2, y2, finite
-
-
-@triton.jit
-def _position(offset, bin, samples, sample):
-    return offset + tl.div_rn((sample.to(tl.float32) + 0.5) * bin, samples.to(tl.float32))
+def _position(offset, bin_size, samples, sample):
+    return offset + tl.div_rn((sample.to(tl.float32) + 0.5) * bin_size, samples.to(tl.float32))
 
 
 # ---- a few samples, known when compiled ----
 
 
 @triton.jit
-def _sample(offset, bin, size, index: tl.constexpr, SAMPLES: tl.constexpr):
+def _sample(offset, bin_size, size, index: tl.constexpr, SAMPLES: tl.constexpr):
     """(cell, the next cell's share, whether it counts) of one of SAMPLES samples; the last cell has no next."""
-    at = offset + (index + 0.5) * bin * (1.0 / SAMPLES)
+    at = offset + (index + 0.5) * bin_size * (1.0 / SAMPLES)
     counts = (at >= -1) & (at <= size.to(tl.float32))
     at = tl.minimum(tl.maximum(tl.where(counts, at, 0.0), 0.0), (size - 1).to(tl.float32))
     cell = at.to(tl.int32)
@@ -56,14 +50,14 @@ def _sample(offset, bin, size, index: tl.constexpr, SAMPLES: tl.constexpr):
 
 
 @triton.jit
-def _taps(offset, bin, size, SAMPLES: tl.constexpr):
+def _taps(offset, bin_size, size, SAMPLES: tl.constexpr):
     """Four cells and their shares of a bin, equal cells merged: cell0..3, share0..3."""
-    a, a_upper, a_counts = _sample(offset, bin, size, 0, SAMPLES)
+    a, a_upper, a_counts = _sample(offset, bin_size, size, 0, SAMPLES)
     a0 = tl.where(a_counts, (1 - a_upper) * (1.0 / SAMPLES), 0.0)
     a1 = tl.where(a_counts, a_upper * (1.0 / SAMPLES), 0.0)
     if SAMPLES == 1:
         return a, a + 1, a, a, a0, a1, 0.0, 0.0
-    b, b_upper, b_counts = _sample(offset, bin, size, 1, SAMPLES)
+    b, b_upper, b_counts = _sample(offset, bin_size, size, 1, SAMPLES)
     b0 = tl.where(b_counts, (1 - b_upper) * (1.0 / SAMPLES), 0.0)
     b1 = tl.where(b_counts, b_upper * (1.0 / SAMPLES), 0.0)
     # Both samples' cells are a, a + 1 and b, b + 1: what they share goes to a's, so that it is read once.
@@ -78,19 +72,19 @@ def _taps(offset, bin, size, SAMPLES: tl.constexpr):
 
 
 @triton.jit
-def _rising(offset, bin, samples, i):
+def _rising(offset, bin_size, samples, i):
     """Position of the i-th sample from below: numbers count backwards in an inverted box."""
-    return _position(offset, bin, samples, tl.where(bin >= 0, i, samples - 1 - i))
+    return _position(offset, bin_size, samples, tl.where(bin_size >= 0, i, samples - 1 - i))
 
 
 @triton.jit
-def _first(offset, bin, samples, bound, BEYOND: tl.constexpr):
+def _first(offset, bin_size, samples, bound, BEYOND: tl.constexpr):
     """How many samples lie below `bound`, or not BEYOND it."""
     low = samples * 0
     high = samples
     while low < high:
         middle = low + (high - low) // 2
-        at = _rising(offset, bin, samples, middle)
+        at = _rising(offset, bin_size, samples, middle)
         passes = (at > bound) if BEYOND else (at >= bound)
         low = tl.where(passes, low, middle + 1)
         high = tl.where(passes, middle, high)
@@ -98,7 +92,7 @@ def _first(offset, bin, samples, bound, BEYOND: tl.constexpr):
 
 
 @triton.jit
-def _share(offset, bin, samples, cell, size):
+def _share(offset, bin_size, samples, cell, size):
     """A cell's share of a bin. Samples at one position are visited together: a huge box has a great many.
 
     A sample in [-1, 0) stands for 0 and one in (size - 1, size] for size - 1: so every sample that touches the cell
@@ -106,15 +100,15 @@ def _share(offset, bin, samples, cell, size):
     """
     here = cell * 1.0
     last = (size - 1).to(tl.float32)
-    i = _first(offset, bin, samples, here - 1, False)
-    end = _first(offset, bin, samples, here + 1, True)
+    i = _first(offset, bin_size, samples, here - 1, False)
+    end = _first(offset, bin_size, samples, here + 1, True)
     total = samples.to(tl.float64) * 0  # in double: 1024 shares added in float32 lose ten eps
     while i < end:
-        at = _rising(offset, bin, samples, i)
+        at = _rising(offset, bin_size, samples, i)
         following = i + 1
         if following < end:
-            if _rising(offset, bin, samples, following) == at:
-                following = _first(offset, bin, samples, at, True)
+            if _rising(offset, bin_size, samples, following) == at:
+                following = _first(offset, bin_size, samples, at, True)
         away = tl.abs(tl.minimum(tl.maximum(at, 0.0), last) - here)
         total += (following - i).to(tl.float64) * tl.maximum(1 - away, 0.0).to(tl.float64)
         i = following
@@ -122,11 +116,11 @@ def _share(offset, bin, samples, cell, size):
 
 
 @triton.jit
-def _span(offset, bin, samples, size):
+def _span(offset, bin_size, samples, size):
     """(first cell, end) of what a bin may read."""
     last = (size - 1).to(tl.float32)
-    a = _rising(offset, bin, samples, samples * 0)
-    b = _rising(offset, bin, samples, tl.maximum(samples - 1, 0))
+    a = _rising(offset, bin_size, samples, samples * 0)
+    b = _rising(offset, bin_size, samples, tl.maximum(samples - 1, 0))
     reads = (samples > 0) & (b >= -1) & (a <= size.to(tl.float32))
     first = tl.minimum(tl.maximum(tl.where(reads, a, 0.0), 0.0), last).to(tl.int32)
     end = tl.minimum(tl.maximum(tl.where(reads, b, 0.0), 0.0), last).to(tl.int32) + 2
@@ -134,19 +128,19 @@ def _span(offset, bin, samples, size):
 
 
 @triton.jit
-def _four(offset, bin, samples, first, end, size):
+def _four(offset, bin_size, samples, first, end, size):
     """Four cells from `first` on and their shares, as _taps gives them."""
     a, b, c, d = first, first + 1, first + 2, first + 3
     zero = offset * 0
     share_a, share_b, share_c, share_d = zero, zero, zero, zero
     if a < end:
-        share_a = _share(offset, bin, samples, a, size)
+        share_a = _share(offset, bin_size, samples, a, size)
     if b < end:
-        share_b = _share(offset, bin, samples, b, size)
+        share_b = _share(offset, bin_size, samples, b, size)
     if c < end:
-        share_c = _share(offset, bin, samples, c, size)
+        share_c = _share(offset, bin_size, samples, c, size)
     if d < end:
-        share_d = _share(offset, bin, samples, d, size)
+        share_d = _share(offset, bin_size, samples, d, size)
     return a, b, c, d, share_a, share_b, share_c, share_d
 
 
@@ -161,9 +155,9 @@ def _add(total, tokens, cell, share, channels, inside):
 
 
 @triton.jit
-def _add_row(
-    total, tokens, row, share, x0, x1, x2, x3, u0, u1, u2, u3, width, channels, inside, SAMPLES: tl.constexpr
-):  # fmt: skip
+def _add_row(total, tokens, row, share, columns, width, channels, inside, SAMPLES: tl.constexpr):
+    """columns: a bin's taps along x, as _taps gives them."""
+    x0, x1, x2, x3, u0, u1, u2, u3 = columns
     first = row * width
     total = _add(total, tokens, first + x0, share * u0, channels, inside)
     total = _add(total, tokens, first + x1, share * u1, channels, inside)
@@ -173,7 +167,7 @@ def _add_row(
     return total
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def forward(
     tokens, grids, cu_seqlens, boxes, image_index, output, images, channels, out_h, out_w, ratio,
     SAMPLES: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -182,9 +176,9 @@ def forward(
     row = tl.program_id(0) % out_h
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    x1, y1, x2, y2, reads = _box(boxes, region)
+    x1, y1, x2, y2 = load_box(boxes, region)
     image = tl.load(image_index + region)
-    reads &= (image >= 0) & (image < images)
+    reads = finite_box(x1, y1, x2, y2) & (image >= 0) & (image < images)
     image = tl.where(reads, image, 0)
     height = tl.load(grids + 2 * image)
     width = tl.load(grids + 2 * image + 1)
@@ -202,20 +196,12 @@ def forward(
         for column in range(0, out_w):
             total = tl.zeros((BLOCK_C,), tl.float32)
             x_offset = x_start + column * x_bin
-            c0, c1, c2, c3, u0, u1, u2, u3 = _taps(x_offset, x_bin, width, SAMPLES)
-            total = _add_row(
-                total, tokens, r0, v0, c0, c1, c2, c3, u0, u1, u2, u3, width, channels, inside, SAMPLES
-            )
-            total = _add_row(
-                total, tokens, r1, v1, c0, c1, c2, c3, u0, u1, u2, u3, width, channels, inside, SAMPLES
-            )
+            columns = _taps(x_offset, x_bin, width, SAMPLES)
+            total = _add_row(total, tokens, r0, v0, columns, width, channels, inside, SAMPLES)
+            total = _add_row(total, tokens, r1, v1, columns, width, channels, inside, SAMPLES)
             if SAMPLES > 1:
-                total = _add_row(
-                total, tokens, r2, v2, c0, c1, c2, c3, u0, u1, u2, u3, width, channels, inside, SAMPLES
-            )
-                total = _add_row(
-                total, tokens, r3, v3, c0, c1, c2, c3, u0, u1, u2, u3, width, channels, inside, SAMPLES
-            )
+                total = _add_row(total, tokens, r2, v2, columns, width, channels, inside, SAMPLES)
+                total = _add_row(total, tokens, r3, v3, columns, width, channels, inside, SAMPLES)
             tl.store(output, total.to(output.dtype.element_ty), mask=inside)
             output += channels
     else:
@@ -225,12 +211,10 @@ def forward(
             x_offset = x_start + column * x_bin
             x_first, x_end = _span(x_offset, x_bin, x_samples, width)
             for x in range(x_first, x_end, 4):
-                c0, c1, c2, c3, u0, u1, u2, u3 = _four(x_offset, x_bin, x_samples, x, x_end, width)
+                columns = _four(x_offset, x_bin, x_samples, x, x_end, width)
                 for y in range(y_first, y_end):
                     v = _share(y_offset, y_bin, y_samples, y, height)
-                    total = _add_row(
-                total, tokens, y, v, c0, c1, c2, c3, u0, u1, u2, u3, width, channels, inside, SAMPLES
-            )
+                    total = _add_row(total, tokens, y, v, columns, width, channels, inside, SAMPLES)
             tl.store(output, total.to(output.dtype.element_ty), mask=inside)
             output += channels
 
@@ -248,39 +232,39 @@ def _near(low, high, first_cell, last_cell):
 
 
 @triton.jit
-def _bins(start, bin, first_cell, last_cell, bins, size):
+def _bins(start, bin_size, first_cell, last_cell, bins, size):
     """(first bin, end) of the bins that may read a cell in [first_cell, last_cell]; a few too many do no harm.
 
     Solved for the bin in float32; the slack is what positions of samples are off by.
     """
-    slack = 1e-6 * (tl.abs(start) + tl.abs(bin) * bins.to(tl.float32) + size.to(tl.float32))
+    slack = 1e-6 * (tl.abs(start) + tl.abs(bin_size) * bins.to(tl.float32) + size.to(tl.float32))
     below = first_cell.to(tl.float32) - 1 - slack - start
     above = last_cell.to(tl.float32) + 1 + slack - start
-    divisor = tl.where(bin == 0, 1.0, bin)
+    divisor = tl.where(bin_size == 0, 1.0, bin_size)
     a, b = below / divisor, above / divisor
     most = (bins - 1).to(tl.float32)
     low, high = tl.minimum(a, b), tl.maximum(a, b)
     first = tl.floor(tl.minimum(tl.maximum(low, 0.0), most + 1)).to(tl.int32)
     end = tl.floor(tl.minimum(tl.maximum(high, -1.0), most)).to(tl.int32) + 1
     touches = (below <= 0) & (above >= 0)
-    return tl.where(bin == 0, 0, first), tl.where(bin == 0, tl.where(touches, bins, 0), end)
+    return tl.where(bin_size == 0, 0, first), tl.where(bin_size == 0, tl.where(touches, bins, 0), end)
 
 
 @triton.jit
-def _shares(offset, bin, samples, cells, size, SAMPLES: tl.constexpr):
+def _shares(offset, bin_size, samples, cells, size, SAMPLES: tl.constexpr):
     """Shares of a bin that a few cells have, for SAMPLES known when compiled: float32 in the cells' shape."""
     here = cells.to(tl.float32)
     last = (size - 1).to(tl.float32)
     total = tl.zeros_like(here)
     for sample in tl.static_range(SAMPLES):
-        at = offset + (sample + 0.5) * bin * (1.0 / SAMPLES)
+        at = offset + (sample + 0.5) * bin_size * (1.0 / SAMPLES)
         counts = (at >= -1) & (at <= size.to(tl.float32)) & (samples > 0)
         away = tl.abs(tl.minimum(tl.maximum(at, 0.0), last) - here)
         total += tl.where(counts, tl.maximum(1 - away, 0.0), 0.0)
     return total * (1.0 / SAMPLES)
 
 
-@triton.jit(do_not_specialize=NUMBERS[1:])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def backward(
     grad, tile_image, tile_token, region_first, regions, grids, cu_seqlens, boxes, grad_tokens, channels,
     out_h, out_w, ratio, SAMPLES: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -306,8 +290,8 @@ def backward(
     total = tl.zeros((TILE, BLOCK_C), tl.float32)
     for n in range(tl.load(region_first + image), tl.load(region_first + image + 1)):
         region = tl.load(regions + n)
-        x1, y1, x2, y2, finite = _box(boxes, region)
-        if finite & _near(y1, y2, y_low, y_high) & _near(x1, x2, x_low, x_high):
+        x1, y1, x2, y2 = load_box(boxes, region)
+        if finite_box(x1, y1, x2, y2) & _near(y1, y2, y_low, y_high) & _near(x1, x2, x_low, x_high):
             y_start, y_bin, y_samples = _axis(y1, y2, out_h, ratio)
             x_start, x_bin, x_samples = _axis(x1, x2, out_w, ratio)
             y_first, y_end = _bins(y_start, y_bin, y_low, y_high, out_h, height)
