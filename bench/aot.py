@@ -121,25 +121,53 @@ class Launch(NamedTuple):
 
 
 @contextmanager
+def caught(architecture: int, take: Callable[[Any, tuple[int, ...], dict[str, Any]], None]) -> Iterator[None]:
+    """Every launch inside goes to take(kernel, grid, arguments and options by name) and is not run."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def catch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        take(self, grid, dict(zip(self.arg_names, args, strict=False)) | options)
+
+    driver.set_active(_Driver(architecture))  # for good: this process has no other use for one
+    JITFunction.run = catch
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+@contextmanager
 def compile_only(architecture: int) -> Iterator[list[Launch]]:
     """Every launch inside is compiled and not run: the list of them, in their order."""
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
     run = JITFunction.run
 
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        named = dict(zip(self.arg_names, args, strict=False))  # the rest are options
-        launches.append(Launch(self.fn.__name__, kernel, grid, {**named, **options}))
+    def take(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        compiled = run(kernel, grid=grid, warmup=True, **arguments)
+        launches.append(Launch(kernel.fn.__name__, compiled, grid, arguments))
 
-    driver.set_active(_Driver(architecture))  # for good: this process has no other use for one
-    JITFunction.run = record
-    try:
+    with caught(architecture, take):
         yield launches
-    finally:
-        JITFunction.run = run
+
+
+@contextmanager
+def count_only(architecture: int) -> Iterator[dict[str, set[str]]]:
+    """Launches inside are neither compiled nor run: {kernel's name: the keys under which Triton would look for compiled
+    ones}, worked out by Triton itself from the arguments."""
+    keys: dict[str, set[str]] = {}
+
+    def take(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        *_, bind = kernel.device_caches[architecture]
+        _, specialization, options = bind(**arguments)
+        keys.setdefault(kernel.fn.__name__, set()).add(f"{specialization} {options}")
+
+    with caught(architecture, take):
+        yield keys
 
 
 def launch(case: Case) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import random_batches
 
 pytest.importorskip("triton")
 
@@ -66,3 +67,12 @@ def test_limits_are_limits():
     assert "spills" in aot.fault({**row, "spills": 8})
     assert "shared" in aot.fault({**row, "shared": 300_000})
     assert "registers" in aot.fault({**row, "registers": 256})
+
+
+def test_triton_compiles_a_kernel_twice_at_most_whatever_the_batches():
+    """A third form would be compiled in the middle of training or of a graph's capture, each rank at another step."""
+    cases = [(300, dtype, shared) for dtype in ("bfloat16", "float32") for shared in (True, False)]
+    kernels = {"forward", "backward", "_tile_tokens", "forward_walk", "merge", "backward_walk", "backward_tokens"}
+    with aot.compilers(2) as pool:
+        for counts in pool.map(random_batches.keys, *zip(*cases, strict=True)):
+            assert counts.keys() == kernels and max(counts.values()) <= 2, counts

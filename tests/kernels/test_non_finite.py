@@ -81,12 +81,12 @@ def test_region_attention(backend, bad, where):
         tensors[where][row, 0, 1] = bad
     else:
         tensors[where][row, ..., 1, 3] = bad
-    found = both_ways()
-    for ours, right in zip(found[:3], clean[:3], strict=True):
+    poisoned = both_ways()
+    for ours, right in zip(poisoned[:3], clean[:3], strict=True):
         assert torch.equal(ours[ELSEWHERE], right[ELSEWHERE]) and torch.equal(ours[1, :, 0], right[1, :, 0])
-    for ours, right in zip(found[3:], clean[3:], strict=True):
+    for ours, right in zip(poisoned[3:], clean[3:], strict=True):
         assert torch.equal(ours[~met], right[~met]) and torch.equal(ours[:, 0], right[:, 0])
-    grad_key = found[3]
+    grad_key, grad_value = poisoned[3:]
     assert not grad_key[met, 1].isfinite().all(-1).any()
     if where == "grad_output":
-        assert not found[4][met, 1].isfinite().all(-1).any()
+        assert not grad_value[met, 1].isfinite().all(-1).any()

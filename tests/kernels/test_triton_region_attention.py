@@ -79,11 +79,11 @@ def check(
         torch.randn(len(boxes), queries, heads, generator=generator),
     ]
     place = layout.grids, layout.cu_seqlens, boxes, torch.tensor(image_index, dtype=torch.int64)
-    found = sanitized(both_ways, triton, tensors, upstream, place, coverage)
+    results = sanitized(both_ways, triton, tensors, upstream, place, coverage)
     plain = both_ways(reference, tensors, upstream, place, coverage)
     exact = both_ways(reference, [t.double() for t in tensors], [t.double() for t in upstream], place, coverage)
-    assert found[1].dtype == torch.float32 and all(t.dtype == dtype for t in (found[0], *found[2:]))
-    for n, (ours, theirs, right) in enumerate(zip(found, plain, exact, strict=True)):
+    assert results[1].dtype == torch.float32 and all(t.dtype == dtype for t in (results[0], *results[2:]))
+    for n, (ours, theirs, right) in enumerate(zip(results, plain, exact, strict=True)):
         assert ours.shape == right.shape
         nothing = right == -torch.inf
         assert torch.equal(ours == -torch.inf, nothing) and torch.equal(ours.isfinite(), right.isfinite())
@@ -92,7 +92,7 @@ def check(
             error, allowed = (ours - right).abs().max(), (theirs - right).abs().max()
             times = 4 if dtype == torch.float32 and n >= 2 else 2
             assert error <= times * (allowed + torch.finfo(dtype).eps / 2 * right.abs().max())
-    return found
+    return results
 
 
 @pytest.mark.parametrize("coverage", [False, True])

@@ -59,15 +59,15 @@ def check(layout, boxes, image_index, channels, size, ratio, dtype):
     place = layout.grids, layout.cu_seqlens, boxes, torch.tensor(image_index, dtype=torch.int64)
     tokens = torch.randn(layout.num_tokens, channels, generator=torch.Generator().manual_seed(0)).to(dtype)
     grad = torch.randn(len(boxes), *size, channels, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = sanitized(both_ways, triton, tokens, grad, place, size, ratio)
+    results = sanitized(both_ways, triton, tokens, grad, place, size, ratio)
     plain = both_ways(reference, tokens, grad, place, size, ratio)
     exact = both_ways(reference, tokens.double(), grad.double(), place, size, ratio)
-    for ours, theirs, right in zip(found, plain, exact, strict=True):
+    for ours, theirs, right in zip(results, plain, exact, strict=True):
         assert ours.dtype == dtype and ours.shape == right.shape
         if right.numel():
             error, allowed = (ours.double() - right).abs().max(), (theirs.double() - right).abs().max()
             assert error <= 2 * allowed + torch.finfo(dtype).eps * right.abs().max()
-    return found
+    return results
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 0])
