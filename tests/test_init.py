@@ -36,6 +36,8 @@ def test_names_are_the_models_own(name):
     ],
 )
 def test_public_names_go_on_where_they_were(old, new, names):
+    if old == "granvit.data.schema":
+        pytest.importorskip("datasets")
     assert all(getattr(import_module(old), name) is getattr(import_module(new), name) for name in names)
 
 

@@ -20,7 +20,7 @@ from granvit.questions.schema import DataFault
 class Isolated:
     """`function`, of a module's top level, called in a process that is started when first needed and after it died.
 
-    seconds: a call may take. memory: bytes that the process may take beside what its modules do. Either limit, or a
+    seconds: a call may take. memory: bytes that the process may take besides what its modules do. Either limit, or a
     crash, is a DataFault of kind `crash`; what the function raises is raised here.
     """
 

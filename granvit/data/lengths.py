@@ -73,7 +73,7 @@ class Lengths:
 
 
 def too_long(shortest: np.ndarray, capacity: int) -> np.ndarray:
-    """int64: the rows with questions, of which none fits beside the image; shortest: `Lengths.shortest`."""
+    """int64: the rows with questions, of which none fits together with the image; shortest: `Lengths.shortest`."""
     return np.flatnonzero((shortest > capacity) & (shortest < _NOTHING))
 
 

@@ -19,7 +19,7 @@ from granvit.questions.prompts import IMAGE, REGION, Box, Question, box_fault, p
 
 from .config import GranViTConfig, token_grid
 
-# Fields that a processor and the trainer's configuration share with the model's, beside the encoder's patch_size.
+# Fields that a processor and the trainer's configuration share with the model's, besides the encoder's patch_size.
 SHARED = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
 
 

@@ -9,7 +9,7 @@ are two calls of variable-length attention whose keys are disjoint, so their out
 Backward needs no merging: a part's probabilities are exp(s - lse) with the merged lse, and rowsum(dO * O) with the
 merged O is the right delta for both, so each part's own flash backward, given merged out and lse, gives its exact share
 of dq, dk and dv (as in ring attention). A part is flash attention on CUDA in half precision, plain PyTorch elsewhere.
-Flash attention's backward takes 128 * H * D float32 beside for each segment while it runs, which many short questions
+Flash attention's backward takes another 128 * H * D float32 for each segment while it runs, which many short questions
 notice.
 
 Elsewhere that is slow; there a question's keys, its image part and itself, are gathered into small grids for

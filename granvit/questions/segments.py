@@ -48,7 +48,7 @@ class Segments:
 @dataclass
 class Spans:
     """The same on the host, a row a segment, int64 [S]: start and length in tokens, image (-1: padding) and question
-    (0: image part), and part, the number of the image part that its tokens attend to beside themselves, -1 if none."""
+    (0: image part), and part, the number of the image part that its tokens attend to besides themselves, -1 if none."""
 
     start: np.ndarray
     length: np.ndarray

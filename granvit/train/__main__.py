@@ -1,4 +1,4 @@
-"""python -m granvit.train [smoke|compact|paper|adapt|sft] [--output DIR] [--any.field value], and commands beside it.
+"""python -m granvit.train [smoke|compact|paper|adapt|sft] [--output DIR] [--any.field value], and other commands.
 
     python -m granvit.train adapt --encoder RUN --llm NAME_OR_FOLDER [--llm.lora 16]
     python -m granvit.train sft --model RUN_OR_EXPORT --data.path DIR
@@ -97,7 +97,7 @@ def run_plan(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"plan": run_plan, "replay": run_replay}
-"""What the first word may be beside a preset's name; each takes the other words."""
+"""What the first word may be besides a preset's name; each takes the other words."""
 
 
 def main() -> None:

@@ -68,14 +68,14 @@ class Termination:
 @contextmanager
 def termination() -> Iterator[Termination]:
     """SIGTERM and Ctrl-C are handled inside; not in a thread, which gets no signals."""
-    asked = Termination()
+    request = Termination()
     if threading.current_thread() is not threading.main_thread():
         log.warning("training in a thread: SIGTERM and Ctrl-C will not save the run")
-        yield asked
+        yield request
         return
-    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python

@@ -35,7 +35,7 @@ class Data:
     eval_images: int = 120
     """Test images that every evaluation uses."""
     workers: int = 2
-    """Processes beside each rank that read and pack batches ahead of the training step."""
+    """Processes of each rank that read and pack batches ahead of the training step."""
 
     def __post_init__(self) -> None:
         at_least("data", self, images=1, capacity=1, questions_per_image=1, eval_images=2, workers=0)

@@ -58,13 +58,13 @@ def train(config: TrainConfig) -> Path:
     """
     world, device = start(config.device)
     try:
-        with termination() as asked, ExitStack() as held:
-            return _train(config, world, device, asked, held)
+        with termination() as request, ExitStack() as held:
+            return _train(config, world, device, request, held)
     finally:
         stop()
 
 
-def _train(config: TrainConfig, world: World, device: torch.device, asked: Termination, held: ExitStack) -> Path:
+def _train(config: TrainConfig, world: World, device: torch.device, request: Termination, held: ExitStack) -> Path:
     folder = Path(config.output)
     began = time.perf_counter()
     started = world.first(lambda: resumes(folder, config))
@@ -94,7 +94,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, asked: Termi
     if started:
         world.first(claim)
     for path, seed_config in folders.items():
-        run = Run(seed_config, path, world, device, asked)
+        run = Run(seed_config, path, world, device, request)
         if not started:  # only now: a setting that can't be built must not claim the folder
             world.first(claim)
             if not world.first(lambda: resumes(folder, config)):  # still: another process may have been faster
@@ -156,9 +156,9 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, folder: Path, world: World, device: torch.device, asked: Termination
+        self, config: TrainConfig, folder: Path, world: World, device: torch.device, request: Termination
     ) -> None:
-        self.config, self.folder, self.world, self.device, self.asked = config, folder, world, device, asked
+        self.config, self.folder, self.world, self.device, self.request = config, folder, world, device, request
         if config.threads:
             torch.set_num_threads(config.threads)
         self.splits = open_splits(config)
@@ -255,7 +255,7 @@ class Run:
         if self.world.leads:
             self.metrics.drop(lambda line: line["stage"] == stage.name and line["step"] > phase.step)
         try:
-            train_phase(phase, self.checkpoints, self.metrics, self.asked, title)
+            train_phase(phase, self.checkpoints, self.metrics, self.request, title)
         finally:
             self.checkpoints.wait()  # whoever catches what was raised may go on in this folder
         self.model.to(self.device)
@@ -357,7 +357,7 @@ class Run:
         """Metrics of stage 2 alone, from this run's warm LLM and an encoder with random weights: what stage 1 has to
         beat. It lies in control/, and goes on where it was as the run does."""
         adapt = self.config.adapt
-        run = Run(self.config, self.folder / "control", self.world, self.device, self.asked)
+        run = Run(self.config, self.folder / "control", self.world, self.device, self.request)
         if self.config.model.encoder or self.config.model.whole:  # else it was drawn at random
             torch.manual_seed(self.config.seed)
             run.model.encoder.reset_parameters()

@@ -30,7 +30,7 @@ class Stage:
     tasks: tuple[Literal["global_caption", "bbox2caption", "caption2bbox", "chat"], ...]
     """Questions that are asked of each image."""
     global_captions: float = 1.0
-    """How often global captions are drawn, beside 1 for the other tasks: a long answer, and a small model's time is
+    """How often global captions are drawn, against 1 for the other tasks: a long answer, and a small model's time is
     short."""
     box_captions: float = 1.0
     """How often boxes' captions are drawn, where they are one of the tasks."""
