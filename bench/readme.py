@@ -221,7 +221,7 @@ def performance() -> list[str]:
     head += ["HGMMA", "HMMA", "tcgen05"]
     fields = ("case", "kernel", "arch", "registers", "spills", "shared", "warps", "hgmma", "hmma", "tcgen05")
     lines += markdown(head, [[str(row[field]).lstrip("_") for field in fields] for row in rows])
-    lines += ["", *floors(), *steps_on_gpus()]
+    lines += ["", *floors(), *floors_and_clocks(), *steps_on_gpus()]
     return [*lines, "![The kernels beside their peers](performance.png)"]
 
 
@@ -235,8 +235,8 @@ def floors() -> list[str]:
     lines = [
         "## What the GPU kernels must take at least",
         "",
-        "Counted bounds, not measurements (`make floors`, which needs no GPU); how well they predict will be said here "
-        "when a GPU has run. The issue floor is the instructions of each loop in the machine code for Hopper times its "
+        "Counted bounds, not measurements (`make floors`, which needs no GPU); the next section says how well they "
+        "predict. The issue floor is the instructions of each loop in the machine code for Hopper times its "
         f"trips on the workload, over {multiprocessors} multiprocessors that each issue {assumed['schedulers']} warps' "
         f"instructions a clock, at {assumed['clock_hz'] / 1e9} GHz. The memory floor is each distinct byte that a call "
         f"reads, once, and each that it writes, over what a large copy is assumed to reach: {bandwidths}. On top of "
@@ -267,6 +267,36 @@ def floors() -> list[str]:
     made = f"triton {versions['triton']}, nvcc {versions['nvcc']}, commit {record['commit']}"
     kinds = "[bench/results/floors.json](../bench/results/floors.json) has them by kind"
     return [*lines, *markdown(head, table), "", f"{made}; {kinds}.", ""]
+
+
+def floors_and_clocks() -> list[str]:
+    """The floors beside what GPUs took (predicted.py)."""
+    import predicted
+
+    lines = []
+    for device, table in predicted.load(RESULTS).items():
+        ratios = {}
+        for entry in table:
+            ratios.setdefault((entry.operator, entry.mode), []).append(entry.ratio)
+        ranges = "; ".join(f"{' '.join(key)} {min(r):.2f} to {max(r):.2f}" for key, r in sorted(ratios.items()))
+        lines += [
+            f"## What an {device} took beside its floors",
+            "",
+            "The call as a CUDA graph, in microseconds, over the larger floor. A bound that predicts is near 1: the "
+            f"further above it, the more of the time is waiting that no instruction shows. {ranges}.",
+            "",
+            *markdown(
+                ["operator", "mode", "workload", "issue floor, us", "memory floor, us", "measured, us", "ratio"],
+                [
+                    [entry.operator, entry.mode, entry.workload]
+                    + [f"{1e6 * seconds:.0f}" for seconds in (entry.issue, entry.memory, entry.measured)]
+                    + [f"{entry.ratio:.2f}"]
+                    for entry in table
+                ],
+            ),
+            "",
+        ]
+    return lines
 
 
 def steps_on_gpus() -> list[str]:

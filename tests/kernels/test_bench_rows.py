@@ -207,3 +207,26 @@ def test_check_lists_what_falls_short(rows, tmp_path, capsys):
         ["roi_gather", "forward", "A", "broken", "OSError:", "gone", "ratio", "5", "card", "abc"],
     ]
     assert last.endswith("4 rows; 1 of 3 aims reached; 1 rows could not be measured")
+
+
+def test_measured_times_stand_beside_the_floors_of_their_shape():
+    predicted = importlib.import_module("predicted")
+
+    def floor(direction, issue, memory, shape="12 x 64, K = 1"):
+        return {
+            "operator": "region_attention", "direction": direction, "workload": "A", "shape": shape,
+            "issue_seconds": {"H200": issue}, "memory_seconds": {"H200": memory},
+        }  # fmt: skip
+
+    floors = [floor("forward", 1, 2), floor("backward", 4, 1), floor("forward", 9, 9, "12 x 64, K = 16")]
+    row = {"operator": "region_attention", "mode": "forward+backward", "workload": "A, 12 x 64, 1 query"}
+    graph = row | {"provider": "granvit, CUDA graph", "median": 10.0}
+    rows = [graph, row | {"provider": "granvit", "median": 11.0}, graph | {"workload": "A, 12 x 64, 4 queries"}]
+    [found] = predicted.predictions(floors, rows, "H200")
+    assert found[2:] == ("A, 12 x 64, 1 query", 5, 3, 10.0) and found.ratio == 2
+
+
+def test_a_gpus_file_has_predictions_for_each_operator():
+    predicted = importlib.import_module("predicted")
+    for device, table in predicted.load(BENCH / "results").items():
+        assert {entry.operator for entry in table} == {"roi_gather", "region_attention", "pack_patches"}, device

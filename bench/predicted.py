@@ -1,0 +1,58 @@
+"""How well the counted floors (bench/results/floors.json) predict what a GPU took: measured times beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from workloads import GRAPH
+
+
+class Prediction(NamedTuple):
+    """Of one comparison, in seconds. ratio: measured over the larger floor."""
+
+    operator: str
+    mode: str
+    workload: str
+    issue: float
+    memory: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        return self.measured / max(self.issue, self.memory)
+
+
+def predictions(floors: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], chip: str) -> list[Prediction]:
+    """floors: rows of floors.json. rows: those of a GPU's file, of which the CUDA graph's are taken: they hold no
+    host time. chip: "H100" or "H200". A mode of both directions has the sum of theirs."""
+    table = []
+    for row in rows:
+        if row["provider"] != GRAPH or "median" not in row:
+            continue
+        letter, _, shape = row["workload"].partition(", ")
+        shape = re.sub(r"(\d+) quer(?:y|ies)", r"K = \1", shape)  # as the floors say it
+        parts = [
+            floor for floor in floors
+            if (floor["operator"], floor["workload"], floor["shape"]) == (row["operator"], letter, shape)
+            and floor["direction"] in row["mode"].split("+")
+        ]  # fmt: skip
+        if parts:
+            sums = [sum(part[f"{kind}_seconds"][chip] for part in parts) for kind in ("issue", "memory")]
+            table.append(Prediction(row["operator"], row["mode"], row["workload"], *sums, row["median"]))
+    return table
+
+
+def load(results: Path) -> dict[str, list[Prediction]]:
+    """{device: its predictions} of every GPU with rows in `results` whose chip the floors are counted for."""
+    record = json.loads((results / "floors.json").read_text())
+    devices: dict[str, list[Prediction]] = {}
+    for path in sorted(results.glob("nvidia-*.json")):
+        rows = [row for row in json.loads(path.read_text()) if row.get("provider") == GRAPH]
+        for chip in record["assumptions"]["chips"]:
+            if rows and chip in rows[0]["device"]:
+                devices[rows[0]["device"]] = predictions(record["rows"], rows, chip)
+    return devices
