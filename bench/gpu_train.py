@@ -27,15 +27,19 @@ PHASES = {"warmup": 0.25, "pretrain": 0.45, "adapt": 0.3}
 """What each phase gets of the time for training."""
 TRIAL = 2 if DRY else 8
 """Steps of each phase in the first run; the second half of them is timed."""
+FEW, MANY = (2, 4) if DRY else (16, 64)
+"""Test images of an evaluation, in the first run and at most in the second."""
+EVALUATING = 0.4
+"""Of the time, at most."""
 FIGURES = ("bbox2caption_rouge_l", "bbox2caption_cider", "caption2bbox_acc50", "caption2bbox_miou")
 """Of an evaluation, for the table."""
 
 
-def configuration(folder: Path, steps: dict[str, int]):
+def configuration(folder: Path, steps: dict[str, int], eval_images: int):
     from granvit.train.presets import PRESETS, Data, Model
 
     compact, smoke = PRESETS["compact"], PRESETS["smoke"]
-    data = Data(images=4000, capacity=1024, eval_images=64, workers=min(8, os.cpu_count() or 1))
+    data = Data(images=4000, capacity=1024, eval_images=eval_images, workers=min(8, os.cpu_count() or 1))
     model = Model(
         encoder_width=compact.model.encoder_width, encoder_layers=compact.model.encoder_layers,
         encoder_heads=compact.model.encoder_heads, max_image_tokens=compact.model.max_image_tokens,
@@ -44,7 +48,7 @@ def configuration(folder: Path, steps: dict[str, int]):
     rates = {"warmup": 6e-4, "pretrain": 6e-4, "adapt": 3e-4}  # a deep LLM from scratch bears less than a tiny one
     packs = {"warmup": 16, "pretrain": compact.pretrain.packs, "adapt": compact.adapt.packs}
     if DRY:
-        data = Data(images=40, capacity=256, eval_images=4, workers=1)
+        data = Data(images=40, capacity=256, eval_images=eval_images, workers=1)
         model = Model(encoder_width=32, encoder_layers=2, llm_width=32, llm_layers=2, vocabulary=400)
         packs = dict.fromkeys(packs, 2)
     stages = {
@@ -102,15 +106,16 @@ def main() -> None:
 
     began, work = time.perf_counter(), Path(tempfile.mkdtemp(prefix="granvit-run-"))
     rows, about = Rows(gpu_file("run"), ("stage", "when")), provenance(gpu_name())
-    train(configuration(work / "trial", dict.fromkeys(PHASES, TRIAL)))
+    train(configuration(work / "trial", dict.fromkeys(PHASES, TRIAL), FEW))
     each = step_seconds(work / "trial")
     spent = time.perf_counter() - began
-    overhead = sum(line["seconds"] for line in lines(work / "trial") if "evaluation" in line)
-    left = max(seconds - spent - 1.5 * overhead, 0)
+    an_image = sum(line["seconds"] for line in lines(work / "trial") if "evaluation" in line) / FEW
+    images = max(FEW, min(MANY, int(EVALUATING * seconds / an_image)))
+    left = max(seconds - spent - an_image * images, 0)
     steps = {name: max(int(left * share / each[name]), 2 * TRIAL) for name, share in PHASES.items()}
-    print(f"a trial of {spent:.0f} s, {overhead:.0f} of them evaluations; steps: {steps}", flush=True)
+    print(f"a trial of {spent:.0f} s; {images} test images, steps {steps}", flush=True)
     try:
-        train(configuration(work / "run", steps))
+        train(configuration(work / "run", steps, images))
     finally:
         for row in rows_of(work / "run", steps):
             rows.save({**row, **about})
