@@ -222,8 +222,8 @@ def test_measured_times_stand_beside_the_floors_of_their_shape():
     row = {"operator": "region_attention", "mode": "forward+backward", "workload": "A, 12 x 64, 1 query"}
     graph = row | {"provider": "granvit, CUDA graph", "median": 10.0}
     rows = [graph, row | {"provider": "granvit", "median": 11.0}, graph | {"workload": "A, 12 x 64, 4 queries"}]
-    [found] = predicted.predictions(floors, rows, "H200")
-    assert found[2:] == ("A, 12 x 64, 1 query", 5, 3, 10.0) and found.ratio == 2
+    [prediction] = predicted.predictions(floors, rows, "H200")
+    assert prediction[2:] == ("A, 12 x 64, 1 query", 5, 3, 10.0) and prediction.ratio == 2
 
 
 def test_a_gpus_file_has_predictions_for_each_operator():
