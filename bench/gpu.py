@@ -55,7 +55,6 @@ def environment(dry: bool) -> dict[str, str]:
     """Of every step. A dry run keeps its rows under build/, unless it was told where."""
     paths = [str(ROOT), str(ROOT / "bench"), str(TARGET), os.environ.get("PYTHONPATH", "")]
     made = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    made.setdefault("OMP_NUM_THREADS", "2")  # steps run many processes, and the GPU does the work
     if dry:
         made |= {"GRANVIT_BENCH_DEVICE": "cpu", "GRANVIT_TEST_DEVICE": "cpu"}
         made.setdefault("GRANVIT_BENCH_RESULTS", str(ROOT / "build" / "gpu-dry"))
@@ -122,7 +121,7 @@ def run(step: Step, limit: float, dry: bool, log: Path, variables: dict[str, str
     """The step's row. results: FOLDER/DEVICE of the files FOLDER/DEVICE-KIND.json that hold what it measured."""
     command = [sys.executable, *(step.dry if dry and step.dry is not None else step.command)]
     compiled, began = kernels_compiled(variables), time.monotonic()
-    verdict = execute(command, limit, log, variables, step.name)
+    verdict = execute(command, limit, log, variables | dict(step.variables), step.name)
     seconds = round(time.monotonic() - began, 1)
     output = log.read_text(errors="replace")
     try:

@@ -33,6 +33,8 @@ class Step:
     """(its output, FOLDER/DEVICE of the result files, the commit) -> lines for the table."""
     dry: tuple[str, ...] | None = None
     """The command of a dry run, where it is another one."""
+    variables: tuple[tuple[str, str], ...] = ()
+    """Of its environment, besides the driver's."""
     measures: bool = True
     """False: it prepares the machine, so what another run did does not stand for it."""
 
@@ -96,32 +98,35 @@ def training(output: str, results: Path, commit: str) -> list[str]:
 # ---- the steps ----
 TESTS = ("tests/kernels", "tests/model/test_vision.py", "tests/model/test_question_attention.py")
 PYTEST = ("-m", "pytest", "-q", "--tb=short", "-rfEs", "-p", "no:cacheprovider")
+PARALLEL = (*PYTEST, "-p", "no:benchmark", "-n", WORKERS, "-o", "faulthandler_timeout=90")
+ONE_THREAD = (("OMP_NUM_THREADS", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "1"))
+"""Of processes that are as many as the cores: their references are computed on the CPU."""
 BENCH = (*PYTEST, "bench/test_gpu.py", "-k")
 
 STEPS = (
     Step("packages", ("bench/wheels.py", "--install"), 5, 60, measures=False),
-    Step("build", ("setup.py", "build_ext", "--inplace"), 25, 120, measures=False),
-    Step("compile", ("bench/warm.py",), 40, 100, measures=False),
-    Step("accuracy", ("bench/accuracy.py",), 10, 60),
+    Step("build", ("setup.py", "build_ext", "--inplace"), 45, 120, measures=False),
+    Step("compile", ("bench/warm.py",), 20, 100, measures=False),
+    Step("accuracy", ("bench/accuracy.py",), 15, 60),
     Step(
-        "tests", (*PYTEST, "-n", WORKERS, "-m", "gpu", *TESTS), 75, 150, summary,
-        dry=(*PYTEST, "-n", WORKERS, *TESTS, "-k", "test_gpu.py and float32"),
+        "tests", (*PARALLEL, *TESTS, "-m", "gpu"), 75, 150, summary,
+        dry=(*PARALLEL, *TESTS, "-k", "test_gpu.py and float32"), variables=ONE_THREAD,
     ),
     Step(
-        "workload-A", (*BENCH, "workload_A and not flex and not compiled"), 80, 160,
+        "workload-A", (*BENCH, "workload_A and not flex and not compiled"), 45, 160,
         partial(operators, chosen=lambda row: row["workload"].startswith("A,") and not compiled(row)),
     ),
     Step(
-        "flex-attention", (*BENCH, "workload_A and flex"), 50, 120,
+        "flex-attention", (*BENCH, "workload_A and flex"), 35, 120,
         partial(operators, chosen=lambda row: row["workload"].startswith("A,") and "Flex" in row["provider"]),
     ),
     Step(
-        "workloads-BCD", (*BENCH, "not workload_A and not flex and not compiled"), 30, 90,
+        "workloads-BCD", (*BENCH, "not workload_A and not flex and not compiled"), 60, 120,
         partial(operators, chosen=lambda row: row["workload"][0] in "BCD" and not compiled(row)),
     ),
-    Step("sanitizer", ("bench/sanitize.py",), 40, 90),
+    Step("sanitizer", ("bench/sanitize.py",), 15, 90),
     Step(
-        "training", (*PYTEST, "bench/test_gpu_training.py", "-k", "base and pretrain"), 60, 120, training,
+        "training", (*PYTEST, "bench/test_gpu_training.py", "-k", "base and pretrain"), 110, 180, training,
         dry=(*PYTEST, "bench/test_gpu_training.py", "-k", "pretrain"),
     ),
     Step("ncu", ("bench/ncu.py",), 50, 100),

@@ -9,16 +9,17 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The checked-out commit, with "-dirty" where files differ from it, results of benchmarks aside: they change while
-    they are measured. Outside a checkout, or without git, what GRANVIT_COMMIT says, or "unknown"."""
+    """What GRANVIT_COMMIT says, for a copy of the files whose history is elsewhere; else the checked-out commit, with
+    "-dirty" where files differ from it, results of benchmarks aside: they change while they are measured. Outside a
+    checkout, or without git, "unknown"."""
+    if named := os.environ.get("GRANVIT_COMMIT"):
+        return named
     try:
         described = _git("describe", "--always", "--match", "").stdout.strip()
         changed = _git("diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)bench/results").returncode == 1
     except OSError:  # no git on PATH, or one that can't be run
         described = ""
-    if not described:
-        return os.environ.get("GRANVIT_COMMIT", "unknown")
-    return described + "-dirty" * changed
+    return described + "-dirty" * changed if described else "unknown"
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess:

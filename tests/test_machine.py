@@ -24,9 +24,12 @@ def test_results_of_benchmarks_make_no_commit_dirty(monkeypatch, tmp_path):
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *arguments], check=True)
     monkeypatch.setattr(granvit.machine, "__file__", str(tmp_path / names[0]))
+    monkeypatch.delenv("GRANVIT_COMMIT", raising=False)
     first = commit()
     assert 7 <= len(first) <= 40 and "dirty" not in first
     Path(tmp_path / names[1]).write_text("2\n")
     assert commit() == first
     Path(tmp_path / names[0]).write_text("2\n")
     assert commit() == first + "-dirty"
+    monkeypatch.setenv("GRANVIT_COMMIT", "abc1234")  # a copy, whose history lies elsewhere
+    assert commit() == "abc1234"

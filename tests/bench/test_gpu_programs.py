@@ -136,7 +136,7 @@ def test_what_is_compiled_beforehand_is_what_the_workloads_launch():
     done = subprocess.run([sys.executable, "-c", COVERED], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     *missed, kernels = done.stdout.split()
-    assert set(missed) <= {"_tile_tokens"} and int(kernels) > 15  # compiled in a moment
+    assert not missed and int(kernels) > 15
 
 
 def test_what_is_tuned_is_what_the_launchers_ask_for(load):
