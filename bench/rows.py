@@ -6,6 +6,7 @@ it (`judged`). torch is imported where it is needed: what only reads rows starts
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -94,11 +95,17 @@ class Rows:
         return any(all(row.get(name) == value for name, value in values.items()) for row in self.kept())
 
     def save(self, *rows: dict[str, Any]) -> None:
-        """Write the file with these rows, in place of older ones of equal keys. A reader sees all of it or nothing."""
+        """Write the file with these rows, in place of older ones of equal keys. A reader sees all of it or nothing, and
+        processes that save at once wait for each other."""
         if self.path is None:
             return
         new = {self.of(row) for row in rows}
-        lines = map(json.dumps, [*(row for row in self.kept() if self.of(row) not in new), *rows])
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-        partial.replace(self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)  # its lock leaves no file behind, and ends with the process
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            lines = map(json.dumps, [*(row for row in self.kept() if self.of(row) not in new), *rows])
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+            partial.replace(self.path)
+        finally:
+            os.close(folder)

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +76,19 @@ def test_a_row_takes_the_place_of_the_older_one_whatever_its_commit(rows, tmp_pa
     assert kept.kept() == [{"device": "b", "mode": "f", "commit": "1"}, {"device": "a", "mode": "f", "commit": "2"}]
     assert len((tmp_path / "x.json").read_text().splitlines()) == 4, "a line a row"
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
+def test_processes_that_save_at_once_lose_no_row(tmp_path):
+    program = (
+        "import pathlib, rows, sys; kept = rows.Rows(pathlib.Path(sys.argv[1]), ('n',)); "
+        "[kept.save({'n': f'{sys.argv[2]}{i}'}) for i in range(100)]"
+    )
+    paths = {**os.environ, "PYTHONPATH": f"{BENCH}{os.pathsep}{BENCH.parent}"}
+    command = sys.executable, "-c", program, str(tmp_path / "x.json")
+    writers = [subprocess.Popen([*command, name], env=paths) for name in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    kept = {row["n"] for row in json.loads((tmp_path / "x.json").read_text())}
+    assert kept == {f"{name}{i}" for name in "ab" for i in range(100)}
 
 
 def test_what_this_commit_has_measured_is_known(rows, tmp_path, monkeypatch):
