@@ -95,8 +95,9 @@ def compare(
 
     benchmark: pytest-benchmark's fixture, which times the first of ours. Each round calls every provider once, so that
     what else the machine does meets all of them. check(output, tolerance): raises AssertionError where an output is
-    wrong; tolerance is 1 for ours, PEERS_TOLERANCE for peers. aims: {provider: (figure, least)}.
-    Raises what ours raised, after the other rows of ours were saved.
+    wrong; tolerance is 1 for ours, PEERS_TOLERANCE for peers. A peer that returns None makes what others need, and is
+    not checked. aims: {provider: (figure, least)}.
+    Raises what ours raised: the first of ours at once, others after all rows were saved.
     """
     aims = aims or {}
 
@@ -105,26 +106,37 @@ def compare(
         return judged(made, *aims[name]) if name in aims else made
 
     clocks: dict[str, WallClock] = {}
-    failure: Exception | None = None
+    times: dict[str, list[float]] = {}
+    failures: list[Exception] = []  # of ours
     first = next(iter(ours))
+
+    def failed(name: str, error: Exception) -> None:
+        """Saves the row that says so, and times the provider no more."""
+        clocks.pop(name, None)
+        times.pop(name, None)
+        told = "wrong" if isinstance(error, AssertionError) else type(error).__name__
+        rows.save(row(name, {"failed": f"{told}: {error}"[:300]}))
+        if name in ours:
+            failures.append(error)
+
     for name, make in {**ours, **peers}.items():
         try:
             run = make()
             output = run()
-            if check is not None and output is not None:
+            if check is not None and (name in ours or output is not None):
                 check(output, 1 if name in ours else PEERS_TOLERANCE)
-            clocks[name] = clock(run)
+            clocks[name], times[name] = clock(run), []
         except Exception as error:
-            told = "wrong" if isinstance(error, AssertionError) else type(error).__name__
-            rows.save(row(name, {"failed": f"{told}: {error}"[:300]}))
+            failed(name, error)
             if name == first:
                 raise
-            failure = failure or (error if name in ours else None)
-    times: dict[str, list[float]] = {name: [] for name in clocks}
 
     def time_rest() -> None:
         for name in list(clocks)[1:]:
-            times[name].append(clocks[name].seconds())
+            try:
+                times[name].append(clocks[name].seconds())
+            except Exception as error:
+                failed(name, error)
 
     benchmark.pedantic(lambda: times[first].append(clocks[first].seconds()), setup=time_rest, rounds=rounds)
     medians = {name: float(np.median(values)) for name, values in times.items()}
@@ -135,5 +147,5 @@ def compare(
         made.append(row(name, figures))
     rows.save(*made)
     benchmark.extra_info["ratios"] = {row["provider"]: row["ratio"] for row in made}
-    if failure is not None:
-        raise failure
+    if failures:
+        raise failures[0]

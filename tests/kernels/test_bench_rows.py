@@ -144,6 +144,27 @@ def test_a_peer_that_fails_or_deviates_loses_its_own_row(tmp_path):
     assert made["granvit"]["median"] > 0
 
 
+def test_a_peer_that_fails_while_it_is_timed_loses_its_own_row(tmp_path):
+    calls = []
+
+    def tires():
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise MemoryError("no room")
+
+    made = compare(tmp_path / "x.json", lambda: 1, {"tires": lambda: tires, "peer": lambda: lambda: 2})
+    assert made["tires"]["failed"] == "MemoryError: no room" and len(calls) == 3
+    assert made["granvit"]["median"] > 0 and made["peer"]["median"] > 0
+
+
+def test_ours_must_give_a_result(tmp_path):
+    near = importlib.import_module("comparison").near(torch.ones(3))
+    with pytest.raises(TypeError):
+        compare(tmp_path / "x.json", lambda: None, check=near)
+    made = compare(tmp_path / "y.json", lambda: torch.ones(3), {"a mask": lambda: lambda: None}, check=near)
+    assert made["a mask"]["median"] > 0
+
+
 def test_a_wrong_result_of_ours_fails_and_is_kept(tmp_path):
     near = importlib.import_module("comparison").near(torch.ones(3))
     with pytest.raises(AssertionError, match="off by 1.0"):
