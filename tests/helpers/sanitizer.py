@@ -14,6 +14,8 @@ The first fault raises Fault, which names the kernel, the program and the argume
 - a hint that does not hold (tl.multiple_of, max_contiguous, max_constancy, assume): the compiler makes 16-byte accesses
   of what it promises. What Triton assumes of a launch's arguments always holds, since it looks at their values.
 
+What a load without `other` gives where its mask is false, anything on a GPU, is NaN or -1 here.
+
 How: each argument of a launch gets an address of its own, 2**40 bytes from the next. So an address tells which argument
 is meant, however far it misses, and memory is touched only where the access is right. The interpreter runs programs one
 after another, a GPU at once: whether they disturb each other is seen from who touched which word, not from results.
@@ -47,6 +49,9 @@ DISTURBED_BY = {
     "updates": ("reads", "writes"),
 }
 """What another program must not do to the same word. An update is an atomic operation."""
+
+OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_")
+"""Operations of torch that write a whole tensor in place and read none of it."""
 
 NOBODY, SEVERAL = 0, 2**16 - 1
 """In the place of a program's number; programs count from 1."""
@@ -194,8 +199,12 @@ class Sanitizer(TorchDispatchMode):
         by_position = [seen(name, value) for name, value in zip(executor.arg_names, args, strict=False)]
         return by_position, {name: seen(name, value) for name, value in kwargs.items()}
 
-    def _load(self, load, builder, pointers, mask, *rest, **options):
-        return load(builder, self._access("reads", pointers, mask.data), mask, *rest, **options)
+    def _load(self, load, builder, pointers, mask, other, *rest, **options):
+        if other is None:
+            dtype = interpreter._get_np_dtype(pointers.get_element_ty())
+            anything = np.full((*pointers.data.shape, dtype.itemsize), 255, np.uint8).view(dtype)[..., 0]
+            other = TensorHandle(anything, pointers.get_element_ty())
+        return load(builder, self._access("reads", pointers, mask.data), mask, other, *rest, **options)
 
     def _store(self, store, builder, pointers, value, mask, *rest):
         return store(builder, self._access("writes", pointers, mask.data), value, mask, *rest)
@@ -256,9 +265,10 @@ class Sanitizer(TorchDispatchMode):
         changed = []
         for argument in schema.arguments:
             tensors = [t for t in tree_leaves(given.get(argument.name)) if isinstance(t, Tensor)]
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes:
                 changed += tensors
-            else:
+            if not writes or not (argument.is_out or name in OVERWRITES):
                 self.written(tensors, f"torch's {name} reads")
         result = func(*args, **kwargs)
         for tensor in changed:

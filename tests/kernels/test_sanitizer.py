@@ -118,6 +118,9 @@ def test_reads_of_what_nobody_wrote():
           lambda: copied(copied(torch.zeros(10), programs=2)))  # fmt: skip
     fails(f"torch's sum reads 2 of 10 elements that nobody wrote, the first [8], shape [10]: {scratch}",
           lambda: copied(torch.zeros(10), programs=2).sum())  # fmt: skip
+    changes = {"mul_": lambda part: part.mul_(2), "masked_fill_": lambda part: part.masked_fill_(torch.ones(10) > 2, 0)}
+    for name, change in changes.items():  # or all would count as written from then on
+        fails(f"torch's {name} reads 2 of 10", lambda change=change: change(copied(torch.zeros(10), programs=2)))
     fails("torch's cat reads 1 of 10", lambda: torch.cat([torch.ones(1), copied(torch.zeros(10), end=9)]))
 
     def filled():
@@ -126,6 +129,22 @@ def test_reads_of_what_nobody_wrote():
         return copied(part), part.sum(), torch.empty_like(part).copy_(part), torch.empty(5).zero_()
 
     sanitized(filled)
+
+
+@triton.jit
+def sum_of_eight(source, target, count, OTHER: tl.constexpr):
+    lane = tl.arange(0, 8)
+    tl.store(target, tl.sum(tl.load(source + lane, mask=lane < count, other=OTHER)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32], ids=str)
+def test_lanes_that_a_mask_leaves_out_hold_anything(dtype):
+    """On a GPU, without `other`; the interpreter as it comes has zeros there."""
+    ones, target = torch.ones(5, dtype=dtype), torch.zeros(1, dtype=dtype)
+    sanitized(sum_of_eight[(1,)], ones, target, 5, OTHER=0)
+    assert target == 5
+    sanitized(sum_of_eight[(1,)], ones, target, 5, OTHER=None)
+    assert target != 5
 
 
 # ---- programs that disturb each other ----
