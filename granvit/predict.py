@@ -7,37 +7,30 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from granvit.data.files import output_fault
 from granvit.questions.pictures import decode_image
-from granvit.questions.prompts import Box, Question, box_fault, describe_box, find_box
+from granvit.questions.prompts import Box, Question
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
 if TYPE_CHECKING:
     from granvit.model import GranViT, GranViTProcessor
 
-MAX_NEW_TOKENS = 64
 LONG_SIDE = 640  # a smaller picture is enlarged to this before a box is drawn on it
 
 
 def answer(model: GranViT, processor: GranViTProcessor, image: Image.Image, question: Question) -> str:
-    """The model's answer to one question about an RGB image, greedily decoded."""
-    import torch
+    """The model's answer to one question about an image, greedily decoded."""
+    from granvit.model import asking
+    from granvit.model.images import as_pixels
 
-    with torch.no_grad():
-        inputs = processor(images=[torch.from_numpy(np.array(image))], questions=[question]).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-    return processor.decode_answers(out)[0]
+    return asking.answer(model, processor, [question], [0], {0: as_pixels(image)})[0]
 
 
 def caption_box(model: GranViT, processor: GranViTProcessor, image: Image.Image, box: Box) -> str:
     """What is in a box (relative xyxy). ValueError for one that reaches outside the image or has no area."""
-    if fault := box_fault(box):
-        raise ValueError(f"box {list(box)} {fault}; it takes x1 y1 x2 y2 relative to the image, in [0, 1]")
-    style = {"box_style": processor.box_style, "box_format": processor.box_format, "bins": processor.bins}
-    return answer(model, processor, image, describe_box(tuple(box), **style))
+    return answer(model, processor, image, processor.ask_what(box))
 
 
 def find(
@@ -47,9 +40,7 @@ def find(
 
     ValueError for an empty sentence.
     """
-    if not sentence.strip():
-        raise ValueError("the sentence to find is empty; describe one thing in the picture")
-    text = answer(model, processor, image, find_box(sentence.strip()))
+    text = answer(model, processor, image, processor.ask_where(sentence.strip()))
     return processor.parse_boxes([text])[0], text
 
 

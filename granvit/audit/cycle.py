@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from granvit.data.measures import box_iou
-from granvit.eval.evaluation import answer
+from granvit.eval.evaluation import MAX_NEW_TOKENS, answer
 from granvit.eval.metrics import rouge_l
 from granvit.questions.packing import pack_questions
 from granvit.questions.prompts import Box, Question, describe_box, find_box, format_box
@@ -99,17 +99,21 @@ def _check(
     boxes = [format_box(region.box, processor.box_format, processor.bins) for _, _, region in asked]
 
     def describe(index: int, caption: str) -> Question:
-        """What is in the box of region `one`, answered by a caption."""
+        """What is in the box of region `index`, answered by a caption."""
         return describe_box(asked[index][2].box, caption, asked[index][1], **style)
 
     def locate(caption: str, index: int) -> Question:
-        """Where is what the caption says, answered by the box of region `one`."""
+        """Where is what the caption says, answered by the box of region `index`."""
         return find_box(caption, boxes[index], asked[index][1])
 
     every = range(len(asked))
-    said = answer(model, processor, [describe(i, captions[i]) for i in every], images, shown, batch_size)
+
+    def answers(questions: list[Question]) -> list[str]:
+        return answer(model, processor, questions, images, shown, batch_size, MAX_NEW_TOKENS)
+
+    said = answers([describe(i, captions[i]) for i in every])
     predicted, cycled = (
-        processor.parse_boxes(answer(model, processor, [locate(text[i], i) for i in every], images, shown, batch_size))
+        processor.parse_boxes(answers([locate(text[i], i) for i in every]))
         for text in (captions, [text or "nothing" for text in said])
     )
 

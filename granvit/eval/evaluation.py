@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 
 from granvit.data.loader import GranDataset, spread
 from granvit.eval.metrics import Prediction, summarise
+from granvit.model.asking import answer
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, Question, questions
 from granvit.questions.schema import Sample
 
@@ -74,36 +75,6 @@ def other_images(samples: dict[int, Sample]) -> dict[int, Sample]:
 
 
 @torch.no_grad()
-def answer(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    rows: Sequence[int],
-    images: Mapping[int, torch.Tensor] | None,
-    batch_size: int = 64,
-) -> list[str]:
-    """The model's answer to each question, greedily decoded. rows: for each question the key of its image in `images`
-    (uint8 [H, W, 3]); images=None: the question's text alone. Questions whose answers are of about one length should
-    stand together: a batch takes as long as its longest. A caption2bbox question's own answer says how long boxes are.
-    """
-    answers: list[str] = []
-    for i in range(0, len(questions), batch_size):
-        batch, of = questions[i : i + batch_size], rows[i : i + batch_size]
-        distinct = list(dict.fromkeys(of))  # in order
-        inputs = processor(
-            images=None if images is None else [images[row] for row in distinct],
-            questions=batch,
-            image_index=None if images is None else [distinct.index(row) for row in of],
-        ).to(model.device)
-        length = MAX_NEW_TOKENS
-        if {question.task for question in batch} == {CAPTION2BBOX}:
-            length = 4 + max(map(len, processor.answer_ids([question.answer for question in batch])))
-        out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
-        answers += processor.decode_answers(out)
-    return answers
-
-
-@torch.no_grad()
 def evaluate(
     model: Any,
     processor: Any,
@@ -140,7 +111,8 @@ def evaluate(
     training = model.training
     model.eval()
     images = None if blind == "text" else {row: sample.image for row, sample in shown.items()}
-    answers = answer(model, processor, [a.question for a in asked], [a.row for a in asked], images, batch_size)
+    asked_of = [a.row for a in asked]
+    answers = answer(model, processor, [a.question for a in asked], asked_of, images, batch_size, MAX_NEW_TOKENS)
     model.train(training)
 
     boxes = processor.parse_boxes(answers)

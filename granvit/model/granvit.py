@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,10 @@ from granvit.lora import Lora, adapters, add_adapters, merged
 from granvit_kernels import PackedLayout, pack_patches
 
 from . import question_attention
+from .asking import Asking
 from .config import GranViTConfig
 from .fused_loss import can_fuse, fused_cross_entropy
+from .images import read_images
 from .llm import (
     LocationTokens,
     check_llm,
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class GranViT(PreTrainedModel, GenerationMixin):
+class GranViT(Asking, PreTrainedModel, GenerationMixin):
     """Encoder, projector, region prompt, location tokens and LLM.
 
     Logits have V = text_vocab + location tokens columns: the LLM's own rows, then ours. The markers `<image>`
@@ -166,6 +168,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
                 part.float() if name != "llm" else add_adapters(part, lora)
         use_question_attention(whole.llm)
         whole.match_llm_scale(reset_locations=True)
+        whole.processor = processor
         return whole, processor
 
     @classmethod
@@ -178,6 +181,9 @@ class GranViT(PreTrainedModel, GenerationMixin):
             values, _ = PretrainedConfig.get_config_dict(name, **hub)
         except OSError as error:
             raise ValueError(f"{name} holds no model: {error}") from error
+        export = Path(name) / "export"
+        if not values and (export / "config.json").is_file():
+            raise ValueError(f"{name} is a run's folder; its model is in {export}")
         if values.get("model_type") != GranViTConfig.model_type:
             raise ValueError(
                 f"{name} is a checkpoint of type {values.get('model_type')!r}, not a GranViT's; "
@@ -197,6 +203,7 @@ class GranViT(PreTrainedModel, GenerationMixin):
             # the saved one's by 1e-6.
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
+        model._source = str(name), hub
         return (model, info) if wanted else model
 
     def save_pretrained(self, save_directory, state_dict=None, **kwargs):
@@ -233,20 +240,32 @@ class GranViT(PreTrainedModel, GenerationMixin):
 
     def encode(
         self,
-        images: Sequence[torch.Tensor],
+        images: Any,
         crops: torch.Tensor | None = None,
         grids: Sequence[tuple[int, int]] | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, PackedLayout]:
-        """Features [T, C] and layout of images (uint8 [H, W, 3] each), or of crops [N, 5] of them (see
-        pack_patches).
+        """The encoder's features of every patch of the images.
 
-        grids: (h, w) for each image or crop; None: the configuration's, by fit_grid within max_image_tokens.
+        Args:
+            images: a picture, or a list of them: PIL images, uint8 arrays or tensors [H, W, 3], or paths. Each keeps
+                its aspect ratio, and is resized to its grid.
+            crops: [N, 5], encoded in place of the images: index of the image, then x1, y1, x2, y2 in its pixels,
+                fractions allowed (see pack_patches).
+            grids: rows and columns of patches (h, w) for each image, or each crop; None: as many as the configuration's
+                max_image_tokens allow (fit_grid).
+        Returns:
+            features [T, C], in the weights' dtype and on their device, of all images one after the other, each row by
+            row of its patches; and their PackedLayout, whose split(features) gives [h, w, C] for each image. They have
+            gradients: use torch.no_grad() where none are wanted.
+        Raises:
+            ValueError: a picture that is none of these or can't be read, crops outside their image.
+
+        >>> with torch.no_grad():
+        ...     features, layout = model.encode(["photo.jpg", "page.png"])
+        >>> [tuple(grid.shape) for grid in layout.split(features)]
+        [(5, 7, 128), (7, 5, 128)]
         """
-        for i, image in enumerate(images):
-            if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3:
-                raise ValueError(
-                    f"images[{i}]: got {image.dtype} {list(image.shape)}, accepted is uint8 [H, W, 3]"
-                )
+        images = read_images(images)
         if grids is None and crops is None:
             grids = [self.config.grid(*image.shape[:2]) for image in images]
         elif grids is None:

@@ -6,21 +6,46 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import islice
-from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from granvit.questions.pictures import decode_image
-from granvit.questions.prompts import IMAGE, REGION, Box, Question, box_fault, parse_box, questions
+from granvit.questions.prompts import (
+    IMAGE,
+    REGION,
+    Box,
+    Question,
+    box_fault,
+    describe_box,
+    find_box,
+    form_fault,
+    format_box,
+    parse_box,
+    questions,
+)
 
 from .config import GranViTConfig, token_grid
+from .images import as_pixels, read_images
+
+__all__ = ["GranViTProcessor", "ProcessedInputs", "as_pixels"]
 
 # Fields that a processor and the trainer's configuration share with the model's, besides the encoder's patch_size.
 SHARED = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
+
+
+class ProcessedInputs(BatchFeature):
+    """What a GranViTProcessor returns: a dictionary whose `to` moves to a device."""
+
+    def to(self, *args, **kwargs) -> ProcessedInputs:
+        """As transformers' own, but boxes, the only numbers with a fraction, stay float32 whatever dtype is given:
+        in half precision they would be up to four thousandths off. A model takes them in any dtype of its own."""
+        boxes = self.data.get("boxes")
+        super().to(*args, **kwargs)
+        if boxes is not None:
+            self.data["boxes"] = boxes.to(self.data["boxes"].device)
+        return self
 
 
 class GranViTProcessor(ProcessorMixin):
@@ -110,12 +135,12 @@ class GranViTProcessor(ProcessorMixin):
         image_index: Sequence[int] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         **unknown,
-    ) -> BatchFeature:
+    ) -> ProcessedInputs:
         """Prompts for generate, one question a row, padded on the left.
 
         Args:
-            images: the distinct images, or the only one: uint8 tensors or arrays [H, W, 3], or PIL images. None:
-                the rows hold no image (a blinded model), and generate gives zeros for region tokens.
+            images: the distinct images, or the only one: uint8 tensors or arrays [H, W, 3], PIL images, or paths.
+                None: the rows hold no image (a blinded model), and generate gives zeros for region tokens.
             questions: a prompt or a Question a row, or the only one. A prompt's `<region>` markers stand for its
                 boxes. A Question of several turns is asked its last one, after the others and their answers.
             boxes: for each row the boxes [R, 4] of its markers, relative xyxy, as lists or tensors; for an only
@@ -124,11 +149,11 @@ class GranViTProcessor(ProcessorMixin):
             image_sizes: (height, width) in pixels, in place of images where their features are given to
                 generate.
         Returns:
-            BatchFeature: input_ids, attention_mask [B, L] int64; image_index [B]; boxes float32 [R, 4]; and
+            ProcessedInputs: input_ids, attention_mask [B, L] int64; image_index [B]; boxes float32 [R, 4]; and
             images, a list of uint8 tensors [H, W, 3], where images were given.
         Raises:
-            ValueError: an empty question, an image that is not uint8 [H, W, 3], a box outside its image or of
-            no area, markers and boxes that differ in number, an index that names no image.
+            ValueError: an empty question, an image that can't be read, a box outside its image or of no area, markers
+            and boxes that differ in number, an index that names no image, a question in another model's form.
             TypeError: arguments of other models' processors (text, return_tensors...).
         """
         if unknown:
@@ -136,12 +161,10 @@ class GranViTProcessor(ProcessorMixin):
                 f"GranViTProcessor got {', '.join(unknown)}; accepted are images, questions (the prompts), boxes, "
                 "image_index and image_sizes. What it returns are torch tensors, padded"
             )
-        if isinstance(images, Image.Image | str | bytes | PathLike) or getattr(images, "ndim", 4) < 4:
-            images = [images]
-        boxes = None if boxes is None else _plain(boxes)
+        boxes = None if boxes is None else as_lists(boxes)
         if isinstance(questions, str | Question):
             questions = [questions]
-            boxes = [boxes] if boxes is not None and _depth(boxes) == 2 else boxes
+            boxes = [boxes] if boxes is not None and nesting(boxes) == 2 else boxes
         asked = [item if isinstance(item, Question) else Question("", item, "") for item in questions]
         prompts = ["\n".join(prompt for prompt, _ in q.turns) if q.later else q.prompt for q in asked]
         if boxes is None:
@@ -151,7 +174,7 @@ class GranViTProcessor(ProcessorMixin):
         if len(boxes) != len(prompts):
             raise ValueError(f"boxes: got {len(boxes)} lists of boxes for {len(prompts)} questions")
         self._check_rows(prompts, boxes)
-        pixels = None if images is None else [as_pixels(image, i) for i, image in enumerate(images)]
+        pixels = None if images is None else read_images(images)
         sizes = image_sizes if pixels is None else [tuple(image.shape[:2]) for image in pixels]
         if sizes is None:
             parts = [self.image_part(0)] * len(prompts)
@@ -169,7 +192,30 @@ class GranViTProcessor(ProcessorMixin):
         data["boxes"] = torch.tensor(flat, dtype=torch.float32).view(-1, 4)
         if pixels is not None:
             data["images"] = pixels
-        return BatchFeature(data)
+        return ProcessedInputs(data)
+
+    def ask_what(self, box: Box, answer: str = "", region: int | None = None) -> Question:
+        """The question what is in a box, in the form that the model was taught (box_style, box_format, bins).
+
+        box: x1, y1, x2, y2 relative to the image, in [0, 1]; numbers, an array or a tensor. answer, region: see
+        Question. ValueError for another box.
+        """
+        box = as_lists(box)
+        if not _is_box(box):
+            raise ValueError(f"box: got {box!r:.60}, accepted are four numbers, x1 y1 x2 y2 relative to the image")
+        if fault := box_fault(box):
+            raise ValueError(f"box {list(box)} {fault}; it takes x1 y1 x2 y2 relative to the image, in [0, 1]")
+        return describe_box(tuple(box), answer, region, self.box_style, self.box_format, self.bins)
+
+    def ask_where(self, sentence: str, box: Box | None = None, region: int | None = None) -> Question:
+        """The question where what a sentence describes is. box: the answer, where it is known, as of `ask_what`.
+
+        ValueError for an empty sentence.
+        """
+        if not isinstance(sentence, str) or not sentence.strip():
+            raise ValueError("the sentence to find is empty; describe one thing in the picture")
+        answer = "" if box is None else format_box(as_lists(box), self.box_format, self.bins)
+        return find_box(sentence, answer, region)
 
     def questions(self, sample, tasks: Sequence[str]) -> list[Question]:
         """`granvit.questions.prompts.questions` with this processor's box style and format."""
@@ -197,7 +243,11 @@ class GranViTProcessor(ProcessorMixin):
         return [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(spelt)]
 
     def turn_ids(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
-        """For each question the ids of each of its turns: (prompt, answer)."""
+        """For each question the ids of each of its turns: (prompt, answer). ValueError for a question about a box in
+        another form than this processor's (see form_fault)."""
+        for question in questions:
+            if fault := form_fault(question, self.box_style, self.box_format, self.bins):
+                raise ValueError(f"questions: {question.prompt!r:.200} {fault}; processor.ask_what(box) writes it")
         turns = [turn for question in questions for turn in question.turns]
         prompts, answers = self.prompt_ids([turn[0] for turn in turns]), self.answer_ids([turn[1] for turn in turns])
         ids = iter(zip(prompts, answers, strict=True))
@@ -246,7 +296,7 @@ class GranViTProcessor(ProcessorMixin):
             if IMAGE in prompt:
                 raise ValueError(f"questions[{i}]: {IMAGE} stands in the prompt; give the image by images")
             for j, box in enumerate(row):
-                if not isinstance(box, list | tuple) or not all(isinstance(v, int | float) for v in box):
+                if not _is_box(box):
                     raise ValueError(f"boxes[{i}][{j}]: got {box!r}, accepted is relative xyxy, four numbers")
                 fault = box_fault(box)
                 if fault:
@@ -255,6 +305,10 @@ class GranViTProcessor(ProcessorMixin):
                 raise ValueError(
                     f"questions[{i}]: {prompt.count(REGION)} {REGION} markers, but {len(row)} boxes"
                 )
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list | tuple) and all(isinstance(v, int | float) for v in box)
 
 
 def _any_of(tokens: set[str]) -> re.Pattern:
@@ -269,36 +323,13 @@ def _spell_out(text: str, special: re.Pattern) -> str:
     return text
 
 
-def _plain(boxes: Any) -> Any:
+def as_lists(boxes: Any) -> Any:
     """Nested lists of numbers, out of any nesting of sequences, arrays and tensors."""
     if hasattr(boxes, "tolist"):
         return boxes.tolist()
-    return [_plain(item) for item in boxes] if isinstance(boxes, Sequence) and not isinstance(boxes, str) else boxes
+    return [as_lists(item) for item in boxes] if isinstance(boxes, Sequence) and not isinstance(boxes, str) else boxes
 
 
-def _depth(boxes: Any) -> int:
+def nesting(boxes: Any) -> int:
     """How many lists are nested, an empty one counted as a row of no boxes."""
-    return 1 + max(map(_depth, boxes), default=1) if isinstance(boxes, list) else 0
-
-
-def as_pixels(image: Any, index: int = 0) -> torch.Tensor:
-    """An image as a uint8 tensor [H, W, 3]: a tensor or array of that form, or a PIL image, read as data sets'
-    images are (`decode_image`)."""
-    if isinstance(image, Image.Image):
-        try:
-            image = np.array(decode_image(image))
-        except ValueError as error:
-            raise ValueError(f"images[{index}]: {error}") from error
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        image = torch.from_numpy(np.ascontiguousarray(image))
-    if (
-        not isinstance(image, torch.Tensor)
-        or image.dtype != torch.uint8
-        or image.dim() != 3
-        or image.shape[2] != 3
-    ):
-        got = f"{image.dtype} {list(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
-        raise ValueError(f"images[{index}]: got {got}, accepted is uint8 [H, W, 3] or a PIL image")
-    if 0 in image.shape:
-        raise ValueError(f"images[{index}]: got an empty image {list(image.shape)}")
-    return image
+    return 1 + max(map(nesting, boxes), default=1) if isinstance(boxes, list) else 0

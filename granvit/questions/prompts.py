@@ -100,8 +100,10 @@ def describe_box(
     box_format: str = "text",
     bins=1000,
 ) -> Question:
-    """The bbox2caption question about a box, named in the prompt by coordinates, by region tokens, or by
-    both."""
+    """The bbox2caption question about a box, named in the prompt by coordinates, by region tokens, or by both.
+
+    The form must be the model's: a processor's `ask_what` gives it, and a processor refuses another one.
+    """
     if box_style not in ("text", "tokens", "both"):
         raise ValueError(f"box_style: got {box_style!r}, accepted are 'text', 'tokens' and 'both'")
     names = [] if box_style == "tokens" else [format_box(box, box_format, bins)]
@@ -116,6 +118,28 @@ def describe_box(
 def find_box(sentence: str, answer: str = "", region: int | None = None) -> Question:
     """The caption2bbox question for a sentence; answer: its box as format_box writes it."""
     return Question(CAPTION2BBOX, FIND_BOX + without_markers(sentence), answer, (), region)
+
+
+def form_fault(question: Question, box_style: str, box_format: str, bins: int) -> str | None:
+    """How the form in which a bbox2caption question names its box differs from the one that a model was taught (None:
+    it does not). The model would answer, only badly, and nobody would notice.
+
+    A prompt that names no box in any of the forms is free text, and no fault.
+    """
+    if question.task != BBOX2CAPTION:
+        return None
+    forms = {REGION} if REGION in question.prompt else set()
+    if _TEXT_BOX.search(question.prompt):
+        forms.add("text")
+    if match := _BINS_BOX.search(question.prompt):
+        forms.add("bins" if max(map(int, match.groups())) < bins else "more bins")
+    taught = {"text": {box_format}, "tokens": {REGION}, "both": {box_format, REGION}}[box_style]
+    if not forms or forms == taught:
+        return None
+    words = {REGION: "region tokens", "text": "coordinates as text", "bins": "location tokens",
+             "more bins": "location tokens of more bins"}  # fmt: skip
+    named, wanted = (" and ".join(words[form] for form in sorted(names)) for names in (forms, taught))
+    return f"names its box by {named}, but the model was taught {wanted}"
 
 
 def without_markers(text: str) -> str:
@@ -190,7 +214,8 @@ def box_fault(box: Sequence[float]) -> str | None:
     if not all(map(isfinite, box)):
         return "is not finite"
     if min(box) < 0 or max(box) > 1:
-        return "reaches outside the image ([0, 1])"
+        pixels = ": pixels? Divide x by the image's width and y by its height" if max(box) > 2 else ""
+        return f"reaches outside the image ([0, 1]){pixels}"
     if x1 >= x2 or y1 >= y2:
         return "has no area (x1 < x2 and y1 < y2 are needed)"
     return None
