@@ -30,7 +30,7 @@ from granvit.questions.packing import PackedBatch
 from granvit.questions.segments import find_segments
 from granvit.train.build import build
 from granvit.train.distill import Teacher
-from granvit.train.loop import freeze
+from granvit.train.optimizer import freeze
 from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import PRESETS
 from granvit.train.stages import GROUPS, Stage

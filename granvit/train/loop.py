@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -33,49 +33,19 @@ from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.distill import Teacher, feature_statistics
 from granvit.train.guard import Failed, NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.metrics_log import MetricsLog
+from granvit.train.optimizer import freeze, make_optimizer
 from granvit.train.parallel.compiling import compile_blocks
 from granvit.train.parallel.distributed import World, distribute, synchronise
 from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import TrainConfig
 from granvit.train.profiling import STEP, profiled
-from granvit.train.stages import GROUPS, Stage
+from granvit.train.stages import Stage
 from granvit.train.step import Share
 
 log = logging.getLogger(__name__)
 
 LossOf = Callable[[GranViT, "Teacher | None", int, Batch, Share], dict[str, Tensor]]
 """(model, teacher, step, batch, share) -> losses, as `stage_loss` gives them."""
-
-
-def freeze(groups: dict[str, list[nn.Parameter]], train: Iterable[str]) -> None:
-    """Let the groups in `train` learn and no others."""
-    for name in GROUPS:
-        for parameter in groups[name]:
-            parameter.requires_grad_(name in train)
-            if name not in train:
-                parameter.grad = None
-
-
-def make_optimizer(groups: dict[str, list[nn.Parameter]], stage: Stage) -> torch.optim.AdamW:
-    """AdamW over the stage's groups; vectors (norms, biases) are not decayed."""
-    parameters = []
-    for name in stage.train:
-        rate = stage.learning_rate
-        if name == "projector" and stage.projector_learning_rate is not None:
-            rate = stage.projector_learning_rate
-        for decay, members in (
-            (stage.weight_decay, [p for p in groups[name] if p.ndim >= 2]),
-            (0.0, [p for p in groups[name] if p.ndim < 2]),
-        ):
-            if members:
-                parameters.append({"params": members, "lr": rate, "rate": rate, "weight_decay": decay})
-    # fused: one pass over each tensor; a quarter of the time of the default on a CPU
-    optimizer = torch.optim.AdamW(parameters, betas=stage.betas, fused=True)
-    for group in parameters:
-        for parameter in group["params"]:  # now, so that a checkpoint always has the same tensors
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    return optimizer
 
 
 class Losses(nn.Module):

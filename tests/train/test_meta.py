@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from granvit.cost.shapes import config_of, on_meta
-from granvit.data.batches import collate
+from granvit.data.collate import collate
 from granvit.model import GranViTProcessor, llm
 from granvit.train.distill import Teacher
-from granvit.train.loop import freeze, make_optimizer
+from granvit.train.optimizer import freeze, make_optimizer
 from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import PRESETS
 from granvit.train.stages import Stage

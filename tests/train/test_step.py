@@ -8,7 +8,7 @@ from granvit.data.loader import GranDataset
 from granvit.toy.warmup import layout_embeds
 from granvit.train.build import build
 from granvit.train.distill import Teacher, distillation_loss
-from granvit.train.loop import freeze
+from granvit.train.optimizer import freeze
 from granvit.train.step import stage_loss, warmup_loss
 from granvit_kernels import PackedLayout
 

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from granvit.data.batches import collate
 from granvit.questions.schema import Region, Sample
 from granvit.train.distill import Teacher
-from granvit.train.loop import freeze
+from granvit.train.optimizer import freeze
 from granvit.train.parallel.compiling import blocks, compile_blocks, compiled_graphs, eager
 from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import PRESETS

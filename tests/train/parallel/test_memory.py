@@ -12,7 +12,7 @@ import torch
 from granvit.data.batches import collate
 from granvit.questions.schema import Region, Sample
 from granvit.train.distill import Teacher
-from granvit.train.loop import freeze
+from granvit.train.optimizer import freeze
 from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import PRESETS
 from granvit.train.step import stage_loss
