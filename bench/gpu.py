@@ -131,7 +131,7 @@ def run(step: Step, limit: float, dry: bool, log: Path, variables: dict[str, str
     return {
         "step": step.name, "verdict": verdict, "seconds": seconds, "figures": figures, "limit": round(limit),
         "command": shlex.join(command[1:]), "kernels_compiled": kernels_compiled(variables) - compiled,
-        "told": "" if verdict == "passed" else output[-2000:],
+        "told": "" if verdict == "passed" else output[-5000:],
     }  # fmt: skip
 
 

@@ -178,6 +178,30 @@ def test_the_ordinary_steps_fit_the_budget_and_leave_eight_files():
     assert len(steps.FILES) <= 8
 
 
+def test_the_tests_step_names_the_files_that_have_tests_for_a_gpu():
+    root = BENCH.parent
+    marked = {path for path in (root / "tests").rglob("test_*.py") if "pytest.mark." + "gpu" in path.read_text()}
+    assert {root / name for name in steps.TESTS} == marked
+
+
+VERBOSE = """scheduling tests via LoadScheduling
+[gw0] [  0%] PASSED tests/kernels/test_gpu.py::test_roi_gather[torch.float32-8-1]
+[gw1] [  1%] FAILED tests/kernels/test_gpu.py::test_keys_of_any_strides[heads first]
+[gw0] [  1%] PASSED tests/kernels/test_gpu.py::test_roi_gather[torch.float32-8-2]
+"""
+
+
+def test_pytest_tells_how_far_it_came():
+    failed = "FAILED tests/kernels/test_gpu.py::test_keys_of_any_strides[heads first]"
+    assert steps.summary(VERBOSE, Path(), "") == ["2 passed, 1 failed, then cut off", failed]
+    ended = "======= 1 failed, 2 passed in 3.05s ======="
+    assert steps.summary(f"{VERBOSE}{failed} - assert 0\n{ended}\n", Path(), "") == [
+        "1 failed, 2 passed in 3.05s", f"{failed} - assert 0",
+    ]  # fmt: skip
+    assert steps.summary("2 passed in 61.07s (0:01:01)\n", Path(), "") == ["2 passed in 61.07s"]
+    assert steps.summary("no tests\n", Path(), "") == []
+
+
 def test_the_docs_list_the_steps():
     text = (BENCH.parent / "docs" / "gpu.md").read_text()
     for step in steps.STEPS:
