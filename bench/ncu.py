@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ METRICS = {
 }
 """{a row's figure: (ncu's metric in base units, the factor to ours)}. issue_active: the share of cycles in which a
 scheduler issued; occupancy: warps of those that fit."""
+REFUSALS = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler")
+"""What ncu says where it may not read counters, or can't: then it can't for the next operator either."""
 LIMIT = 45
 """Seconds of an operator."""
 
@@ -97,15 +100,23 @@ def command(operator: str) -> list[str]:
 
 
 def parse(output: str) -> Iterator[dict]:
-    """The kernels in what ncu printed: a line of names, one of units, then one a kernel. PyTorch's own are left out."""
+    """The kernels in what ncu printed: a line of names, one of units, then one a kernel, maybe more that are none.
+    PyTorch's own are left out."""
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     for line in list(csv.DictReader(lines[start:]))[1:]:
-        if "Kernel Name" not in line or "at::" in line["Kernel Name"]:
+        whole = line.get("Kernel Name")
+        if not whole or "at::" in whole:
             continue
         values = {name: line.get(metric) or "nan" for name, (metric, _) in METRICS.items()}
         figures = {name: float(values[name].replace(",", "")) * factor for name, (_, factor) in METRICS.items()}
-        yield {"kernel": line["Kernel Name"].partition("(")[0], "grid": line["Grid Size"], **figures}
+        yield {"kernel": function_name(whole), "grid": line["Grid Size"], **figures}
+
+
+def function_name(signature: str) -> str:
+    """Of a kernel as ncu tells it: "void granvit::<unnamed>::copy_kernel<float>(Job)" -> "copy_kernel"."""
+    plain = re.sub(r"<unnamed>::|\(anonymous namespace\)::|^void ", "", signature)
+    return re.split(r"[<( ]", plain, maxsplit=1)[0].rpartition("::")[2]
 
 
 def run_command(command: list[str]) -> tuple[int | None, str]:
@@ -131,6 +142,8 @@ def main() -> None:
         if DRY and status == 0:
             print(f"= {operator}: its calls ran, without ncu")
             continue
+        if refused := next((line for line in output.splitlines() if any(word in line for word in REFUSALS)), None):
+            raise SystemExit(f"ncu can't read this GPU's counters here: {refused}")
         profiled = list(parse(output))
         for row in profiled:
             rows.save({"operator": operator, **row, **about})

@@ -35,6 +35,7 @@ NCU = """==PROF== Connected to process 7 (/usr/bin/python3)
 "","","","","","ns","%","byte","byte","inst","inst/cycle","%","register/thread"
 "0","7","python3","void at::native::fill(int)","(1, 1, 1)","9","1","1","1","1","1","1","1"
 "1","7","python3","forward(const int *, bfloat16)","(21504, 1, 1)","400,128","40.5","805306368","1,024","7000000","0.75","50","69"
+==WARNING== a line after the table
 """  # noqa: E501
 
 
@@ -47,6 +48,27 @@ def test_ncus_table_is_read(load):
         "instructions": 7e6, "issue_active": 0.75, "occupancy": 0.5, "registers": 69,
     }  # fmt: skip
     assert not list(ncu.parse("==ERROR== no permission\n"))
+
+
+@pytest.mark.parametrize("signature, name", [
+    ("forward", "forward"),
+    ("backward_walk(const float *, int)", "backward_walk"),
+    ("void granvit::<unnamed>::resample_kernel<__nv_bfloat16, (int)4>(granvit::PackJob<(int)540>)", "resample_kernel"),
+    ("void granvit::(anonymous namespace)::copy_kernel<float>(granvit::PackJob<540>)", "copy_kernel"),
+])  # fmt: skip
+def test_ncus_kernels_have_their_functions_names(load, signature, name):
+    assert load("ncu").function_name(signature) == name
+
+
+@pytest.mark.parametrize("told", ["==ERROR== ERR_NVGPUCTRPERM", "==ERROR== Failed to initialize the profiler"])
+def test_ncu_says_once_that_it_can_t_read_counters(load, monkeypatch, tmp_path, told):
+    ncu = load("ncu")
+    monkeypatch.setenv("GRANVIT_BENCH_RESULTS", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(ncu, "run_command", lambda command: calls.append(command) or (1, f"a line\n{told}\n"))
+    with pytest.raises(SystemExit, match=f"counters here: {told}"):
+        ncu.main()
+    assert len(calls) == 1
 
 
 def test_ncu_leaves_the_clocks_alone(load, monkeypatch):
