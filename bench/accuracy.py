@@ -83,13 +83,13 @@ def plain(operator: str, run: Callable, dtype: torch.dtype) -> dict[str, list[Te
             os.environ[backends.VARIABLE] = before
 
 
-def share_of_allowed(found: Tensor, usual: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+def share_of_allowed(ours: Tensor, usual: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
     """The largest error over what the rule allows; infinite where a value is not finite."""
-    found, usual = found.cpu().double(), usual.double()
-    if found.shape != exact.shape or not found.isfinite().all():
+    ours, usual = ours.cpu().double(), usual.double()
+    if ours.shape != exact.shape or not ours.isfinite().all():
         return float("inf")
     allowed = 2 * (usual - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-    return float((found - exact).abs().max() / allowed)
+    return float((ours - exact).abs().max() / allowed)
 
 
 def backend(operator: str, device: str, dtype: torch.dtype) -> str:
@@ -108,11 +108,11 @@ def main() -> None:
     for operator, case, run in CASES:
         exact, told = run("cpu", torch.float64), []
         for dtype in (torch.bfloat16, torch.float32):
-            found, usual, used = run(device, dtype), plain(operator, run, dtype), backend(operator, device, dtype)
+            ours, usual, used = run(device, dtype), plain(operator, run, dtype), backend(operator, device, dtype)
             stand_ins += [operator] * (used == "reference")
             row = {"operator": operator, "case": case, "dtype": str(dtype).removeprefix("torch.")}
             for mode in exact:
-                triples = zip(found[mode], usual[mode], exact[mode], strict=True)
+                triples = zip(ours[mode], usual[mode], exact[mode], strict=True)
                 share = max(share_of_allowed(*three, dtype) for three in triples)
                 worst = max(worst, share)
                 rows.save({**row, "mode": mode, "share_of_allowed": share, "backend": used, **about})

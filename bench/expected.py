@@ -63,9 +63,9 @@ def region_attention(
         weights = (torch.einsum("khd,nhd->khn", q, k) * q.shape[-1] ** -0.5 + bias).softmax(-1)
         attended = torch.einsum("bkhn,nhd->bkhd", weights, v)
         output[which] = attended.detach().float()
-        found = torch.autograd.grad(attended, (q, k, v), upstream[which].double())
-        gradients[0].add_(found[0])
-        for whole, part in zip(gradients[1:], found[1:], strict=True):
+        parts = torch.autograd.grad(attended, (q, k, v), upstream[which].double())
+        gradients[0].add_(parts[0])
+        for whole, part in zip(gradients[1:], parts[1:], strict=True):
             whole[rows] = part.float()
     return output, *gradients
 
@@ -77,12 +77,12 @@ def pack_patches(pictures: Pictures, number: int = 8) -> list[tuple[slice, Tenso
     CPU."""
     starts = torch.tensor([0] + [h * w for h, w in pictures.grids]).cumsum(0).tolist()
     chosen = torch.linspace(0, len(pictures.images) - 1, min(number, len(pictures.images))).long().unique().tolist()
-    found = []
+    packed = []
     for i in chosen:
         height, width = pictures.grids[i]
         planes = pictures.images[i].cpu().permute(2, 0, 1)[None].double()
         planes = F.interpolate(planes, (height * PATCH, width * PATCH), mode="bilinear", antialias=True)[0]
         tiles = ((planes / 255 - 0.5) / 0.5).reshape(3, height, PATCH, width, PATCH).permute(1, 3, 2, 4, 0)
         patches = tiles.flatten(2).flatten(0, 1).to(pictures.images[i].device)
-        found.append((slice(starts[i], starts[i + 1]), patches))
-    return found
+        packed.append((slice(starts[i], starts[i + 1]), patches))
+    return packed

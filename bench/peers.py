@@ -37,11 +37,11 @@ def groups(regions: Regions, one_batch: bool = True) -> list[Group]:
     boxes = regions.boxes.unflatten(0, (-1, regions.boxes_an_image))
     if regions.same_size and one_batch:
         return [Group(slice(None), *regions.grids[0], boxes)]
-    found, start = [], 0
+    made, start = [], 0
     for (height, width), theirs in zip(regions.grids, boxes, strict=True):
-        found.append(Group(slice(start, start + height * width), height, width, theirs[None]))
+        made.append(Group(slice(start, start + height * width), height, width, theirs[None]))
         start += height * width
-    return found
+    return made
 
 
 # ---- roi_gather ----
@@ -110,8 +110,8 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
         each = [(group, numbered(group)) for group in groups(regions)]
 
         def run() -> Tensor:
-            found = [roi_align(maps(group), boxes, BINS, 1.0, 2, aligned=True) for group, boxes in each]
-            return torch.cat(found).permute(0, 2, 3, 1).to(tokens.dtype, memory_format=torch.contiguous_format)
+            pooled = [roi_align(maps(group), boxes, BINS, 1.0, 2, aligned=True) for group, boxes in each]
+            return torch.cat(pooled).permute(0, 2, 3, 1).to(tokens.dtype, memory_format=torch.contiguous_format)
 
         return run
 
@@ -120,9 +120,9 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
         at = (torch.arange(2 * BINS, device=tokens.device) + 0.5) / (2 * BINS)
         low, high = group.boxes[..., None, :2], group.boxes[..., None, 2:]
         size = torch.tensor([group.width, group.height], device=tokens.device)
-        found = 2 * (low + at[:, None] * (high - low)) / size - 1  # [images, boxes, 2 * BINS, (x, y)]
-        shape = (*found.shape[:2], 2 * BINS, 2 * BINS)
-        x, y = found[..., None, :, 0].expand(shape), found[..., :, None, 1].expand(shape)
+        centres = 2 * (low + at[:, None] * (high - low)) / size - 1  # [images, boxes, 2 * BINS, (x, y)]
+        shape = (*centres.shape[:2], 2 * BINS, 2 * BINS)
+        x, y = centres[..., None, :, 0].expand(shape), centres[..., :, None, 1].expand(shape)
         return torch.stack([x, y], -1).flatten(1, 2)
 
     def grid_sample() -> Callable:
@@ -130,8 +130,8 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
         options = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
 
         def run() -> Tensor:
-            found = [F.avg_pool2d(F.grid_sample(maps(g), at, **options), 2) for g, at in each]
-            rows = [f.unflatten(2, (-1, BINS)).permute(0, 2, 3, 4, 1).flatten(0, 1) for f in found]
+            pooled = [F.avg_pool2d(F.grid_sample(maps(g), at, **options), 2) for g, at in each]
+            rows = [f.unflatten(2, (-1, BINS)).permute(0, 2, 3, 4, 1).flatten(0, 1) for f in pooled]
             return torch.cat(rows).to(tokens.dtype)
 
         return run
@@ -166,14 +166,14 @@ def region_attention_peers(
             each.append((group, mask))
 
         def run() -> Tensor:
-            found = []
+            outputs = []
             for group, mask in each:
                 images, boxes = group.boxes.shape[:2]
                 q = query.transpose(0, 1)[None, :, None].expand(images, -1, boxes, -1, -1).flatten(2, 3)
                 k, v = (group.batch(t).transpose(1, 2) for t in (key, value))
                 out = F.scaled_dot_product_attention(q, k, v, mask)
-                found.append(out.unflatten(2, (boxes, queries)).permute(0, 2, 3, 1, 4).flatten(0, 1))
-            return torch.cat(found)
+                outputs.append(out.unflatten(2, (boxes, queries)).permute(0, 2, 3, 1, 4).flatten(0, 1))
+            return torch.cat(outputs)
 
         return run
 
@@ -200,11 +200,11 @@ def region_attention_peers(
 
             def attend(k: Tensor, v: Tensor) -> Tensor:
                 pairs = zip(k.split(split), v.split(split), strict=True)
-                found = [
+                outputs = [
                     F.scaled_dot_product_attention(q, a.transpose(0, 1)[None], b.transpose(0, 1)[None])
                     for a, b in pairs
                 ]
-                return torch.cat(found).transpose(1, 2)
+                return torch.cat(outputs).transpose(1, 2)
 
         return lambda: attend(key.index_select(0, every), value.index_select(0, every))
 

@@ -85,10 +85,10 @@ def operators() -> dict[str, dict[str, ModuleType]]:
     """{operator: {backend: module}} of every package under granvit_kernels.ops."""
     from . import ops
 
-    found: dict[str, dict[str, ModuleType]] = {}
+    candidates: dict[str, dict[str, ModuleType]] = {}
     for package in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
-        found.update(getattr(importlib.import_module(package.name), "CANDIDATES", {}))
-    return dict(sorted(found.items()))
+        candidates.update(getattr(importlib.import_module(package.name), "CANDIDATES", {}))
+    return dict(sorted(candidates.items()))
 
 
 def survey() -> list[tuple[str, str, str | None]]:

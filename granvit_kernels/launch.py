@@ -49,9 +49,10 @@ def device_why_not(index: int | None) -> str | None:
         return "torch finds no CUDA device here"
     if torch.version.hip is not None:
         return "it was never tried on ROCm"
-    found = torch.cuda.get_device_capability(index)
-    if found < CAPABILITY:
-        return f"it takes compute capability {'.'.join(map(str, CAPABILITY))} or newer, not {'.'.join(map(str, found))}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < CAPABILITY:
+        oldest, this = (".".join(map(str, version)) for version in (CAPABILITY, capability))
+        return f"it takes compute capability {oldest} or newer, not {this}"
     return None
 
 
