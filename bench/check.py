@@ -37,8 +37,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
         made.add_column(head, overflow="fold")
     for row in rows:
         aim = row.get("aim")
-        figure = row["failed"] if "failed" in row else f"{aim['figure']} {row[aim['figure']]:.3g}"
-        cells = [figure, f"{aim['figure']} {aim['least']:.3g}" if aim else "", row["device"], row["commit"]]
+        name = aim and aim["figure"]
+        figure = row.get("failed") or (f"{name} {row[name]:.3g}" if name in row else f"no {name}")
+        cells = [figure, f"{name} {aim['least']:.3g}" if aim else "", row["device"], row["commit"]]
         made.add_row(row["operator"], row["mode"], row["workload"], row["provider"], *cells)
     return made
 

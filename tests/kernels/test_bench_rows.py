@@ -231,6 +231,7 @@ def test_check_lists_what_falls_short(rows, tmp_path, capsys):
         rows.judged({**row, "provider": "granvit", "share": 0.9}, "share", 0.7),
         rows.judged({**row, "provider": "torchvision", "ratio": 4.25}, "ratio", 5),
         rows.judged({**row, "provider": "broken", "failed": "OSError: gone"}, "ratio", 5),
+        rows.judged({**row, "provider": "without figure"}, "ratio", 5),
         {**row, "provider": "without aim", "ratio": 0.1},
     )
     (tmp_path / "card-steps.json").write_text('[{"step": "build"}]')
@@ -241,8 +242,9 @@ def test_check_lists_what_falls_short(rows, tmp_path, capsys):
     assert [line.split() for line in lines] == [
         ["roi_gather", "forward", "A", "torchvision", "ratio", "4.25", "ratio", "5", "card", "abc"],
         ["roi_gather", "forward", "A", "broken", "OSError:", "gone", "ratio", "5", "card", "abc"],
+        ["roi_gather", "forward", "A", "without", "figure", "no", "ratio", "ratio", "5", "card", "abc"],
     ]
-    assert last.endswith("4 rows; 1 of 3 aims reached; 1 rows could not be measured")
+    assert last.endswith("5 rows; 1 of 4 aims reached; 1 rows could not be measured")
 
 
 def test_measured_times_stand_beside_the_floors_of_their_shape():
