@@ -7,12 +7,28 @@ import unicodedata
 
 _LETTERS_SAID_AN = frozenset("AEFHILMNORSX")
 """Letters whose English names begin with a vowel."""
-_VOWEL_LETTER_SAID_A = re.compile(r"(uni(?![dmn])|us[aeu]|ut[eio]|ub[io]|ufo|uk|ur[aei]|eu|ewe|one\b|once|onesie)")
+_VOWEL_LETTER_SAID_A = re.compile(
+    r"(uni(?![dn]|m[ap])|us[aeu]|ut[aeio]|ub[io]|uga|ufo|uk|ur[aeiu]|eu|ewe|oui|one\b|once|onesie)"
+)
 """Beginnings that are written with a vowel and said without: "unicycle", "utensil", "European", "one-way sign"."""
-_CONSONANT_SAID_AN = re.compile(r"(hour|hono|honest|heir)")
+_CONSONANT_SAID_AN = re.compile(r"(hour(?!i)|honou?r|honest|heir|hors$)")
 _NUMBER_SAID_AN = re.compile(r"(8|1[18](?!\d))")
-_ACRONYMS = {"SUV": "an", "UFO": "a", "LED": "an", "UTV": "a"}
+_ACRONYMS = {"SUV": "an", "RV": "an", "UFO": "a", "LED": "an", "UTV": "a", "USB": "a", "UAV": "a"}
 """Read by letters, though they could be read as words."""
+_NO_ARTICLE_BEFORE = frozenset(
+    "a an the some any no each every both two three four five six seven eight nine ten many several another this that "
+    "these those my your his her its our their mr mrs ms "
+    "der das ein eine le la les un une el il una uno het een".split()
+)
+"""First words that leave no room for one: articles, of other languages too, numbers, words in an article's place."""
+_PLURAL = re.compile(r".*(women|children|people|teeth|feet|geese|mice)|(.*[^aeiouy]|police|fire)?men|.*(?<![su])s")
+"""Last words that look like plurals: "skis", "firemen"; not "glass", "bus" or "specimen"."""
+_MASS = re.compile(
+    r"water|ice|snow|sand|mud|dirt|gravel|grass|vegetation|foliage|terrain|rice|flour|sugar|salt|butter|milk|juice|oil|"
+    r"food|seafood|clothing|.*wear|.*ware|furniture|luggage|baggage|equipment|machinery|garbage|trash|litter|rubbish|"
+    r"hair|fur|jewell?e?ry|cutlery|traffic|scenery"
+)
+"""Last words of what is not counted."""
 
 
 def article(phrase: str) -> str | None:
@@ -33,24 +49,24 @@ def article(phrase: str) -> str | None:
         as_word = "a" if _VOWEL_LETTER_SAID_A.match(phrase.lower() if lower == "one" else lower) else "an"
     else:
         as_word = "an" if _CONSONANT_SAID_AN.match(lower) else "a"
-    if not plain.isupper():
-        return as_word
-    if plain in _ACRONYMS:
-        return _ACRONYMS[plain]
-    if not set(lower) & set("aeiouy"):
+    if plain.upper() in _ACRONYMS:
+        return _ACRONYMS[plain.upper()]
+    if not set(lower) & set("aeiouy") and (plain.isupper() or plain.islower() and len(plain) > 2):  # not "St"
         return by_letters
-    return as_word if as_word == by_letters else None
+    return as_word if not plain.isupper() or as_word == by_letters else None
 
 
 def class_phrase(name: str, articles: bool = True) -> str:
     """A class's name as what one would say of the one thing in its box: "person" is "a person", "potted_plant" is "a
-    potted plant", "hourglass" is "an hourglass"; what looks like a plural ("skis"), what has an article or more than
-    three words ("the man on the left") and what `article` can't know stays as it is. Without `articles`, all stay."""
+    potted plant", "hourglass" is "an hourglass". What looks like a plural ("skis") or is not counted ("water"), what
+    has an article or more than three words ("the man on the left") and what `article` can't know stays as it is.
+    Without `articles`, all stay."""
     words = name.replace("_", " ").split()
     phrase = " ".join(words)
-    if not articles or not words or len(words) > 3 or words[0].lower() in ("a", "an", "the"):
+    if not articles or not words or len(words) > 3 or words[0].lower().rstrip(".") in _NO_ARTICLE_BEFORE:
         return phrase
-    if words[-1].endswith("s") and not words[-1].endswith(("ss", "us")):
+    last = re.sub(r"\s*\(.*", "", phrase).rpartition(" ")[2].lower()  # "overalls (clothing)"
+    if _PLURAL.fullmatch(last) or _MASS.fullmatch(last):
         return phrase
     first = article(phrase)
     return phrase if first is None else f"{first} {phrase}"
