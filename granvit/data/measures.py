@@ -17,16 +17,20 @@ _UNSPACED = (
 # Accents and vowel signs, which belong to their letter and are no \w: else "कि" and "का" were one word.
 _MARKS = "".join(mark for mark in map(chr, range(0x300, 0x11FFF)) if unicodedata.category(mark) in ("Mn", "Mc"))
 _WORD = re.compile(rf"(?!\W)[{_UNSPACED}][{_MARKS}\u0e33\u0eb3]*|[^\W_{_UNSPACED}](?:[^\W_{_UNSPACED}]|[{_MARKS}])*")
+# Soft hyphens, byte order marks, zero-width spaces, marks of direction and variation; not the joiners, which some
+# scripts spell with.
+_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe0e\ufe0f\ufeff]")
 
 
 def nfc(text: str) -> str:
-    """The text in Unicode's form NFC, white space as single spaces: in it, letters that look the same are the same."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    """The text in Unicode's form NFC without what can't be seen, white space as single spaces: in it, letters that look
+    the same are the same."""
+    return " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", text)).split())
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of any script without punctuation, in Unicode's form NFC."""
-    return _WORD.findall(unicodedata.normalize("NFC", text.lower()))
+    """Lower-case words of any script without punctuation, as `nfc` writes them."""
+    return _WORD.findall(nfc(text.lower()))
 
 
 def tokens(text: str) -> list[str]:

@@ -72,6 +72,14 @@ def test_equal_text_in_another_unicode_form_is_equal(text):
     assert rouge_l_matrix([truth], [answer]).item() == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [("co\u00adop", "coop"), ("\ufeff\u200fabc", "abc"), ("\u2764\ufe0f", "\u2764"), ("น้ำ\u200bเย็น", "น้ำเย็น")],
+)
+def test_what_can_not_be_seen_counts_for_nothing(text, seen):
+    assert rouge_l(text, seen) == 1 and exact(text, seen) and exact_text(text, seen) and cer([text], [seen]) == 0
+
+
 def test_signs_alone_are_compared_by_sign():
     assert rouge_l("→", "←") == 0 and not exact("→", "←") and rouge_l("→", "a") == rouge_l("a", "→") == 0
     assert exact("? !", "?!") and not exact("", "!")
