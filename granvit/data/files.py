@@ -217,7 +217,8 @@ def read_file(folder: str, name: str, limit: int, what: str, follow_links: bool 
     "`what`_bytes" where there are more than `limit`."""
     location = inside(folder, name, follow_links)
     if not is_remote(folder) and not os.path.isfile(location):
-        raise DataFault("path", f"{what} {name!r:.80} is no file")
+        broken = f" (its link leads to {location!r:.200})" if os.path.islink(os.path.join(folder, name)) else ""
+        raise DataFault("path", f"{what} {name!r:.80} is no file{broken}")
     try:
         with open_file(location) as file:
             content = file.read(limit + 1)

@@ -66,12 +66,19 @@ def test_boxes_are_exact_and_regions_in_order(folder):
     assert (summary.read, summary.kept, summary.regions, summary.faulty) == (2, 2, 3, 0)
 
 
-@pytest.mark.parametrize("crowd", [1, True, "1", "true"])
+@pytest.mark.parametrize("crowd", [1, 1.0, True, "1", "true", "1.0", "TRUE"])
 def test_a_crowd_however_it_is_written(folder, crowd):
     boxes = [annotation(1, 1, [1, 1, 5, 5]), annotation(2, 1, [1, 1, 5, 5], iscrowd=crowd)]
     instances = write(folder, [image(1)], boxes)
     summary, _ = convert(Coco(instances, str(folder / "images")), folder / "out")
     assert summary.dropped == {"crowd region": 1} and summary.regions == 1
+
+
+def test_ids_that_pandas_wrote_and_sizes_that_are_not_told(folder):
+    unknown = [image(1, id=1.0, width=0, height=0), image(2, width=None)]
+    boxes = [annotation(1.0, 1, [1, 1, 5, 5]), annotation(2, 2.0, [1, 1, 5, 5])]
+    summary, rows = convert(Coco(write(folder, unknown, boxes), str(folder / "images")), folder / "out")
+    assert list(rows) == ["coco/1", "coco/2"] and not summary.faulty
 
 
 def test_a_fault_shows_the_box_that_is_none(folder, caplog):

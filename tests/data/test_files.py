@@ -110,6 +110,10 @@ def test_links_are_named_and_read_where_the_user_says_so(linked, tmp_path, caplo
     assert list(rows) == ["c"] and summary.faulty == 1
     assert summary.dropped == {"link to a folder (--follow-links reads it)": 1}
     assert f"link that leads out of {linked}, to '{tmp_path}/store/blob'; --follow-links accepts it" in caplog.text
+    (linked / "c.jpg").unlink()
+    (linked / "c.jpg").symlink_to("not-pulled")  # what DVC and git-annex leave of content that is elsewhere
+    with pytest.raises(DataFault, match="'c.jpg' is no file .its link leads to '.*not-pulled'"):
+        read_image(str(linked), "c.jpg")
     assert f"{linked}/more is a link to a folder" in caplog.text and "hidden" not in caplog.text
 
 

@@ -76,6 +76,10 @@ def test_shapes_of_other_tools(folder):
             shape("turned", "rotation", *turned),
             shape("corners", "rectangle", (10, 5), (30, 5), (30, 15), (10, 15)),
             shape("outline", None, (10, 5), (30, 5), (30, 15)),
+            shape("kerb", "quadrilateral", *turned),
+            shape("corner", "rotation", (-9, 5), (0, -4), (20, 5), (0, 15)),  # a turned thing at the picture's edge
+            shape("two", "mask", (0, 0), (9, 4), group=1.0),
+            shape("two", "mask", (10, 5), (19, 9), group=1),
         ),
     )
     _, rows = convert(Labelme(str(folder / "json")), folder / "out")
@@ -84,6 +88,9 @@ def test_shapes_of_other_tools(folder):
         *[("a turned", [0.25, 0, 0.75, 0.75])] * 2,
         ("corners", [0.25, 0.25, 0.75, 0.75]),
         ("an outline", [0.25, 0.25, 0.75, 0.75]),
+        ("a kerb", [0.25, 0, 0.75, 0.75]),
+        ("a corner", [0, 0, 0.5, 0.75]),
+        ("two", [0, 0, 0.5, 0.5]),
     ]
 
 
@@ -91,9 +98,11 @@ def test_a_byte_order_mark_and_broken_lines_in_the_picture(folder):
     inline = base64.encodebytes(picture()).decode()
     assert inline.count("\n") > 3
     (folder / "json" / "a.json").write_text(json.dumps(file(GOOD, imageData=inline)), encoding="utf-8-sig")
-    write_json(folder / "json" / "b.json", file(GOOD, imageData=""))
+    write_json(folder / "json" / "b.json", file(GOOD, imageData=" \n", imageWidth=0, imageHeight=0))
+    write_json(folder / "json" / "c.json", file(GOOD, imageData=f"data:image/jpeg;base64,{inline}"))
+    write_json(folder / "json" / "d.json", file(GOOD, imagePath="..\\json\\a.jpg"))
     _, rows = convert(Labelme(str(folder / "json")), folder / "out")
-    assert [row["image"]["bytes"] for row in rows.values()] == [picture()] * 2
+    assert [row["image"]["bytes"] for row in rows.values()] == [picture()] * 4
 
 
 def test_the_picture_inside_the_file_is_what_was_annotated(folder):

@@ -44,6 +44,12 @@ def llava(folder, *items) -> Llava:
     return Llava(write_json(folder / "chat.json", list(items)), str(folder / "images"), licence="CC-BY-4.0")
 
 
+def parts(text: str) -> list[dict]:
+    """A turn's text as chat templates take it."""
+    told = [{"type": "text", "text": text.removeprefix("<image>")}]
+    return [{"type": "image"}, *told] if text.startswith("<image>") else told
+
+
 def test_words_of_other_tools(folder):
     usual = item("a.jpg", "<image>\nWho?", "A man.")
     turns = [{"role": role, "content": text} for role, text in (("user", "<image>\nWho?"), ("assistant", "A man."))]
@@ -53,6 +59,7 @@ def test_words_of_other_tools(folder):
             item("./a.jpg", conversations=turns),
             item(None, conversations=named, images=["a.jpg"]),
             {"messages": turns, "images": "a.jpg"},
+            {"messages": [turn | {"content": parts(turn["content"])} for turn in turns], "images": [{"path": "a.jpg"}]},
         )
     ):
         summary, rows = convert(llava(folder, usual, other), folder / f"out{number}")
@@ -124,6 +131,7 @@ BUS = {"from": "gpt", "value": "A bus."}
         (item("/etc/passwd"), "image must lie in"),
         (item("images/a\0.jpg"), "can't be read"),
         (item("none.jpg"), "is no file"),
+        (item(conversations=[{"from": "human", "value": [{"type": "video"}]}, BUS]), "value must be a string, got [{"),
     ],
 )
 def test_every_fault_is_named_and_costs_its_item_alone(folder, bad, message, caplog):

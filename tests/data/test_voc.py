@@ -63,6 +63,7 @@ def test_tools_that_count_from_0(folder):
         "<size><width></width></size>",
         "<size><width>0</width><height>0</height></size>",
         "<size><width>40.0</width><height>20.0</height></size>",
+        "<size><depth>3</depth></size>",
     ],
 )
 def test_a_size_that_is_not_told_is_the_pictures(folder, size):
@@ -77,9 +78,18 @@ def test_a_label_may_stay_without_article(folder):
     assert regions(rows["a"]) == [("Hund", [0.25, 0.25, 0.75, 0.75])]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "ISO-8859-1", "GBK", "gb2312", "Shift_JIS", "euc-kr"])
+def test_encodings_that_the_file_declares(folder, encoding):
+    name = "Stra\xdfe" if encoding == "ISO-8859-1" else "\uac1c" if encoding == "euc-kr" else "\u72ac"
+    text = f'<?xml version="1.0" encoding="{encoding}"?>\n' + annotation(thing((11, 6, 30, 15), name))
+    (folder / "Annotations" / "a.xml").write_bytes(text.encode(encoding))
+    _, rows = convert(source(folder, articles=False), folder / "out")
+    assert regions(rows["a"]) == [(name, [0.25, 0.25, 0.75, 0.75])]
+
+
 def test_difficult_objects_are_left_out(folder):
     write(folder, annotation(thing((11, 6, 30, 15)), thing((1, 1, 5, 5), difficult=" 1 ")))
-    write(folder, annotation(thing((1, 1, 5, 5), difficult=1)), "b")
+    write(folder, annotation(thing((1, 1, 5, 5), difficult="True")), "b")
     write(folder, annotation(), "c")
     summary, rows = convert(source(folder), folder / "out")
     assert list(rows) == ["a"] and len(rows["a"]["regions"]) == 1 and not summary.faulty

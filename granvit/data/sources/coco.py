@@ -19,7 +19,7 @@ from granvit.data.files import local
 from granvit.data.schema import is_number, is_unicode
 from granvit.data.shards import Notes, Record
 from granvit.data.sources.labels import class_phrase
-from granvit.data.sources.rows import FolderSource, PixelBox, is_box, picture_row
+from granvit.data.sources.rows import FolderSource, PixelBox, is_box, is_set, picture_row
 from granvit.data.sources.stream import elements
 from granvit.questions.schema import DataFault
 
@@ -95,8 +95,8 @@ class Coco(FolderSource):
                 except DataFault as fault:
                     notes.fault(record, fault)
         picture = self.read_image(self.images, data["file"])
-        size = None if None in data["size"] else data["size"]
-        return picture_row(record, picture, data["file"], boxes, notes, size, data["caption"], self.name, self.licence)
+        told = {"size": data["size"], "caption": data["caption"], "source": self.name, "licence": self.licence}
+        return picture_row(record, picture, data["file"], boxes, notes, **told)
 
 
 def read_instances(location: str, database: sqlite3.Connection, notes: Notes) -> None:
@@ -149,7 +149,7 @@ def _annotation(item: Any) -> tuple[Any, ...]:
     number = number if is_key(number) else None
     box = item.get("bbox") if isinstance(item, dict) else None
     image, category = _key(item, "image_id"), _key(item, "category_id")
-    crowd = item.get("iscrowd") in (1, "1", "true", "True")  # 1 equals True
+    crowd = is_set(item.get("iscrowd"))
     return (number, image, category, crowd, *(box if is_box(box) else [None] * 4), None if is_box(box) else brief(box))
 
 
@@ -187,6 +187,8 @@ def is_key(value: Any) -> bool:
 
 def _key(item: Any, name: str) -> Key:
     value = item.get(name) if isinstance(item, dict) else None
+    if isinstance(value, float) and value.is_integer():  # as pandas writes integers of a column that lacks some
+        value = int(value)
     if not is_key(value):
         raise DataFault("id", f"{name} must be an integer or a string, got {brief(item)}")
     return value

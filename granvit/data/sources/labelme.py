@@ -23,9 +23,13 @@ from granvit.questions.schema import DataFault
 MAX_JSON = 10_000_000 + MAX_BYTES * 4 // 3  # bytes; a picture may be in it as base64
 
 _NUMBERS = {
-    "rectangle": (2, 4), "circle": (2,), "mask": (2,), "oriented_rectangle": (4,), "rotation": (4,), "polygon": (),
+    "rectangle": (2, 4), "circle": (2,), "mask": (2,), "oriented_rectangle": (4,), "rotation": (4,),
+    "quadrilateral": (4,), "polygon": (),
 }  # fmt: skip
 """Points of a shape; a polygon has any number from 3 on."""
+
+_CUT = ("circle", "oriented_rectangle", "rotation")
+"""What may leave the picture, by its rim or a corner, though the thing does not."""
 
 _NO_AREA = ("point", "points", "line", "linestrip")
 
@@ -66,9 +70,7 @@ class Labelme(FolderSource):
             return None
         picture, name = self._picture(record.data, data)
         size = [data.get(key) for key in ("imageWidth", "imageHeight")]
-        return picture_row(
-            record, picture, name, boxes, notes, None if None in size else size, None, "labelme", self.licence
-        )
+        return picture_row(record, picture, name, boxes, notes, size, None, "labelme", self.licence)
 
     def _boxes(self, record: Record, shapes: list[Any], notes: Notes) -> list[PixelBox]:
         things: dict[Any, PixelBox] = {}
@@ -85,7 +87,7 @@ class Labelme(FolderSource):
             except DataFault as fault:
                 notes.fault(record, DataFault(fault.kind, f"shapes[{index}]: {fault}"))
                 continue
-            key, cut = index if group is None else (label, group), kind == "circle"  # its rim may leave the picture
+            key, cut = index if group is None else (label, group), kind in _CUT
             if key in things:
                 x1, y1, x2, y2 = things[key].box
                 box = (min(x1, box[0]), min(y1, box[1]), max(x2, box[2]), max(y2, box[3]))
@@ -98,21 +100,22 @@ class Labelme(FolderSource):
         name = data.get("imagePath")
         name = name.replace("\\", "/") if isinstance(name, str) and is_unicode(name) else ""
         inline = data.get("imageData")
+        if isinstance(inline, str):  # with line breaks, or as a URL: "data:image/png;base64,iVBO..."
+            inline = "".join(inline.split()).rpartition(",")[2]
         if inline not in (None, ""):
             try:
-                return base64.b64decode("".join(inline.split()), validate=True), name  # line breaks are no fault
-            except (binascii.Error, ValueError, TypeError, AttributeError) as error:
+                return base64.b64decode(inline, validate=True), name
+            except (binascii.Error, ValueError, TypeError) as error:
                 raise DataFault("image", f"imageData is not base64: {error}") from None
         if not name:
             raise DataFault("path", "it has neither imageData nor an imagePath")
         name = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
         folder = self.images or self.annotations
-        if folder != self.annotations:
-            name = rebase(self.annotations, name, folder)
+        name = rebase(self.annotations, name, folder)
         return self.read_image(folder, name), name
 
 
-def _shape(shape: Any) -> tuple[str, str, int | str | None]:
+def _shape(shape: Any) -> tuple[str, str, float | str | None]:
     """Label, type and group."""
     if not isinstance(shape, dict):
         raise DataFault("shape", f"must be an object, got {type(shape).__name__}")
@@ -122,7 +125,7 @@ def _shape(shape: Any) -> tuple[str, str, int | str | None]:
         raise DataFault("region_caption", "label must be a string with text in it (Unicode)")
     if not isinstance(kind, str):
         raise DataFault("shape", "shape_type must be a string")
-    return label, kind, group if isinstance(group, (int, str)) else None
+    return label, kind, group if isinstance(group, (int, float, str)) else None
 
 
 def _reach(kind: str, points: Any) -> tuple[float, float, float, float]:

@@ -92,6 +92,8 @@ def _image(item: Any) -> str:
         if len(image) > 1:
             raise DataFault("images", f"has {len(image)} images; a conversation about one is accepted")
         [image] = image
+    if isinstance(image, dict):  # as `datasets` writes pictures
+        image = image.get("path")
     if not isinstance(image, str) or not image or not is_unicode(image):
         raise DataFault("path", f"image must be a path relative to the folder, got {brief(item)}")
     return image if is_remote(image) else posixpath.normpath(image.replace("\\", "/"))
@@ -104,7 +106,7 @@ def _turns(item: dict[str, Any]) -> list[dict[str, str]]:
         raise DataFault("conversations", f"conversations must be a list of objects, got {brief(listed)}")
     turns, marked = [], 0
     for turn in listed:
-        role, text = _either(turn, "from", "role"), _either(turn, "value", "content")
+        role, text = _either(turn, "from", "role"), _text(_either(turn, "value", "content"))
         if not isinstance(text, str):
             raise DataFault("conversation_text", f"value must be a string, got {brief(text)}")
         # A role that is none stays, to be named in the fault; it may be anything that JSON holds.
@@ -116,6 +118,14 @@ def _turns(item: dict[str, Any]) -> list[dict[str, str]]:
     if marked > 1:
         raise DataFault("images", f"says {IMAGE} {marked} times; a conversation about one is accepted")
     return conversation_turns(parse_conversation(turns))
+
+
+def _text(content: Any) -> Any:
+    """What a turn says; of parts, as chat templates take them, {"type": "image"} is the marker."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = [IMAGE if part.get("type") == "image" else part.get("text") for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def _either(item: dict[str, Any], name: str, other: str) -> Any:

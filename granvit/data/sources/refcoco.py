@@ -180,7 +180,7 @@ def _pickled_object(ref: Any, database: sqlite3.Connection) -> _Object:
         raise DataFault("image_id", f"image {image!r:.80} is not listed")
     listed = _list(ref.get("sentences"))
     sentences = [sentence.get("sent") if isinstance(sentence, dict) else None for sentence in listed]
-    return _object(image, file, None if None in size else size, sentences, box)
+    return _object(image, file, size, sentences, box)
 
 
 def _path_object(row: dict[str, Any]) -> _Object:

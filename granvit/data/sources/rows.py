@@ -74,6 +74,11 @@ def is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
+def is_set(flag: Any) -> bool:
+    """Whether a yes or no is yes, however a tool writes it: 1, 1.0, true, "1", "True"."""
+    return flag == 1 or (isinstance(flag, str) and flag.strip().lower() in ("1", "1.0", "true"))
+
+
 def parse_json(content: bytes) -> Any:
     """What a small JSON file or a line holds; a byte order mark before it is read over. Raises DataFault of kind
     `json`: not JSON in UTF-8, nested too deeply, NaN or Infinity in it, a key that is repeated."""
@@ -101,7 +106,7 @@ def picture_row(
     name: str,
     boxes: Iterable[PixelBox],
     notes: Notes,
-    size: tuple[int, int] | None = None,
+    size: Sequence[float | None] | None = None,
     caption: str | None = None,
     source: str = "",
     licence: str = "",
@@ -109,12 +114,12 @@ def picture_row(
 ) -> dict[str, Any]:
     """A row of the schema; boxes become relative, and those that leave the picture by a pixel or less are cut to it.
 
-    content, name: the encoded picture and its file's name. size: (width, height) that the boxes were drawn on, None
-    where the annotation does not tell. Faults of single boxes are noted. Raises DataFault: the picture's own
-    (`decode_image`), `size` where it has not the annotated size as EXIF turns it, `empty_row`.
+    content, name: the encoded picture and its file's name. size: (width, height) that the boxes were drawn on; None, or
+    a side that is None or 0, where the annotation does not tell. Faults of single boxes are noted. Raises DataFault:
+    the picture's own (`decode_image`), `size` where it has not the annotated size as EXIF turns it, `empty_row`.
     """
     picture = decode_image(content)
-    if size is not None and tuple(size) != picture.size:
+    if size is not None and not any(side in (None, 0) for side in size) and tuple(size) != picture.size:
         raise DataFault("size", "annotated as {}x{}, the image is {}x{} as EXIF turns it".format(*size, *picture.size))
     regions = []
     for index, given in enumerate(boxes):

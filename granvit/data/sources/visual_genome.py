@@ -69,8 +69,7 @@ class VisualGenome(FolderSource):
             except DataFault as fault:
                 notes.fault(record, DataFault(fault.kind, f"regions[{index}]: {fault}"))
         name, content = self._picture(data["image"])
-        size = None if None in data["size"] else data["size"]
-        return picture_row(record, content, name, boxes, notes, size, None, "visual_genome", self.licence)
+        return picture_row(record, content, name, boxes, notes, data["size"], None, "visual_genome", self.licence)
 
     def _picture(self, image: int | str) -> tuple[str, bytes]:
         for folder in FOLDERS:

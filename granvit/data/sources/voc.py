@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ from tyro.conf import Positional
 from granvit.data.files import local, read_file
 from granvit.data.shards import Notes, Record
 from granvit.data.sources.labels import class_phrase
-from granvit.data.sources.rows import FolderSource, PixelBox, picture_row
+from granvit.data.sources.rows import FolderSource, PixelBox, is_set, picture_row
 from granvit.questions.schema import DataFault
 
 MAX_XML = 10_000_000  # bytes
+_ENCODING = re.compile(
+    rb"""<\?xml[^>]*?encoding=["'](gb(?:k|2312|18030)|big5(?:-hkscs)?|cp9(?:32|36|49|50)|shift_jis|euc-(?:jp|kr))["']""",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,12 @@ class Voc(FolderSource):
     def row(self, record: Record, notes: Notes) -> dict[str, Any] | None:
         content = read_file(self.annotations, record.data, MAX_XML, "xml", self.follow_links)
         try:
-            root = ElementTree.fromstring(content)
+            root = ElementTree.fromstring(_readable(content))
         except (ElementTree.ParseError, ValueError, LookupError) as error:
             raise DataFault("xml", f"no readable VOC annotation: {error}") from None
         image, size = root.findtext("filename", "").strip(), _size(root)
         boxes, things = [], list(root.iter("object"))
-        easy = [(index, item) for index, item in enumerate(things) if item.findtext("difficult", "").strip() != "1"]
+        easy = [(index, item) for index, item in enumerate(things) if not is_set(item.findtext("difficult"))]
         notes.drop("difficult object", len(things) - len(easy))
         if not easy:
             notes.drop("image without annotation")
@@ -77,9 +82,14 @@ class Voc(FolderSource):
         return PixelBox((x1 - self.origin, y1 - self.origin, x2, y2), phrase)
 
 
-def _size(root: ElementTree.Element) -> tuple[int, int] | None:
-    """(width, height) as annotated; None where the file does not tell, or tells 0, as some tools write. Raises
-    DataFault of kind `xml`."""
+def _readable(content: bytes) -> bytes | str:
+    """Decoded where the XML declares an encoding of Chinese, Japanese or Korean, which expat has not."""
+    declared = _ENCODING.match(content)
+    return content.decode(declared[1].decode("ascii")) if declared else content
+
+
+def _size(root: ElementTree.Element) -> list[int]:
+    """[width, height] as annotated, 0 where the file does not tell. Raises DataFault of kind `xml`."""
     sides = []
     for side in ("width", "height"):
         text = root.findtext(f"size/{side}", "").strip() or "0"
@@ -90,4 +100,4 @@ def _size(root: ElementTree.Element) -> tuple[int, int] | None:
         if not (number >= 0 and number.is_integer()):
             raise DataFault("xml", f"size/{side} must be a whole number of pixels, got {text!r:.40}")
         sides.append(int(number))
-    return (sides[0], sides[1]) if all(sides) else None
+    return sides
