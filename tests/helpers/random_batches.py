@@ -6,15 +6,14 @@ import random
 
 import torch
 
-QUERIES, HEADS, SIZE = 4, 12, 64
 
-
-def keys(count: int, dtype_name: str, shared: bool) -> dict[str, int]:
+def keys(count: int, dtype_name: str, shared: bool, queries: int, heads: int, size: int) -> dict[str, int]:
     """{kernel: keys that Triton's JIT makes} of both operators, both ways, over `count` random batches.
 
     Runs where Triton compiles, not in its interpreter. Nothing is computed: tensors hold what memory held. Their
     addresses are multiples of 16, as those of torch's CUDA allocator are; but what a user hands over may begin at any
-    row of a longer tensor, which moves image_index by 8 bytes. shared: the regions share their queries.
+    row of a longer tensor, which moves image_index by 8 bytes. shared: the regions share their queries; of these there
+    are `queries` for each of `heads` heads of `size`.
     """
     import aot
 
@@ -38,13 +37,13 @@ def keys(count: int, dtype_name: str, shared: bool) -> dict[str, int]:
             boxes, image_index = rows(regions, 4, dtype=torch.float32), rows(regions, dtype=torch.int64)
             place = layout.grids, layout.cu_seqlens, boxes, image_index
 
-            tokens, grad = rows(layout.num_tokens, HEADS * SIZE), rows(regions, 7, 7, HEADS * SIZE)
+            tokens, grad = rows(layout.num_tokens, heads * size), rows(regions, 7, 7, heads * size)
             gather.forward(tokens, *place, 7, 7, 2)
             gather.backward(grad, *place, layout.num_tokens, 2)
 
-            query = torch.empty(QUERIES, HEADS, SIZE, dtype=dtype) if shared else rows(regions, QUERIES, HEADS, SIZE)
-            inputs = query, rows(layout.num_tokens, HEADS, SIZE), rows(layout.num_tokens, HEADS, SIZE)
+            query = torch.empty(queries, heads, size, dtype=dtype) if shared else rows(regions, queries, heads, size)
+            inputs = query, rows(layout.num_tokens, heads, size), rows(layout.num_tokens, heads, size)
             output, lse = attention.forward(*inputs, *place, 0.125, True)
-            upstream = rows(regions, QUERIES, HEADS, SIZE), rows(regions, QUERIES, HEADS, dtype=torch.float32)
+            upstream = rows(regions, queries, heads, size), rows(regions, queries, heads, dtype=torch.float32)
             attention.backward(*upstream, *inputs, output, lse, *place, 0.125, True)
     return {kernel: len(keys) for kernel, keys in keys_of.items()}

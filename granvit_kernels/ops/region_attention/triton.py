@@ -109,7 +109,8 @@ def forward(
     kernels, grid = _kernels(), call.grid(splits)
     if splits > 1:
         part = query.new_empty((splits, *shape), dtype=torch.float32)
-        part_max, part_sum = query.new_empty((2, splits, *shape[:3]), dtype=torch.float32)
+        # Two tensors: where the second half of one begins, and whether 16 divides it, would change with the batch.
+        part_max, part_sum = (query.new_empty((splits, *shape[:3]), dtype=torch.float32) for _ in range(2))
     else:
         part, part_max, part_sum = output, lse, lse
     with torch.cuda.device_of(query):
