@@ -168,7 +168,7 @@ def log_likelihood(
         )
         questions = [[asked[i][1] for i in pack] for pack in batch]
         packed = pack_questions(shown, questions, processor, capacity).to(model.device)
-        losses = F.cross_entropy(model(batch=packed).logits.float(), packed.targets, reduction="none")
+        losses = F.cross_entropy(model.forward_packed(packed).logits.float(), packed.targets, reduction="none")
         ends = np.cumsum([0, *(lengths[i] for i in flat)])
         values[flat] = -np.add.reduceat(losses.double().cpu().numpy(), ends[:-1])
     return values

@@ -58,7 +58,7 @@ def score_chat(
     for members in plan_packing([lengths[i] for i in fitting], capacity):
         samples, questions = zip(*(pairs[fitting[i]] for i in members), strict=True)
         batch = pack_questions(samples, [[question] for question in questions], processor, capacity).to(model.device)
-        right += int((model(batch).logits.argmax(-1) == batch.targets).sum())
+        right += int((model.forward_packed(batch).logits.argmax(-1) == batch.targets).sum())
         number += len(batch.targets)
     model.train(training)
     right, number = total(right, number)

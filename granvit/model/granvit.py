@@ -18,7 +18,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from granvit.lora import Lora, adapters, add_adapters, merged
 from granvit_kernels import PackedLayout, pack_patches
@@ -39,6 +38,7 @@ from .llm import (
 )
 from .processing import GranViTProcessor
 from .projector import Projector, shuffle_pixels
+from .prompted import Prompted
 from .region_prompt import CellPositions, RegionPrompt
 from .vision import VisionEncoder
 
@@ -46,11 +46,7 @@ if TYPE_CHECKING:
     from granvit.questions.packing import PackedBatch
 
 
-# transformers 5.24 calls a model's cache `cache`, earlier ones `past_key_values`.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class GranViT(Asking, PreTrainedModel, GenerationMixin):
+class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
     """Encoder, projector, region prompt, location tokens and LLM.
 
     Logits have V = text_vocab + location tokens columns: the LLM's own rows, then ours. The markers `<image>`
@@ -112,6 +108,20 @@ class GranViT(Asking, PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.llm.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """The LLM's table as it is; NotImplementedError for any number of tokens.
+
+        Location tokens and markers follow the text's tokens, so that with more of these every id would mean another
+        thing to the processor, the tables and what was learnt.
+        """
+        if new_num_tokens is None:
+            return self.get_input_embeddings()
+        raise NotImplementedError(
+            f"resize_token_embeddings({new_num_tokens}): a GranViT's ids are fixed when it is built. Add tokens to the "
+            "LLM and its tokenizer, resize the LLM, and build a GranViT of them: GranViT.from_parts(encoder, (llm, "
+            "tokenizer))"
+        )
 
     # Building and loading
 
@@ -362,112 +372,3 @@ class GranViT(Asking, PreTrainedModel, GenerationMixin):
         with record_function("granvit.llm"):
             hidden = decode_packed(self.llm, embeds, batch)
         return hidden.flatten(0, 1).index_select(0, batch.answer_slots)
-
-    def forward(
-        self,
-        batch: PackedBatch | None = None,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """With a PackedBatch: encode its images and score its answers: loss, the mean cross entropy over the
-        answers' tokens, and logits [A, V]. Otherwise one step of generation, as transformers calls it: ids or
-        embeddings with a 2-D mask and a cache -> logits [B, L, V] and the cache."""
-        if batch is not None:
-            features, layout = self.encode(batch.images)
-            regions = self.region_embeds(features, layout, batch.boxes, batch.box_image_index)
-            logits, targets = self.answer_logits(batch, self.image_embeds(features, layout), regions)
-            # Of no answers, which is what a rank's batch has whose pictures are all faulty, the mean would be NaN.
-            loss = F.cross_entropy(logits.float(), targets) if len(targets) else logits.float().sum()
-            return CausalLMOutputWithPast(loss=loss, logits=logits)
-        embeds = self.embed_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = kwargs.get(CACHE)
-        if attention_mask is None and cache is None:  # None would let transformers look for packed sequences
-            attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        output = self.llm.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **{CACHE: cache},
-        )
-        hidden = output.last_hidden_state[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(logits=self.logits(hidden), **{CACHE: output.get(CACHE)})
-
-    # Generation
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_index: torch.Tensor | None = None,
-        boxes: torch.Tensor | None = None,
-        images: Sequence[torch.Tensor] | None = None,
-        features: tuple[torch.Tensor, PackedLayout] | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """Answers [B, new tokens] to B prompts, greedy unless kwargs (GenerationMixin's) say otherwise.
-
-        The first five arguments are what GranViTProcessor returns. features: (features, layout) of the images
-        from `encode`, in place of images. With neither, the model is blind: the prompts must hold no image
-        tokens (a processor called without images writes none), and region tokens are zeros.
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        embeds = self._prompt_embeds(input_ids, image_index, boxes, images, features)
-        return super().generate(
-            inputs_embeds=embeds, attention_mask=attention_mask.to(embeds.device), **kwargs
-        )
-
-    def _prompt_embeds(self, input_ids, image_index, boxes, images, features) -> torch.Tensor:
-        device = self.locations.input.device
-        embeds = self.embed_ids(input_ids.to(device))
-        flat_ids = input_ids.flatten().cpu()
-        image_slots = (flat_ids == self.config.image_token_id).nonzero()[:, 0]
-        region_slots = (flat_ids == self.config.region_token_id).nonzero()[:, 0]
-        tokens = self.config.region_tokens
-        boxes = torch.zeros(0, 4) if boxes is None else boxes
-        if len(region_slots) != len(boxes) * tokens:
-            raise ValueError(
-                f"boxes: got {len(boxes)}, but the prompts hold {len(region_slots)} "
-                f"region tokens, {tokens} for a box"
-            )
-        if features is None and images is not None:
-            features = self.encode(images)
-        if features is None:
-            if len(image_slots):
-                raise ValueError(f"images: none given, but the prompts hold {len(image_slots)} image tokens")
-            image_part = embeds.new_zeros(0, embeds.shape[-1])
-            region_part = embeds.new_zeros(len(region_slots), embeds.shape[-1])
-        else:
-            hidden, layout = features
-            if image_index is None:
-                image_index = (
-                    torch.zeros(len(input_ids)) if len(layout) == 1 else torch.arange(len(input_ids))
-                )
-            image_index = image_index.long().cpu()
-            image_part = self._image_rows(hidden, layout, image_index)
-            if len(image_part) != len(image_slots):
-                raise ValueError(
-                    f"images: they give {len(image_part)} tokens, but the prompts hold "
-                    f"{len(image_slots)} image tokens"
-                )
-            owners = image_index[region_slots[::tokens] // input_ids.shape[1]]
-            region_part = self.region_embeds(hidden, layout, boxes, owners).flatten(0, 1)
-        slots = torch.cat((image_slots, region_slots)).to(device)
-        given = torch.cat((image_part, region_part)).to(embeds.dtype)
-        return embeds.flatten(0, 1).index_copy(0, slots, given).view(embeds.shape)
-
-    def _image_rows(
-        self, features: torch.Tensor, layout: PackedLayout, image_index: torch.Tensor
-    ) -> torch.Tensor:
-        """Image tokens of each row's image, one row after the other."""
-        merged, merged_layout = shuffle_pixels(features, layout, self.config.pixel_shuffle)
-        embeds = self.projector(merged) + self.cell_positions(merged_layout)
-        rows = [image.flatten(0, 1) for image in merged_layout.split(embeds)]
-        return torch.cat([embeds[:0], *(rows[i] for i in image_index.tolist())])
