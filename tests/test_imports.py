@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
+ROOT = Path(__file__).parents[1]
+FOLDERS = [str(ROOT / "bench"), str(ROOT / "tests" / "train")]
 TRAINING = {"datasets", "dill", "multiprocess", "pandas", "xxhash", "tyro", "docstring_parser", "typeguard"}
 """tyro, datasets and what these need: what reads data sets and command lines."""
 REST = {
@@ -22,7 +23,7 @@ IMPORT = """
 import importlib, sys
 for name in {missing!r}:
     sys.modules[name] = None  # importing it fails as if it were not installed, and find_spec does not find it
-sys.path.insert(0, {bench!r})
+sys.path[:0] = {folders!r}
 for name in {modules!r}:
     importlib.import_module(name)
 """
@@ -31,7 +32,7 @@ for name in {modules!r}:
 @pytest.mark.parametrize(
     ("modules", "missing"),
     [
-        pytest.param(["one_question", "test_gpu_training"], TRAINING | REST, id="a training step on a GPU"),
+        pytest.param(["one_question", "test_gpu_training", "test_meta"], TRAINING | REST, id="a training step on a GPU"),
         pytest.param(
             ["granvit.model", "granvit.train.__main__", "granvit.train.run", "granvit.eval.__main__",
              "granvit.eval.report", "granvit.cost.plan", "granvit.predict"],
@@ -42,7 +43,7 @@ for name in {modules!r}:
 def test_modules_import_without(modules, missing):
     if absent := sorted(name for name in TRAINING - missing if find_spec(name) is None):
         pytest.skip(f"not installed here either: {', '.join(absent)}")
-    script = IMPORT.format(missing=sorted(missing), bench=str(BENCH), modules=modules)
+    script = IMPORT.format(missing=sorted(missing), folders=FOLDERS, modules=modules)
     environment = os.environ | {"GRANVIT_BENCH_DEVICE": "cpu"}  # else the benchmark asks for a GPU
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
