@@ -32,7 +32,7 @@ for name in {modules!r}:
 @pytest.mark.parametrize(
     ("modules", "missing"),
     [
-        pytest.param(["one_question", "test_gpu_training", "test_meta"], TRAINING | REST, id="a training step on a GPU"),
+        pytest.param(["one_question", "test_gpu_training", "test_meta"], TRAINING | REST, id="a step on a GPU"),
         pytest.param(
             ["granvit.model", "granvit.train.__main__", "granvit.train.run", "granvit.eval.__main__",
              "granvit.eval.report", "granvit.cost.plan", "granvit.predict"],
