@@ -1,61 +1,111 @@
-"""python bench/readme.py: writes README.md's tables and docs/performance.md anew from the files in bench/results/."""
+"""python bench/readme.py: writes the tables of README.md and docs/ anew from the files in bench/results/.
+
+A table goes between its markers (`FILES`); docs/performance.md is written whole (performance.py).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+from performance import RESULTS, ROOT, gpu_results, is_rival, markdown, write_performance
+
 BEGIN, END = "<!-- bench/readme.py writes from here: {} -->\n", "<!-- to here -->"
 
 
 def write() -> None:
-    """Replace what stands between the markers of each table. Raises ValueError where README.md lacks one."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, lines in (("training", training()), ("kernels", kernels())):
-        begin = text.index(BEGIN.format(name)) + len(BEGIN.format(name))
-        end = text.index(END, begin)
-        text = text[:begin] + "\n" + "\n".join(lines) + "\n\n" + text[end:]
-    readme.write_text(text)
-    (ROOT / "docs" / "performance.md").write_text("\n".join(performance()) + "\n")
-    plot(ROOT / "docs" / "performance.png")
+    """Replace what stands between the markers of each table. Raises ValueError where a file lacks one."""
+    for file, tables in FILES.items():
+        path = ROOT / file
+        text = path.read_text()
+        for name, table in tables.items():
+            begin = text.index(BEGIN.format(name)) + len(BEGIN.format(name))
+            end = text.index(END, begin)
+            text = text[:begin] + "\n".join(table()) + "\n\n" + text[end:]
+        path.write_text(text)
+    write_performance()
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)] + [
-        "| " + " | ".join(row) + " |" for row in rows
-    ]
+# ---- the operators and the training step: bench/results/cpu-OPERATOR.json, DEVICE.json and DEVICE-training.json ----
 
+SIX = {
+    "images to normalised patches": ("pack_patches", ""),
+    "features of boxes (RoIAlign), forward": ("roi_gather", "forward"),
+    "the same, backward": ("roi_gather", "backward"),
+    "attention pooling of boxes, both ways": ("region_attention", "forward+backward"),
+    "files to packed batches": ("loader", ""),
+    "training step": ("training", ""),
+}
+"""What README shows: (operator, how its mode begins)."""
 
-# ---- the kernels: bench/results/cpu-OPERATOR.json ----
+def cpu_rows() -> list[dict[str, Any]]:
+    return [row for path in sorted(RESULTS.glob("cpu-*.json")) for row in json.loads(path.read_text())]
 
 
 def workload(row: dict[str, Any]) -> tuple:
     """What the rows of one comparison have in common."""
-    return row["operator"], row["mode"], row["workload"], row["device"]
+    names = ("operator", "mode", "workload", "device", "shape", "compiled")
+    return tuple(str(row.get(name, "")) for name in names)
+
+
+def comparisons(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows that were measured, those of one workload together."""
+    measured = sorted((row for row in rows if "median" in row), key=workload)
+    return [list(group) for _, group in groupby(measured, workload)]
+
+
+def against_the_best(rows: list[dict[str, Any]], operator: str, mode: str) -> list[str]:
+    """Two cells: the rivals that were fastest on a workload, and the range of their times over ours. Every workload
+    that was measured counts."""
+    best = []
+    for group in comparisons([row for row in rows if row["operator"] == operator and row["mode"].startswith(mode)]):
+        rivals = list(filter(is_rival, group))
+        if rivals:
+            best.append(min(rivals, key=lambda row: row["ratio"]))
+    if not best:
+        return ["", "not measured"]
+    names = sorted({row["provider"].split(",")[0] for row in best})
+    low, high = (f"{pick(row['ratio'] for row in best):.1f}" for pick in (min, max))
+    return [" or ".join(names), low if low == high else f"{low} to {high}"]
+
+
+def benchmarks() -> list[str]:
+    """Six rows, each against the best rival on every workload of each kind of device."""
+    devices = {"CPU, 2 cores": cpu_rows()}
+    for device, rows in gpu_results().items():
+        steps = [
+            row
+            for path in RESULTS.glob("*-training.json")
+            for row in json.loads(path.read_text())
+            if row["device"] == device
+        ]
+        devices[device] = rows + steps
+    table = [
+        [label, *(cell for rows in devices.values() for cell in against_the_best(rows, operator, mode))]
+        for label, (operator, mode) in SIX.items()
+    ]
+    head = ["", *(cell for device in devices for cell in (f"{device}: best rival", "its time over ours"))]
+    return markdown(head, table)
 
 
 def kernels() -> list[str]:
-    """A row a workload: our median, and how many times as long each peer's is."""
-    rows, machines = [], set()
-    for path in sorted(RESULTS.glob("cpu-*.json")):
-        for key, group in groupby(sorted(json.loads(path.read_text()), key=workload), workload):
-            operator, mode, what, device = key
-            providers = {row["provider"]: row for row in group if "failed" not in row}
-            ours = providers.pop("granvit")
-            peers = ", ".join(f"{peer} **{row['ratio']:.1f}**" for peer, row in providers.items())
-            isa = device.split(", ")[1]
-            rows.append([operator, mode, what, f"{1000 * ours['median']:.1f}", peers, isa, ours["versions"]["torch"]])
-            machines.add(f"{device} (commit {ours['commit']})")
-    head = ["operator", "mode", "workload", "ours, ms", "a peer takes times as long", "ISA", "torch"]
+    """A row a workload on CPUs: our median, and how many times as long each rival takes."""
+    table, machines = [], set()
+    for group in comparisons(cpu_rows()):
+        providers = {row["provider"]: row for row in group}
+        ours = providers.pop("granvit")
+        rivals = ", ".join(f"{name} {row['ratio']:.1f}" for name, row in providers.items())
+        isa = ours["device"].split(", ")[1]
+        cells = [ours["operator"], ours["mode"], ours["workload"], f"{1000 * ours['median']:.1f}", rivals, isa]
+        table.append([*cells, ours["versions"]["torch"]])
+        machines.add(f"{ours['device']} (commit {ours['commit']})")
+    head = ["operator", "mode", "workload", "ours, ms", "a rival's time over ours", "ISA", "torch"]
     return [
         f"Medians of alternating runs in one process, on {'; '.join(sorted(machines))}.",
         "",
-        *markdown(head, rows),
+        *markdown(head, table),
     ]
 
 
@@ -69,41 +119,93 @@ def cell(result: dict[str, Any], stage: str, when: str, metric: str) -> str:
     return f"{sum(values) / len(values):.1f}{spread}"
 
 
-def claims(result: dict[str, Any]) -> list[str]:
-    """Both stages beside every floor and control."""
-    columns = {
-        "captions, all": "bbox2caption_rouge_l",
-        "captions, natural": "natural_bbox2caption_rouge_l",
-        "captions, held-out combinations": "scenes-heldout/bbox2caption_rouge_l",
-        "captions, text": "ocr_bbox2caption_rouge_l",
-        "boxes, all": "caption2bbox_acc50",
-        "boxes, natural": "natural_caption2bbox_acc50",
-        "boxes, held-out combinations": "scenes-heldout/caption2bbox_acc50",
-        "boxes, text": "ocr_caption2bbox_acc50",
+def default_run() -> dict[str, Any]:
+    """The smoke preset as it is: the first entry of training.json."""
+    return next(iter(json.loads((RESULTS / "training.json").read_text()).values()))
+
+
+def reached() -> list[str]:
+    """Five rows by three figures: the demo, each stage, and what is reached without seeing the image."""
+    result = default_run()
+    metrics = {
+        "caption of a box: ROUGE-L": "bbox2caption_rouge_l",
+        "the same: exact match": "bbox2caption_exact",
+        "box of a sentence: IoU of 0.5 or more": "caption2bbox_acc50",
     }
-    states = [
+    states = {
+        "after stage 1": ("pretrain", "after"),
+        "**after stage 2**": ("adapt", "after"),
+        "stage 2, shown another image": ("adapt", "other_image"),
+        "stage 2 on a random, frozen encoder": ("adapt", "control"),
+    }
+    table = [
+        [label, *(cell(result, *state, metric) for metric in metrics.values())] for label, state in states.items()
+    ]
+    best = [max(floor.get(metric, 0) for floor in result["floors"].values()) for metric in metrics.values()]
+    table.append(["best guess without the image", *(f"{100 * value:.1f}" for value in best)])
+    lowest, highest = (pick(seed["seconds"] for seed in result["seeds"]) / 60 for pick in (min, max))
+    return [
+        *markdown(["per cent", *metrics], table),
+        "",
+        f"Means of {len(result['seeds'])} seeds (lowest to highest) on {result['data']['evaluated']} test images; "
+        f"{lowest:.0f} to {highest:.0f} minutes a seed on two cores with other work ({result['device']}, commit "
+        f"{result['commit']}).",
+    ]
+
+
+def picture() -> list[str]:
+    """The rates of right answers that the picture's answers were drawn from."""
+    result = default_run()
+    stages = result["seeds"][0]["stages"]
+    captions = stages["pretrain"]["after"]["scenes/bbox2caption_exact"]
+    boxes = stages["adapt"]["after"]["scenes/caption2bbox_acc50"]
+    return [
+        f"Of all answers about such pictures, {100 * captions:.0f} % of the captions and {100 * boxes:.0f} % of the "
+        "boxes are right."
+    ]
+
+
+SOURCES = {"shapes": "scenes", "new combinations": "scenes-heldout", "text": "pages", "photographs": "photographs"}
+"""What docs/results.md calls the sources of the sample set."""
+
+CAPTION_METRICS = {
+    "ROUGE-L, all": "bbox2caption_rouge_l",
+    "exact, all": "bbox2caption_exact",
+    **{f"ROUGE-L, {label}": f"{source}/bbox2caption_rouge_l" for label, source in SOURCES.items()},
+}
+BOX_METRICS = {
+    "all": "caption2bbox_acc50",
+    **{label: f"{source}/caption2bbox_acc50" for label, source in SOURCES.items()},
+    "mean IoU, all": "caption2bbox_miou",
+}
+
+
+def states(result: dict[str, Any], metrics: dict[str, str]) -> list[str]:
+    """The model in each of its states, every control and every floor, by some metrics."""
+    labels = [
         ("**after stage 1**", "pretrain", "after"),
         ("after stage 1, shown another test image", "pretrain", "other_image"),
         ("after stage 1, text alone", "pretrain", "text_only"),
         ("**after stage 2**", "adapt", "after"),
         ("after stage 2, shown another test image", "adapt", "other_image"),
         ("after stage 2, text alone", "adapt", "text_only"),
-        ("stage 2 on a frozen random encoder", "adapt", "control"),
+        ("stage 2 on a random, frozen encoder", "adapt", "control"),
         ("before stage 1", "pretrain", "before"),
     ]
     rows = [
-        [label, *(cell(result, stage, when, metric) for metric in columns.values())] for label, stage, when in states
+        [label, *(cell(result, stage, when, metric) for metric in metrics.values())] for label, stage, when in labels
     ]
-    for floor, metrics in result["floors"].items():
-        cells = [f"{100 * metrics[metric]:.1f}" if metric in metrics else "" for metric in columns.values()]
-        rows.append([f"floor: {floor.replace('_', ' ')}", *cells])
-    return markdown(["", *columns], rows)
+    for floor, values in result["floors"].items():
+        cells = [f"{100 * values[metric]:.1f}" if metric in values else "" for metric in metrics.values()]
+        if any(cells):
+            rows.append([f"floor: {floor.replace('_', ' ')}", *cells])
+    return markdown(["", *metrics], rows)
 
 
 def variants(results: dict[str, Any]) -> list[str]:
     """The recipe with other forms of self-distillation, and what became of the features."""
-    head = ["run", "seeds", "stage 1 captions", "natural", "stage 2 captions", "stage 2 boxes", "natural"]
-    head += ["effective rank", "standard deviation"]
+    head = ["run", "seeds", "stage 1 captions", "stage 2 captions", "stage 2 boxes", "effective rank"]
+    head += ["standard deviation"]
     rows = []
     for name, result in results.items():
         features = result["mean"]["features"]["pretrain"]
@@ -111,10 +213,8 @@ def variants(results: dict[str, Any]) -> list[str]:
             cell(result, stage, "after", metric)
             for stage, metric in (
                 ("pretrain", "bbox2caption_rouge_l"),
-                ("pretrain", "natural_bbox2caption_rouge_l"),
                 ("adapt", "bbox2caption_rouge_l"),
                 ("adapt", "caption2bbox_acc50"),
-                ("adapt", "natural_caption2bbox_acc50"),
             )
         ]
         rank = f"{features['effective_rank_before']:.1f} -> {features['effective_rank_after']:.1f}"
@@ -125,240 +225,38 @@ def variants(results: dict[str, Any]) -> list[str]:
 
 def training() -> list[str]:
     results = json.loads((RESULTS / "training.json").read_text())
-    default = next(iter(results.values()))
+    default = default_run()
     minutes = default["seeds"][0]["seconds"] / 60
     versions = ", ".join(f"{name} {version}" for name, version in default["versions"].items())
     return [
         f"The smoke preset, {len(default['seeds'])} seeds (mean, lowest to highest), {default['data']['evaluated']} "
-        "test images that training never saw. Captions of boxes by ROUGE-L, boxes of sentences by ACC@IoU 0.5, "
-        "both in per cent.",
+        "test images that training never saw, in per cent.",
         "",
-        *claims(default),
+        "Captions of boxes:",
+        "",
+        *states(default, CAPTION_METRICS),
+        "",
+        "Boxes of sentences, ACC@0.5 where nothing else is said:",
+        "",
+        *states(default, BOX_METRICS),
+        "",
+        "What stage 1 does to the encoder's features (granvit.train.distill.feature_statistics):",
         "",
         *variants(results),
         "",
-        f"The first seed's training, control and evaluations took {minutes:.1f} minutes on two cores, and at most "
-        f"{default['peak_memory_mb'] / 1024:.1f} GiB "
+        f"The first seed's training, control and evaluations took {minutes:.1f} minutes on two cores that had other "
+        f"work, and at most {default['peak_memory_mb'] / 1024:.1f} GiB "
         f"({default['device']}, {versions}, commit {default['commit']}); every figure is in "
-        "[bench/results/training.json](bench/results/training.json).",
+        "[bench/results/training.json](../bench/results/training.json).",
     ]
 
 
-# ---- docs/performance.md: GPUs from bench/results/DEVICE.json (bench/test_gpu.py), and what the compiler makes ----
-NOT_YET = "not yet measured"
-
-
-def gpu_results() -> dict[str, list[dict[str, Any]]]:
-    """{device: its rows}."""
-    found = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        rows = json.loads(path.read_text())
-        if isinstance(rows, list) and rows and "copy_bytes_per_second" in rows[0]:
-            found[rows[0]["device"]] = rows
-    return found
-
-
-def performance() -> list[str]:
-    from workloads import AIMS, DESCRIPTIONS
-
-    lines = ["<!-- Written by python bench/readme.py from bench/results/: edit that, not this. -->", ""]
-    lines += ["# Performance", ""]
-    lines += ["The kernels on CPUs stand in the README, and in the picture at the end.", "", "## On GPUs", ""]
-    lines += [f"Workload {letter}: {what}." + ("" if letter == "D" else "  ") for letter, what in DESCRIPTIONS.items()]
-    lines += [
-        "",
-        "`make gpu` measures them on the GPU at hand: medians from a cold L2, providers alternating. A share is "
-        "of the bandwidth of a large copy, bytes being each distinct input byte read once and outputs written once, "
-        "under CUDA-graph replay; a ratio is a peer's time over ours.",
-        "",
-    ]
-    devices = gpu_results() or {"NVIDIA H100": []}
-    for device, rows in devices.items():
-        lines += [f"### {device}", ""]
-        table = []
-        for operator, mode, letter, provider, figure, least in AIMS:
-            if operator == "training":
-                continue
-            cells = [
-                f"{row['workload']}: {row[figure]:.2f}"
-                for row in rows
-                if (row["operator"], row["mode"], row["provider"]) == (operator, mode, provider)
-                and row["workload"].startswith(f"{letter},")
-                and figure in row
-            ]
-            what = "share of bandwidth" if figure == "share" else f"times as long: {provider}"
-            table.append([operator, mode, letter, what, f"{least}", "; ".join(cells) or NOT_YET])
-        head = ["operator", "mode", "workload", "figure", "aim on a Hopper card, bfloat16", "measured"]
-        lines += [*markdown(head, table), ""]
-        if rows:
-            table = [
-                [row["operator"], row["mode"], row["workload"], row["provider"]]
-                + (
-                    [f"{1e6 * row['median']:.0f}", f"{row['ratio']:.2f}", f"{100 * row['share']:.0f} %"]
-                    + [f"{row['host_us']:.0f}"]
-                    if "median" in row
-                    else [row["failed"], "", "", ""]
-                )
-                for row in rows
-            ]
-            head = ["operator", "mode", "workload", "provider", "microseconds", "ratio", "share of bandwidth"]
-            head += ["host, microseconds a call"]
-            versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
-            commits = ", ".join(sorted({row["commit"] for row in rows}))
-            lines += [*markdown(head, table), "", f"{versions}; commits {commits}.", ""]
-    record = json.loads((RESULTS / "aot.json").read_text())
-    chosen = ["roi_gather bfloat16 channels=768 sampling_ratio=2", "region_attention bfloat16 queries=4 size=64"]
-    rows = [row for row in record["kernels"] if row["case"] in (*chosen, "tiles")]
-    lines += [
-        "## What the compiler makes of the Triton kernels",
-        "",
-        f"Compiled without a GPU (`make aot`, triton {record['triton']}); the kernels of the main shapes here, all "
-        f"{len(record['kernels'])} in [bench/results/aot.json](../bench/results/aot.json), to which the tests hold "
-        "them.",
-        "",
-    ]
-    head = ["case", "kernel", "sm", "registers", "bytes spilled", "shared memory, bytes", "warps"]
-    head += ["HGMMA", "HMMA", "tcgen05"]
-    fields = ("case", "kernel", "arch", "registers", "spills", "shared", "warps", "hgmma", "hmma", "tcgen05")
-    lines += markdown(head, [[str(row[field]).lstrip("_") for field in fields] for row in rows])
-    lines += ["", *floors(), *floors_and_clocks(), *steps_on_gpus()]
-    return [*lines, "![The kernels beside their peers](performance.png)"]
-
-
-def floors() -> list[str]:
-    """What the kernels must take at least: bench/results/floors.json (bench/floors.py)."""
-    record = json.loads((RESULTS / "floors.json").read_text())
-    assumed, versions = record["assumptions"], record["versions"]
-    chips = assumed["chips"]
-    bandwidths = ", ".join(f"{chip['bytes_per_second'] / 1e12:.1f} TB/s ({name})" for name, chip in chips.items())
-    multiprocessors = " or ".join(sorted({str(chip["multiprocessors"]) for chip in chips.values()}))
-    lines = [
-        "## What the GPU kernels must take at least",
-        "",
-        "Counted bounds, not measurements (`make floors`, which needs no GPU); the next section says how well they "
-        "predict. The issue floor is the instructions of each loop in the machine code for Hopper times its "
-        f"trips on the workload, over {multiprocessors} multiprocessors that each issue {assumed['schedulers']} warps' "
-        f"instructions a clock, at {assumed['clock_hz'] / 1e9} GHz. The memory floor is each distinct byte that a call "
-        f"reads, once, and each that it writes, over what a large copy is assumed to reach: {bandwidths}. On top of "
-        "both come waiting, units that take less than an instruction a clock, warps whose threads part (the shortest "
-        "way is counted), and torch's own small kernels.",
-        "",
-    ]
-    head = ["operator", "direction", "workload", "shape"]
-    head += [f"{name}: {what}" for name in chips for what in ("issue floor, us", "memory floor, us", "binds")]
-    table = []
-    for row in record["rows"]:
-        cells = [row["operator"], row["direction"], row["workload"], row["shape"]]
-        for name in chips:
-            cells += [f"{1e6 * row[f'{of}_seconds'][name]:.0f}" for of in ("issue", "memory")] + [row["binds"][name]]
-        table.append(cells)
-    what = "Where the instructions are, workload A (without parts under 1 %, and code that stands in a row above):"
-    lines += [*markdown(head, table), "", what, ""]
-    head = ["operator", "direction", "shape", "kernel", "part", "instructions a trip", "trips of warps", "share"]
-    table, known = [], set()
-    for row in record["rows"]:
-        for part in row["parts"] if row["workload"] == "A" else []:
-            share = part["instructions"] * part["trips"] / row["instructions"]
-            code = row["operator"], part["kernel"], part["part"], part["instructions"]
-            if share >= 0.01 and code not in known:
-                cells = [row["operator"], row["direction"], row["shape"], part["kernel"], part["part"]]
-                table.append([*cells, f"{part['instructions']:g}", f"{part['trips']}", f"{100 * share:.0f} %"])
-            known.add(code)
-    made = f"triton {versions['triton']}, nvcc {versions['nvcc']}, commit {record['commit']}"
-    kinds = "[bench/results/floors.json](../bench/results/floors.json) has them by kind"
-    return [*lines, *markdown(head, table), "", f"{made}; {kinds}.", ""]
-
-
-def floors_and_clocks() -> list[str]:
-    """The floors beside what GPUs took (predicted.py)."""
-    import predicted
-
-    lines = []
-    for device, table in predicted.load(RESULTS).items():
-        ratios = {}
-        for entry in table:
-            ratios.setdefault((entry.operator, entry.mode), []).append(entry.ratio)
-        ranges = "; ".join(f"{' '.join(key)} {min(r):.2f} to {max(r):.2f}" for key, r in sorted(ratios.items()))
-        lines += [
-            f"## What an {device} took beside its floors",
-            "",
-            "The call as a CUDA graph, in microseconds, over the larger floor. A bound that predicts is near 1: the "
-            f"further above it, the more of the time is waiting that no instruction shows. {ranges}.",
-            "",
-            *markdown(
-                ["operator", "mode", "workload", "issue floor, us", "memory floor, us", "measured, us", "ratio"],
-                [
-                    [entry.operator, entry.mode, entry.workload]
-                    + [f"{1e6 * seconds:.0f}" for seconds in (entry.issue, entry.memory, entry.measured)]
-                    + [f"{entry.ratio:.2f}"]
-                    for entry in table
-                ],
-            ),
-            "",
-        ]
-    return lines
-
-
-def steps_on_gpus() -> list[str]:
-    """Training steps of real shapes: bench/results/DEVICE-training.json (bench/test_gpu_training.py)."""
-    lines = ["## Training steps on GPUs", ""]
-    lines += [
-        "Random weights, bfloat16, six questions an image of up to 1024 patches: SigLIP2-so400m with Qwen2.5-1.5B "
-        "(large), ViT-B/16 with SmolLM2-135M (base). MFU is of useful operations alone (`granvit.cost.flops`); the "
-        "aim is 45 % at the larger shape on an H100. The bound is the ratio of operations, with padding.",
-        "",
-    ]
-    head = ["device", "shape", "stage", "recipe", "compiled", "regions/s", "tokens/s", "MFU", "peak GiB", "times ours"]
-    table = []
-    for path in sorted(RESULTS.glob("*-training.json")):
-        for row in json.loads(path.read_text()):
-            if "shape" not in row:  # a CPU's steps
-                continue
-            if "failed" in row:
-                case = [row["device"], row["shape"], row["mode"], row["provider"], "yes" if row["compiled"] else "no"]
-                table.append([*case, row["failed"], "", "", "", ""])
-                continue
-            bound = f"{row['ratio']:.2f} (bound {row['ratio_padded']:.2f})" if "ratio" in row else "1"
-            table.append(
-                [row["device"], row["shape"], row["mode"], row["provider"], "yes" if row["compiled"] else "no"]
-                + [f"{row['regions_per_second']:.0f}", f"{row['tokens_per_second']:.0f}"]
-                + [f"{100 * row['mfu']:.0f} %" if "mfu" in row else "", f"{row['peak_memory_bytes'] / 2**30:.1f}"]
-                + [bound]
-            )
-    return [*lines, *(markdown(head, table) if table else [f"H100: {NOT_YET}."]), ""]
-
-
-def plot(path: Path) -> None:
-    """How many times as long each peer takes, on every machine that was measured."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    bars = []
-    for found in sorted(RESULTS.glob("cpu-*.json")):
-        for row in json.loads(found.read_text()):
-            if "failed" in row:
-                continue
-            bars.append((row["operator"], row["mode"], row["device"].split(", ")[1], row["provider"], row["ratio"]))
-    for device, rows in gpu_results().items():
-        bars += [(r["operator"], r["mode"], device, r["provider"], r["ratio"]) for r in rows if "ratio" in r]
-    bars = [bar for bar in bars if not bar[3].startswith("granvit")]
-    best: dict[tuple, list[float]] = {}
-    for operator, mode, device, provider, ratio in bars:
-        best.setdefault((operator, mode, device, provider), []).append(ratio)
-    names, ratios = zip(*sorted(best.items(), reverse=True), strict=True)
-    figure, axes = pyplot.subplots(figsize=(10, 0.24 * len(names) + 1), layout="constrained")
-    colours = dict(zip(sorted({name[0] for name in names}), pyplot.get_cmap("tab10").colors, strict=False))
-    for at, (name, found) in enumerate(zip(names, ratios, strict=True)):
-        axes.plot([min(found), max(found)], [at, at], color=colours[name[0]], linewidth=6, marker="o")
-    axes.set_yticks(range(len(names)), [f"{n[0]}, {n[1]}, {n[2]}: {n[3]}" for n in names], fontsize=7)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("a peer's median time over ours: least to most over the workloads")
-    axes.set_ylim(-0.7, len(names) - 0.3)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
+    "README.md": {"picture": picture, "benchmarks": benchmarks, "reached": reached},
+    "docs/results.md": {"training": training},
+    "docs/kernels.md": {"kernels": kernels},
+}
+"""{file: {the name in its markers: what makes its lines}}."""
 
 
 if __name__ == "__main__":
