@@ -1,4 +1,4 @@
-"""README and docs tell the truth: their examples run and are judged by their answers, their commands and links exist."""
+"""README and docs tell the truth: examples run and are judged by their answers, commands and links exist."""
 
 import ast
 import dataclasses
