@@ -116,7 +116,7 @@ void for_each_piece(const RegionAttention& problem, int64_t heads, int threads, 
 
 void region_attention_forward(RegionAttention problem, const float* boxes, const int64_t* image_index, bool coverage,
                               int threads) {
-    check_tokens("key", problem.tokens, problem.cu_seqlens, problem.images);
+    check_layout("key", problem.tokens, problem.grids, problem.cu_seqlens, problem.images);
     if (problem.regions == 0) return;
     const Regions regions(problem, boxes, image_index, coverage);
     const auto floats = [&](int64_t heads) { return GRANVIT_BY_ISA(region_attention_forward_scratch, problem, heads); };
@@ -130,7 +130,7 @@ void region_attention_forward(RegionAttention problem, const float* boxes, const
 
 void region_attention_backward(RegionAttention problem, const float* boxes, const int64_t* image_index, bool coverage,
                                int threads) {
-    check_tokens("key", problem.tokens, problem.cu_seqlens, problem.images);
+    check_layout("key", problem.tokens, problem.grids, problem.cu_seqlens, problem.images);
     const int64_t row = problem.queries * problem.heads * problem.size;
     const bool shared = problem.query_region_stride == 0;
     float* const grad_query = problem.grad_query;

@@ -91,7 +91,7 @@ struct Plan {
 }  // namespace
 
 void roi_gather_forward(const RoiGather& p, const void* tokens, void* out) {
-    check_tokens("tokens", p.num_tokens, p.cu_seqlens, p.images);
+    check_layout("tokens", p.num_tokens, p.grids, p.cu_seqlens, p.images);
     if (p.num_boxes == 0 || p.channels == 0) return;
     const int64_t bins = int64_t(p.out_h) * p.out_w, item_bytes = size_of(p.dtype);
     const bool streaming = p.num_boxes * bins * p.channels * item_bytes > STREAM_BYTES;
@@ -120,7 +120,7 @@ void roi_gather_forward(const RoiGather& p, const void* tokens, void* out) {
 }
 
 void roi_gather_backward(const RoiGather& p, const void* grad, void* grad_tokens) {
-    check_tokens("the tokens' gradient", p.num_tokens, p.cu_seqlens, p.images);
+    check_layout("the tokens' gradient", p.num_tokens, p.grids, p.cu_seqlens, p.images);
     if (p.images == 0 || p.channels == 0) return;
     const int64_t bins = int64_t(p.out_h) * p.out_w, item_bytes = size_of(p.dtype);
     const bool streaming = int64_t(p.cu_seqlens[p.images]) * p.channels * item_bytes > STREAM_BYTES;

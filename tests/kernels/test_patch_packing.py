@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from granvit_kernels import PackedLayout, backends, fit_grid, native, pack_patches, unpack_patches
 from granvit_kernels.ops.patch_packing import CANDIDATES, cuda
@@ -660,6 +662,16 @@ def test_meta_images_give_shapes():
     patches, layout = pack_patches(images, 16, MEAN, STD, grids=[(2, 3), (1, 1)])
     assert patches.is_meta and patches.shape == (7, 768) and patches.dtype == torch.bfloat16
     assert layout.grids.is_meta and layout.host_grids == ((2, 3), (1, 1))
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_fake_images_give_shapes(active):
+    mode = FakeTensorMode()
+    image = mode.from_tensor(torch.empty(40, 50, 3, dtype=torch.uint8))
+    with mode if active else nullcontext():
+        patches, layout = pack_patches([image], 16, MEAN, STD)
+    assert isinstance(patches, FakeTensor) and patches.shape == (6, 768) and patches.dtype == torch.bfloat16
+    assert isinstance(layout.grids, FakeTensor) and layout.host_grids == ((2, 3),)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.* is deprecated")

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_logs
 from torch.utils import deterministic
 
-from granvit_kernels import PackedLayout, native, roi_gather
+from granvit_kernels import PackedLayout, native, region_attention, roi_gather
 from granvit_kernels.ops.roi_gather import cpu, reference
 from granvit_kernels.ops.roi_gather.op import operator
 
@@ -262,6 +262,27 @@ def test_the_raw_operator_refuses_tokens_of_another_layout():
         operator.registered(
             tokens[1:].float(), layout.grids, layout.cu_seqlens, boxes, image_index, 2, 2, 2
         )  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("grids", "cu_seqlens", "image"),
+    [
+        ([(30, 4), (2, 2)], (0, 12, 16), "0 has a grid of 30 x 4 and the tokens from 0 to 12"),
+        ([(3, 4), (2, 2)], (0, 999, 16), "0 has a grid of 3 x 4 and the tokens from 0 to 999"),
+        ([(3, 4), (2, 2)], (1, 13, 17), "0 has a grid of 3 x 4 and the tokens from 1 to 13"),
+        ([(3, 4), (-2, -2)], (0, 12, 16), "1 has a grid of -2 x -2 and the tokens from 12 to 16"),
+    ],
+)
+def test_a_layout_whose_fields_disagree_is_refused(grids, cu_seqlens, image):
+    """Its kernels would read, and the backward write, where no tensor is."""
+    fields = (torch.tensor(numbers, dtype=torch.int32) for numbers in (grids, cu_seqlens))
+    layout, tokens = PackedLayout(*fields, 16, 12), torch.zeros(16, 1, 3)
+    place = layout, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"the layout's image {image}; it takes height"):
+        roi_gather(tokens[:, 0], *place)
+    with pytest.raises(ValueError, match=f"the layout's image {image}; it takes height"):
+        region_attention(tokens[:1], tokens, tokens, *place)
 
 
 def test_integers_of_any_kind():

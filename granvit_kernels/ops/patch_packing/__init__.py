@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ... import backends
 from ...checks import describe
@@ -53,6 +54,9 @@ def pack_patches(
     job = check_packing(images, patch_size, mean, std, crops, grids, dtype, order)
     if job.device.type == "meta":  # shapes, as of the other operators
         return cuda.empty(job)
+    if job.images and isinstance(job.images[0], FakeTensor):  # they have no memory either
+        with job.images[0].fake_mode:
+            return cuda.empty(job)
     if torch.jit.is_tracing():  # kernels write behind its back: it would record uninitialised memory
         return reference.forward(job)
     backend = backends.choose("pack_patches", CANDIDATES["pack_patches"], device=job.device, dtype=dtype)
