@@ -222,6 +222,12 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
             state_dict = merged(self.state_dict() if state_dict is None else state_dict, self.llm)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
+    def save_encoder(self, directory: str | Path) -> None:
+        """Write the encoder with its image processor, for plain transformers: AutoModel and AutoImageProcessor, or
+        pipeline("image-feature-extraction"), load the folder (see `VisionEncoder.save_siglip2`)."""
+        config = self.config
+        self.encoder.save_siglip2(directory, config.max_image_tokens, config.image_mean, config.image_std)
+
     @torch.no_grad()
     def match_llm_scale(self, reset_locations: bool = False) -> None:
         """Set the projectors' output scale to the RMS of the LLM's embeddings. Call it again after an LLM's

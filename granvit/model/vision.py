@@ -6,12 +6,14 @@ encoder does not use), so that weights go both ways by name alone: `from_siglip2
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
@@ -192,9 +194,36 @@ class VisionEncoder(nn.Module):
         target.load_state_dict({prefix + key: value for key, value in self.state_dict().items()})
         return target
 
-    def save_siglip2(self, directory: str | Path) -> None:
-        """Write a folder that plain transformers loads: Siglip2VisionModel.from_pretrained(directory)."""
+    def save_siglip2(
+        self,
+        directory: str | Path,
+        max_num_patches: int | None = None,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        """Write a folder that plain transformers loads: Siglip2VisionModel.from_pretrained(directory).
+
+        max_num_patches: patches an image that the encoder was trained on. With it AutoImageProcessor.from_pretrained
+        and pipeline("image-feature-extraction") load the folder too, and prepare images as `GranViT.encode` does but
+        for rounding: they round pixels to 8 bits after resizing.
+        """
         self.to_transformers().save_pretrained(directory)
+        if max_num_patches is not None:
+            settings = {
+                "image_processor_type": "Siglip2ImageProcessor",
+                "do_convert_rgb": True,
+                "do_resize": True,
+                "resample": int(Image.Resampling.BILINEAR),
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": list(image_mean),
+                "image_std": list(image_std),
+                "patch_size": self.config.patch_size,
+                "max_num_patches": max_num_patches,
+            }
+            text = json.dumps(settings, indent=2) + "\n"
+            (Path(directory) / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
 def _headless(config: Siglip2VisionConfig) -> Siglip2VisionConfig:

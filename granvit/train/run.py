@@ -349,7 +349,7 @@ class Run:
         folder = self.folder / "export"
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        self.model.encoder.save_siglip2(folder / "encoder")
+        self.model.save_encoder(folder / "encoder")
         if adapters(self.model.llm):
             save_adapters(self.model.llm, folder / "lora")
 

@@ -2,8 +2,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -284,6 +286,38 @@ def test_the_encoder_needs_no_granvit(tiny, samples, tmp_path):
         "out = model(data['patches'][None], torch.ones(1, 16, dtype=torch.long), torch.tensor([[4, 4]]))\n"
         "assert 'granvit' not in sys.modules\n"
         "assert (out.last_hidden_state[0] - data['features']).abs().max() < 1e-5"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(48, 64), (200, 90), (20, 30)])
+def test_the_exported_encoder_brings_its_image_processor(tiny, size, tmp_path):
+    """AutoImageProcessor and the pipeline of plain transformers, in a process without granvit: encode's features."""
+    model, _ = tiny(max_image_tokens=20)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[0] // 4 + 1, size[1] // 4 + 1, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)  # not all noise
+    picture.save(tmp_path / "picture.png")
+    features, layout = model.encode(picture)
+    model.save_encoder(tmp_path / "encoder")
+    image, grids = torch.from_numpy(np.array(picture)), layout.grids
+    patches, _ = pack_patches([image], 16, [0.5] * 3, [0.5] * 3, grids=grids, dtype=torch.float32)
+    torch.save([patches, features], tmp_path / "tensors.pt")
+    code = (
+        "import sys, torch; from PIL import Image; from transformers import AutoImageProcessor, AutoModel, pipeline\n"
+        f"folder, (patches, wanted) = {str(tmp_path / 'encoder')!r}, torch.load({str(tmp_path / 'tensors.pt')!r})\n"
+        f"picture = {str(tmp_path / 'picture.png')!r}\n"
+        "prepare = AutoImageProcessor.from_pretrained(folder)\n"
+        "inputs = prepare(images=Image.open(picture), return_tensors='pt')\n"
+        f"assert prepare.max_num_patches == 20 and inputs['spatial_shapes'].tolist() == {grids.tolist()}\n"
+        "off = (inputs['pixel_values'][0, : len(wanted)] - patches).abs().max() * 127.5\n"
+        "assert off < 1.6, f'pixels are {off} of 255 off: more than rounding twice to 8 bits'\n"
+        "with torch.no_grad():\n"
+        "    features = AutoModel.from_pretrained(folder)(**inputs).last_hidden_state[0, : len(wanted)]\n"
+        "made = torch.tensor(pipeline('image-feature-extraction', model=folder)(picture))[0, : len(wanted)]\n"
+        "assert 'granvit' not in sys.modules\n"
+        "for got in (features, made):\n"
+        "    assert (got - wanted).abs().max() < 0.1 * wanted.std(), (got - wanted).abs().max() / wanted.std()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
