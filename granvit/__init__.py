@@ -1,10 +1,15 @@
 """GranViT: vision encoders that learn to see regions.
 
-The names below come out of granvit.model, which is imported with the first of them: transformers takes seconds to
-import, and `python -m granvit.data --help` needs none of it. Importing granvit.model registers the model with
-transformers' AutoConfig, AutoModel, AutoModelForImageTextToText and AutoProcessor.
+`import granvit` is cheap: it imports neither torch nor transformers, which take seconds. The names below come out of
+granvit.model, which is imported with the first of them. It is imported right after transformers, too, where that is
+imported before or after granvit: it registers the model with AutoConfig, AutoModel, AutoModelForImageTextToText and
+AutoProcessor.
 """
 
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,3 +25,34 @@ def __getattr__(name: str) -> Any:
     from granvit import model
 
     return getattr(model, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _AfterTransformers(MetaPathFinder):
+    """Finds transformers as Python does, and has granvit.model imported once transformers has been."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    import granvit.model  # noqa: F401
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if "transformers" in sys.modules:
+    import granvit.model  # noqa: F401
+else:
+    sys.meta_path.insert(0, _AfterTransformers())

@@ -20,6 +20,29 @@ assert AutoConfig.for_model("granvit").__class__ is GranViTConfig
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "imports",
+    ["import granvit; import transformers", "import transformers; import granvit", "import granvit.data.prompts"],
+)
+def test_auto_classes_know_the_model_in_any_order(imports, tiny, tmp_path):
+    for part in tiny():
+        part.save_pretrained(tmp_path)
+    code = f"""
+import importlib.util
+{imports}
+importlib.util.find_spec("transformers")  # to look for it is not to import it
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+classes = AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+names = [type(kind.from_pretrained({str(tmp_path)!r})).__name__ for kind in classes]
+assert names == ["GranViTConfig", "GranViT", "GranViT", "GranViTProcessor"], names
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_are_listed():
+    assert {*granvit.__all__} <= {*dir(granvit)}
+
+
 @pytest.mark.parametrize("name", granvit.__all__)
 def test_names_are_the_models_own(name):
     from granvit import model

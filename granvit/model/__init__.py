@@ -1,4 +1,5 @@
-"""The model. Importing it registers GranViT with transformers' AutoConfig, AutoModel and AutoProcessor."""
+"""The model. Importing it registers GranViT with transformers' Auto classes; granvit's own __init__ sees
+to that wherever both are imported."""
 
 from importlib import import_module
 from typing import Any
