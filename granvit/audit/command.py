@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def audit(
@@ -38,7 +38,7 @@ def audit(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     result = write_audit(data, output, split, model, images, checked_images, device, workers)
     numbers = result["numbers"]
-    console.print(f"{numbers['rows']:,} rows, {numbers['faulty']:,} of them with faults", markup=False)
+    console.print(f"{numbers['rows']:,} rows, {numbers['faulty']:,} of them with faults")
     if model:
         console.print(f"{result['checked']:,} captions checked, {result['below']:,} fit other boxes better")
-    console.print(f"wrote {output / 'index.html'}", markup=False)
+    console.print(f"wrote {output / 'index.html'}")

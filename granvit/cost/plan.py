@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from granvit.cost.flops import (
@@ -391,7 +392,7 @@ def _model_table(plan: PlanConfig, sizes: Sizes) -> Table:
     meets = {"encoder": sizes.patch + sizes.encoder, "projector": sizes.projector, "llm": sizes.llm}
     names = {"encoder": model.encoder or "tiny", "llm": model.llm or "tiny", "projector": "with the region prompt"}
     for name, number in sizes.parameters.items():
-        table.add_row(f"{name} ({names[name]})", f"{number / 1e6:,.2f}", f"{meets[name] / 1e6:,.2f}")
+        table.add_row(Text(f"{name} ({names[name]})"), f"{number / 1e6:,.2f}", f"{meets[name] / 1e6:,.2f}")
     if sizes.adapters:
         table.add_row(f"its adapters (rank {model.lora.rank})", *[f"{sizes.adapters / 1e6:,.2f}"] * 2)
     return table
@@ -532,4 +533,4 @@ def parse(arguments: Sequence[str]) -> PlanConfig:
 
 
 def main(arguments: Sequence[str]) -> None:
-    report(parse(arguments), Console())
+    report(parse(arguments), Console(markup=False, emoji=False))

@@ -24,7 +24,7 @@ from granvit.data.sources.refcoco import RefCoco
 from granvit.data.sources.visual_genome import VisualGenome
 from granvit.data.sources.voc import Voc
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def sample(images: int, output: Path, seed: int = 0, workers: int | None = None) -> None:
@@ -39,7 +39,7 @@ def sample(images: int, output: Path, seed: int = 0, workers: int | None = None)
     from granvit.data.sample import build_sample
 
     build_sample(output, images, seed, workers)
-    console.print(f"wrote {images} pictures to {output}", markup=False)
+    console.print(f"wrote {images} pictures to {output}")
 
 
 FORMATS = {
@@ -154,20 +154,20 @@ def overlap(
         table.add_row(name, f"{number:,}")
     console.print(table)
     for match in shared.matches[:10]:
-        console.print(f"{match.ids[0]!r:.60} is {match.ids[1]!r:.60} ({match.how})", markup=False)
+        console.print(f"{match.ids[0]!r:.60} is {match.ids[1]!r:.60} ({match.how})")
     if len(shared.matches) > 10:
         console.print(f"and {len(shared.matches) - 10:,} more")
     if output:
         if lost := write_ids(shared, output):
             console.print(f"{lost} ids have line breaks or outer spaces and could not be written", style="yellow")
-        console.print(f"wrote {output}", markup=False)
+        console.print(f"wrote {output}")
     if page:
         write_page(shared, first, second, split, other_split, page)
-        console.print(f"wrote {page}", markup=False)
+        console.print(f"wrote {page}")
 
 
 def _built(output: Path, summary: Summary) -> None:
-    console.print(f"wrote {output}", markup=False)
+    console.print(f"wrote {output}")
     console.print(summary.table())
 
 
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config=(OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
     except (ValueError, OSError) as error:
-        console.print(f"error: {error}", markup=False, style="red")
+        console.print(f"error: {error}", style="red")
         return 1
     except KeyboardInterrupt:
         console.print("stopped", style="red")

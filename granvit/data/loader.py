@@ -52,6 +52,11 @@ class GranDataset:
         if split not in splits:
             raise ValueError(f"split must be one of {sorted(splits)} in {self.path}, got {split!r}")
         rows = splits[split]
+        if not isinstance(rows, (datasets.Dataset, ParquetRows)):
+            raise ValueError(
+                f"path_or_dataset: got {type(rows).__name__}, which has no rows by number; it takes {ACCEPTED}, or a "
+                "datasets.Dataset or DatasetDict (of rows, Dataset.from_list makes one)"
+            )
         missing = sorted(set(FEATURES) - set(rows.column_names))
         if missing:
             raise ValueError(f"{self.path} is no Gran dataset: it lacks the columns {missing}, has {rows.column_names}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from granvit.data.loader import GranDataset
 
 BLIND = {"other image": "other_image", "text alone": "text"}
+SOURCES = 5  # that the tables show, of the hundreds that a dataset may have
+LONGEST = 24  # letters of a source's name that they show
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,27 +65,44 @@ def train_split(options: argparse.Namespace, console: Console) -> GranDataset | 
     try:
         return GranDataset(options.data, "train", options.fault_budget)
     except ValueError as error:
-        console.print(f"no floors: {error}", style="yellow", markup=False)
+        console.print(f"no floors: {error}", style="yellow")
         return None
 
 
-def table(title: str, names: list[str], columns: dict[str, dict[str, float]]) -> Table:
-    """Metrics down, the model and what it is to be compared with across; fractions in per cent."""
+def frequent_sources(asked: Mapping[str, int]) -> list[str]:
+    """The sources that most questions are about, at most SOURCES, the most frequent first. asked: see
+    `metrics.counts`."""
+    total: Counter[str] = Counter()
+    for name, number in asked.items():
+        source, slash, _ = name.rpartition("/")
+        total[source] += number if slash else 0
+    return [source for source, number in total.most_common(SOURCES) if number]
+
+
+def table(
+    title: str, names: Iterable[str], columns: dict[str, dict[str, float]], sources: Iterable[str] | None = None
+) -> Table:
+    """Metrics down, the model and what it is to be compared with across; fractions in per cent. sources: those that
+    have rows, in this order; None: all."""
+    names = sorted(names)
     columns = {label: column for label, column in columns.items() if column.keys() & set(names)}
     out = Table(title=title)
     out.add_column("", no_wrap=True)
     for label in columns:
-        out.add_column(label.replace("_", " "), justify="right", style="bold" if label == "model" else "dim")
-    by_source: dict[str, list[str]] = {}
-    for name in sorted(names):
+        words = label.replace("_", " ")
+        style = "bold" if label == "model" else "dim"
+        out.add_column(words, justify="right", style=style, min_width=max(5, *map(len, words.split())))
+    by_source: dict[str, list[str]] = {"": []}
+    for name in names:
         by_source.setdefault(name.rpartition("/")[0], []).append(name)
-    for group in by_source.values():
+    for source in by_source if sources is None else ["", *sources]:
         out.add_section()
-        for name in group:
+        for name in by_source.get(source, []):
             scale, digits = (1, 2) if name.endswith("cider") else (100, 1)
             values = (column.get(name) for column in columns.values())
+            shown = name if len(source) <= LONGEST else f"{source[: LONGEST - 1]}…{name[len(source) :]}"
             out.add_row(
-                Text(name), *("" if value is None else f"{scale * value:.{digits}f}" for value in values)
+                Text(shown), *("" if value is None else f"{scale * value:.{digits}f}" for value in values)
             )
     return out
 
@@ -94,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     from granvit.eval.loading import check_device, load_model
     from granvit.eval.metrics import counts
 
-    console = Console(width=max(100, Console().width))  # the tables have up to eight columns
+    console = Console(width=max(120, Console().width), markup=False, emoji=False)  # the tables have up to eight columns
     try:
         check_device(options.device)
         test = GranDataset(options.data, options.split, options.fault_budget)
@@ -114,14 +135,19 @@ def main(arguments: list[str] | None = None) -> int:
     columns = {"model": evaluation.metrics} | blinded | below
     boxes = [name for name in evaluation.metrics if CAPTION2BBOX in name]
     captions = [name for name in evaluation.metrics if name not in boxes]
-    console.print(table("Captions of boxes (per cent; CIDEr as it is, 10 at most)", captions, columns))
-    console.print(table("Boxes of sentences (per cent)", boxes, columns))
     asked = counts(evaluation.predictions)
+    shown = frequent_sources(asked)
+    console.print(table("Captions of boxes (per cent; CIDEr as it is, 10 at most)", captions, columns, shown))
+    console.print(table("Boxes of sentences (per cent)", boxes, columns, shown))
+    hidden = len({name.rpartition("/")[0] for name in asked} - {""}) - len(shown)
+    if hidden:
+        where = options.json or "the file of --json"
+        console.print(f"and {hidden:,} more sources, of fewer questions each; {where} holds all of them")
     console.print(
         "asked: " + ", ".join(f"{name} {number}" for name, number in asked.items() if "/" not in name)
     )
     if test.faults.counts:
-        console.print(f"left out: {test.faults.summary()}", style="yellow", markup=False)
+        console.print(f"left out: {test.faults.summary()}", style="yellow")
     if options.json:
         result = {
             "model": str(options.model),
@@ -134,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
             "predictions": evaluation.predictions,
         }
         Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
-        console.print(f"written to {options.json}", markup=False)
+        console.print(f"written to {options.json}")
     return 0
 
 

@@ -43,7 +43,8 @@ def replay(dump: Annotated[Path, tyro.conf.Positional], device: str = "auto") ->
     table = Table("module", "what is not finite", title=f"{stage.name} step {phase.step}")
     for row in watch.found:
         table.add_row(*row)
-    Console().print(table if watch.found else f"{stage.name} step {phase.step}: every number is finite: {line}")
+    finite = f"{stage.name} step {phase.step}: every number is finite: {line}"
+    Console(markup=False, emoji=False).print(table if watch.found else finite)
     return bool(watch.found)
 
 

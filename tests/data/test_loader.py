@@ -228,3 +228,12 @@ def test_row_groups_are_kept_within_bounds(tmp_path, monkeypatch):
     assert [data[i].id for i in (0, 11, 1, 2)] == ["r0", "r11", "r1", "r2"] and read == [0, 3]
     monkeypatch.setattr(data.rows, "_limit", 1)
     assert [data[i].id for i in (3, 0, 1, 4)] == ["r3", "r0", "r1", "r4"] and read == [0, 3, 1, 0, 1]
+
+
+def test_what_has_no_rows_by_number_is_refused():
+    given = datasets.Dataset.from_list(rows(2), FEATURES)
+    assert len(GranDataset(given)) == 2
+    stream = given.to_iterable_dataset()
+    for source in (stream, {"train": stream}, rows(2), None):
+        with pytest.raises(ValueError, match=r"path_or_dataset: got \w+, which has no rows by number; it takes"):
+            GranDataset(source)

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from rich.console import Console
 
-from granvit.eval.__main__ import main, table
+from granvit.eval.__main__ import frequent_sources, main, table
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
@@ -88,3 +88,30 @@ def test_a_sources_name_is_text_and_no_markup():
     shown = io.StringIO()
     Console(file=shown, width=100).print(table("title", [name], {"model": {name: 0.5}}))
     assert name in shown.getvalue() and "50.0" in shown.getvalue()
+
+
+def test_of_hundreds_of_sources_the_most_frequent_are_shown_and_all_written(saved, gran_rows, tmp_path, capsys):
+    names = [f"https://example.org/a/very/long/path/of/a/crawl/{i:03}" for i in range(40)]
+    rows = [(f"row-{i}", [(LEFT, f"a cat {i}", "natural")], name) for i, name in enumerate(names)]
+    rows += [(f"more-{i}", [(LEFT, f"a dog {i}", "natural"), (RIGHT, "Total", "ocr")], "photos") for i in range(3)]
+    rows += [(f"some-{i}", [(LEFT, f"a hat {i}", "natural")], names[7]) for i in range(2)]
+    datasets.DatasetDict({"test": gran_rows(rows)}).save_to_disk(tmp_path / "data")
+    out = tmp_path / "[bold]results :dog:" / "result.json"
+    out.parent.mkdir()
+    assert main([str(saved[0]), "--data", str(tmp_path / "data"), "--json", str(out), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("bbox2caption_rouge_l") == 3 + 5  # all, natural, ocr; five sources
+    assert "photos/bbox2caption_rouge_l" in shown and "https://example.org/a/v…/bbox2caption_rouge_l" in shown
+    assert shown.index("photos/") < shown.index("https://"), "the most frequent first"
+    flat = shown.replace("\n", "")
+    assert "and 36 more sources" in shown and f"written to {out}" in flat
+    assert re.search(r" natural_bbox2caption_rouge_l +│ +\d+\.\d ", shown), "values stand whole in their columns"
+    metrics = json.loads(out.read_text())["metrics"]
+    assert {f"{name}/bbox2caption_exact" for name in names} <= metrics.keys()
+
+
+def test_frequent_sources_are_counted_over_tasks():
+    asked = {"bbox2caption": 9, "natural_bbox2caption": 9, "a/b/bbox2caption": 4, "a/b/caption2bbox": 2}
+    asked["c/bbox2caption"] = 5
+    assert frequent_sources(asked) == ["a/b", "c"]
+    assert len(frequent_sources(asked | {f"source {i}/bbox2caption": 1 for i in range(9)})) == 5
