@@ -175,9 +175,12 @@ def _ids(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+    if "\0" in text:  # of UTF-16, where every id would be unknown and none be left out
+        raise ValueError(f"{file} is no text in UTF-8: it has NUL characters")
+    return [line.removeprefix("\ufeff").strip() for line in text.splitlines()]  # files that were joined have several
 
 
 COMMANDS = {

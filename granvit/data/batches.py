@@ -19,6 +19,7 @@ from granvit.data.collate import Batch, Read, collate, join  # noqa: F401  (coll
 from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, as_it_is, measure, start_worker, too_long
 from granvit.data.loader import GranDataset
+from granvit.data.parallel import shared_memory
 from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Order, Pack
 from granvit.data.schema import good_or_none
@@ -242,8 +243,7 @@ def _receive(flat: Tensor, sizes: list[tuple[tuple[int, ...], int]], read: Read)
 
 def _read_ahead(reader: _Reader, processes: int, sampler: Sampler) -> Iterator[tuple[Read, list[tuple[int, str, str]]]]:
     """What `reader` reads of each of the sampler's, in as many processes in turn, so that Python's lock is never held
-    against the training step; 0: in this one. Raises ValueError where they can't hand over their pictures for want of
-    shared memory."""
+    against the training step; 0: in this one. Raises what `shared_memory` raises."""
     loader = DataLoader(
         reader,
         batch_size=None,
@@ -254,14 +254,6 @@ def _read_ahead(reader: _Reader, processes: int, sampler: Sampler) -> Iterator[t
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
-    try:
+    with shared_memory(processes):
         for sent, faults in loader:
             yield _receive(*sent), faults
-    except RuntimeError as error:
-        # Bus error: pages of a file of shared memory are taken when they are first written.
-        if not any(sign in str(error) for sign in ("unable to allocate shared memory", "Bus error")):
-            raise
-        raise ValueError(
-            "workers hand over their pictures in /dev/shm, which is full: make it larger (docker --shm-size 8g), or "
-            "read without workers (--data.workers 0)"
-        ) from None

@@ -95,7 +95,10 @@ def measure(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[s
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:  # some network file systems have no locks
+                log.warning("%s can't be locked (%s): each process measures lengths for itself", path.parent, error)
             if (lengths := _cached(path, tasks)) is None:
                 lengths = _measure(dataset, processor, tuple(tasks))
                 _save(path, lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -37,6 +38,24 @@ def progress(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:
     """The steps, with a progress bar where stderr is a terminal."""
     console = Console(stderr=True)
     return track(steps, title, total=total, console=console, disable=not console.is_terminal)
+
+
+@contextmanager
+def shared_memory(workers: int) -> Iterator[None]:
+    """For a DataLoader with so many workers. Raises ValueError where /dev/shm has no room for what they hand over, or
+    for the locks that they begin with."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        # Bus error: pages of a file of shared memory are taken when they are first written. An error of a worker's own
+        # comes here without its number.
+        full = any(sign in str(error) for sign in ("unable to allocate shared memory", "Bus error"))
+        if not (workers and (full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS))):
+            raise
+        raise ValueError(
+            "workers hand over what they read in /dev/shm, which is full: make it larger (docker --shm-size 8g), or "
+            "read without workers (--data.workers 0)"
+        ) from None
 
 
 def end_with_parent() -> None:

@@ -43,7 +43,7 @@ class Termination:
 
     def __call__(self, number: int, *_: object) -> None:
         interrupt = number == signal.SIGINT
-        if interrupt and (self.asked or not self.patient):
+        if interrupt and (self.code == INTERRUPTED or not self.patient):
             raise KeyboardInterrupt
         self.asked = True
         self.code = INTERRUPTED if interrupt else STOPPED

@@ -1,5 +1,6 @@
 """Batches: full, the same for any number of ranks and workers, found again after a stop; faults leave slots empty."""
 
+import errno
 import io
 import json
 import os
@@ -252,6 +253,11 @@ def test_parquet_is_read_by_row_groups_here_and_remotely(tmp_path, many_rows, pr
 
 def test_lengths_are_measured_once_and_anew_for_other_data(gran, processor, monkeypatch, tmp_path):
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path))
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)  # as on some network file systems
     first = loader(GranDataset(gran), processor).lengths
     monkeypatch.setattr("granvit.data.lengths._measure", lambda *_: pytest.fail("measured again"))
     again = loader(GranDataset(gran), processor).lengths
@@ -263,11 +269,18 @@ def test_lengths_are_measured_once_and_anew_for_other_data(gran, processor, monk
     assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
-def test_a_small_shared_memory_is_named(gran, processor, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ((torch.UntypedStorage, "_new_shared"), RuntimeError("unable to allocate shared memory(shm) for file </t>")),
+        ((torch.multiprocessing, "Queue"), OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_small_shared_memory_is_named(gran, processor, monkeypatch, place, error):
     def full(*_, **__):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+        raise error
 
-    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    monkeypatch.setattr(*place, full)
     with pytest.raises(ValueError, match="/dev/shm, which is full.*--data.workers 0"):
         list(loader(GranDataset(gran), processor, workers=1))
 

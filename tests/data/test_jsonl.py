@@ -220,13 +220,14 @@ def test_hostile_lines_cost_little_and_are_told_in_little(file, tmp_path, caplog
 def test_ids_to_exclude_as_windows_writes_them(file, tmp_path, capsys):
     write(file, line(id="a"), line(id="b"))
     ids = tmp_path / "ids.txt"
-    ids.write_bytes("\ufeffa\r\n".encode())
+    ids.write_bytes("\ufeffx\r\n\ufeffa\r\n".encode())  # two files joined
     command = ["convert", "jsonl", str(file), "--exclude", str(ids), "--workers", "0"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     assert GranDataset(tmp_path / "out").rows["id"] == ["b"]
-    ids.write_bytes(b"\xff\xfea")
-    assert main([*command, "--output", str(tmp_path / "other")]) == 1
-    assert "ids.txt is no text in UTF-8" in capsys.readouterr().err
+    for wrong in (b"\xff\xfea", "a\n".encode("utf-16-le")):
+        ids.write_bytes(wrong)
+        assert main([*command, "--output", str(tmp_path / "other")]) == 1
+        assert "ids.txt is no text in UTF-8" in capsys.readouterr().err
 
 
 def test_a_mended_file_begins_anew(file, tmp_path):

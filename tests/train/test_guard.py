@@ -83,6 +83,9 @@ def test_the_first_ctrl_c_is_as_sigterm_and_the_second_ends_at_once(caplog):
         assert raised.value.code == INTERRUPTED == 130
         with pytest.raises(KeyboardInterrupt), asked.awaited():
             os.kill(os.getpid(), signal.SIGINT)
+    with termination() as asked, pytest.raises(Terminated), asked.awaited():  # one that follows SIGTERM is the first
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
     with termination() as asked, pytest.raises(KeyboardInterrupt):  # where no step is taken
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
