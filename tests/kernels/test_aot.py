@@ -62,7 +62,7 @@ def test_the_record_is_whole_and_without_fault():
 
 
 def test_limits_are_limits():
-    row = next(row for row in RECORDED.values() if not aot.may_spill(row))
+    row = next(iter(RECORDED.values()))
     assert aot.fault(row) is None
     assert "spills" in aot.fault({**row, "spills": 8})
     assert "shared" in aot.fault({**row, "shared": 300_000})

@@ -106,7 +106,7 @@ def test_every_kind_of_box(dtype, shared, coverage):
     assert (lse[4:8] == -torch.inf).all() and not output[4:8].any() and output[:4].any(-1).all()
 
 
-@pytest.mark.parametrize(("queries", "size"), [(1, 64), (4, 72), (17, 8), (3, 1), (70, 20)])
+@pytest.mark.parametrize(("queries", "size"), [(1, 64), (4, 72), (17, 8), (3, 1), (70, 20), (3, 250)])
 def test_queries_and_head_sizes(queries, size):
     check([(4, 5), (6, 3)], BOXES[:2] + BOXES[:2], [0, 0, 1, 1], queries, 2, size, coverage=True)
 
