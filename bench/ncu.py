@@ -76,6 +76,10 @@ def pack() -> Callable:
 
 
 OPERATORS = {"roi_gather": gather, "region_attention": attend, "pack_patches": pack}
+SHAPES = {
+    "roi_gather": "768 channels", "region_attention": "16 x 72, K = 1, coverage", "pack_patches": "patches of 16",
+}  # fmt: skip
+"""Of those calls, as bench/results/floors.json has them."""
 
 
 def watched(operator: str) -> None:

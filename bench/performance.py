@@ -155,6 +155,7 @@ def floors_and_clocks() -> list[str]:
     """The floors beside what GPUs took (predicted.py)."""
     import predicted
 
+    watched = predicted.load_executions(RESULTS)
     lines = []
     for device, table in predicted.load(RESULTS).items():
         ratios = {}
@@ -174,6 +175,23 @@ def floors_and_clocks() -> list[str]:
                     + [f"{1e6 * seconds:.0f}" for seconds in (entry.issue, entry.memory, entry.measured)]
                     + [f"{entry.ratio:.2f}"]
                     for entry in table
+                ],
+            ),
+            "",
+        ]
+        if device not in watched:
+            continue
+        lines += [
+            "The instructions themselves, as Nsight Compute counts them (`python bench/ncu.py`), in millions of warps' "
+            "instructions. Where few cycles issue, warps wait: few fit where each thread holds many registers.",
+            "",
+            *markdown(
+                ["operator", "kernel", "counted", "executed", "ratio", "cycles that issue", "DRAM", "warps resident"],
+                [
+                    [entry.operator, entry.kernel, f"{entry.counted / 1e6:.1f}", f"{entry.executed / 1e6:.1f}"]
+                    + [f"{entry.counted / entry.executed:.3f}"]
+                    + [f"{100 * share:.0f} %" for share in (entry.issue_active, entry.dram_share, entry.occupancy)]
+                    for entry in watched[device]
                 ],
             ),
             "",

@@ -1,4 +1,4 @@
-"""How well the counted floors (bench/results/floors.json) predict what a GPU took: measured times beside them."""
+"""How well the counted floors (bench/results/floors.json) predict what a GPU did: times and executed instructions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ncu import SHAPES
 from workloads import GRAPH
 
 
@@ -44,6 +45,43 @@ def predictions(floors: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
             sums = [sum(part[f"{kind}_seconds"][chip] for part in parts) for kind in ("issue", "memory")]
             table.append(Prediction(row["operator"], row["mode"], row["workload"], *sums, row["median"]))
     return table
+
+
+class Execution(NamedTuple):
+    """Of one kernel, warps' instructions: as counted without a GPU, and as Nsight Compute counted them."""
+
+    operator: str
+    kernel: str
+    counted: float
+    executed: float
+    issue_active: float
+    dram_share: float
+    occupancy: float
+
+
+def executions(floors: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[Execution]:
+    """rows: of a GPU's -ncu.json, whose calls are of workload A and SHAPES; pictures are packed as they are."""
+    table = []
+    for row in rows:
+        operator, kernel = row["operator"], row["kernel"].strip("_").removesuffix("_kernel")
+        counted = [
+            part["instructions"] * part["trips"]
+            for floor in floors
+            if (floor["operator"], floor["workload"], floor["shape"]) == (operator, "A", SHAPES[operator])
+            for part in floor["parts"]
+            if part["kernel"] == kernel
+        ]
+        if counted:
+            shares = row["issue_active"], row["dram_share"], row["occupancy"]
+            table.append(Execution(operator, row["kernel"], sum(counted), row["instructions"], *shares))
+    return table
+
+
+def load_executions(results: Path) -> dict[str, list[Execution]]:
+    """{device: its executions} of every GPU that ncu has watched."""
+    floors = json.loads((results / "floors.json").read_text())["rows"]
+    files = [json.loads(path.read_text()) for path in sorted(results.glob("nvidia-*-ncu.json"))]
+    return {rows[0]["device"]: executions(floors, rows) for rows in files if rows}
 
 
 def load(results: Path) -> dict[str, list[Prediction]]:

@@ -268,3 +268,11 @@ def test_a_gpus_file_has_predictions_for_each_operator():
     predicted = importlib.import_module("predicted")
     for device, table in predicted.load(BENCH / "results").items():
         assert {entry.operator for entry in table} == {"roi_gather", "region_attention", "pack_patches"}, device
+
+
+def test_counted_instructions_are_those_that_a_gpu_executed():
+    """To 5 %, of every kernel that Nsight Compute watched: it is what the floors claim."""
+    predicted = importlib.import_module("predicted")
+    for device, table in predicted.load_executions(BENCH / "results").items():
+        assert {entry.operator for entry in table} == {"roi_gather", "region_attention", "pack_patches"}, device
+        assert all(abs(entry.counted / entry.executed - 1) < 0.05 for entry in table), (device, table)
