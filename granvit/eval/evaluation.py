@@ -86,6 +86,7 @@ def evaluate(
     rank: int = 0,
     ranks: int = 1,
     gather: Callable[[list[Prediction]], list[list[Prediction]]] = lambda own: [own],
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Ask `model` (a GranViT) the tasks' questions of at most `limit` images of `dataset`, greedily decoded.
 
@@ -93,6 +94,7 @@ def evaluate(
         none, only the question's text. The images are held in memory, so `limit` is for large test sets. The
         model is put back into training mode if it was.
     rank, ranks, gather: processes that share the questions; gather returns every rank's predictions to each.
+    progress: called with the number of answers that there are, and of how many, after each batch.
     ValueError for another `blind`, a dataset without
         regions, and where "other_image" finds one image only.
     """
@@ -112,7 +114,9 @@ def evaluate(
     model.eval()
     images = None if blind == "text" else {row: sample.image for row, sample in shown.items()}
     asked_of = [a.row for a in asked]
-    answers = answer(model, processor, [a.question for a in asked], asked_of, images, batch_size, MAX_NEW_TOKENS)
+    answers = answer(
+        model, processor, [a.question for a in asked], asked_of, images, batch_size, MAX_NEW_TOKENS, progress
+    )
     model.train(training)
 
     boxes = processor.parse_boxes(answers)

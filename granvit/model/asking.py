@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,11 +113,12 @@ def answer(
     images: Mapping[int, torch.Tensor] | None,
     batch_size: int = 64,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """The model's answer to each question, greedily decoded. rows: for each question the key of its image in `images`
     (uint8 [H, W, 3]); images=None: the question's text alone. Questions whose answers are of about one length should
     stand together: a batch takes as long as its longest. A caption2bbox question's own answer, where it has one, says
-    how long boxes are.
+    how long boxes are. progress: called after each batch with the number of answers that there are, and of how many.
     """
     answers: list[str] = []
     for i in range(0, len(questions), batch_size):
@@ -133,6 +134,8 @@ def answer(
             length = 4 + max(map(len, processor.answer_ids([question.answer for question in batch])))
         out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
         answers += processor.decode_answers(out)
+        if progress:
+            progress(len(answers), len(questions))
     return answers
 
 

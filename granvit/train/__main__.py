@@ -16,8 +16,9 @@ from pkgutil import resolve_name
 from typing import NamedTuple
 
 import tyro
-from rich.logging import RichHandler
 
+from granvit.train.console import closing_words, log_handler, say
+from granvit.train.folder import finished
 from granvit.train.guard import INTERRUPTED, Failed
 from granvit.train.presets import PRESETS, TrainConfig, load_config
 from granvit.train.transfer import adapt_config, check_adapt, check_sft, sft_config
@@ -81,6 +82,13 @@ command goes on."""
 
 def run_preset(arguments: list[str]) -> None:
     config = parse(arguments)
+    folder = Path(config.output)
+    if finished(folder, config):
+        for line in [f"{folder} is finished", *closing_words(folder)] if _leads() else ():
+            say(line)
+        return
+    if _leads():
+        say(f"granvit.train {config.preset}: loading PyTorch and transformers; the run's folder is {folder}")
     from granvit.train.run import train
 
     train(config)
@@ -100,10 +108,13 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {"plan": run_plan, "replay": 
 """What the first word may be besides a preset's name; each takes the other words."""
 
 
+def _leads() -> bool:
+    """Whether this is the first of torchrun's processes: the others would repeat what it says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> None:
-    lead = os.environ.get("RANK", "0") == "0"  # the others repeat what it says
-    level = logging.INFO if lead else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.basicConfig(level=logging.INFO if _leads() else logging.WARNING, handlers=[log_handler()])
     command = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "")
     try:
         command(sys.argv[2:]) if command else run_preset(sys.argv[1:])

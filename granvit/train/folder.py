@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from granvit.data.loader import GranDataset
 from granvit.train.metrics_log import write_aside
 from granvit.train.presets import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from granvit.data.loader import GranDataset
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -55,6 +58,11 @@ def resumes(folder: Path, config: TrainConfig) -> bool:
     if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.rglob("*")))):
         raise ValueError(f"{folder} is not an empty folder and holds no run (no config.yaml); choose another --output")
     return False
+
+
+def finished(folder: Path, config: TrainConfig) -> bool:
+    """Whether `folder` holds this very run, and its report. Raises ValueError where it holds something else."""
+    return resumes(folder, config) and (folder / "report" / "index.html").is_file()
 
 
 def _foreign(path: Path) -> bool:

@@ -7,21 +7,13 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -218,9 +210,14 @@ def _count(batch: Batch) -> tuple[int, ...]:
 
 
 def train_phase(
-    phase: Phase, checkpoints: Checkpoints, metrics: MetricsLog, termination: Termination, title: str
+    phase: Phase,
+    checkpoints: Checkpoints,
+    metrics: MetricsLog,
+    termination: Termination,
+    stepped: Callable[[int, int, str], None],
 ) -> None:
-    """Run `phase` to its last step, and leave its final checkpoint.
+    """Run `phase` to its last step, and leave its final checkpoint. stepped: called after each step with the step, its
+    images and what is to be said of it (`console.RunConsole.stage`).
 
     Raises Terminated, after saving, when the run is asked to stop; NotFinite, with a dump that reproduces it, after too
     many steps without a finite loss in a row; Failed where checkpoints can't be written any more.
@@ -229,15 +226,7 @@ def train_phase(
     folder, profiled_step = checkpoints.folder.parent, STEP if config.profile and world.leads else None
     phase.model.train()
     level = logging.WARNING if world.leads else logging.DEBUG  # what all ranks have to say
-    with ExitStack() as stack:
-        bar = stack.enter_context(
-            Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), disable=not world.leads,
-            )
-        )  # fmt: skip
-        stack.enter_context(termination.awaited())
-        task = bar.add_task(title, total=stage.steps, completed=phase.step, note="")
+    with termination.awaited():
         began = time.perf_counter()
         for number, batches in enumerate(phase.batches(), start=1):
             with nullcontext() if number != profiled_step else profiled(folder / "profile" / stage.name, phase.device):
@@ -248,7 +237,7 @@ def train_phase(
             elif world.leads:
                 metrics.write(stage=stage.name, step=phase.step, **line, seconds=ended - began)
             began = ended
-            bar.update(task, completed=phase.step, note=f"loss {line['loss']:.3f}" if "loss" in line else "skipped")
+            stepped(phase.step, line["images"], f"loss {line['loss']:.3f}" if "loss" in line else "skipped")
             if phase.streak.over:
                 _give_up(phase, checkpoints)
             stopping = any(world.total(termination.asked)) and phase.step < stage.steps

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
-import logging
 import resource
 import time
 import zlib
@@ -14,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch, collate
@@ -30,6 +28,7 @@ from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
 from granvit.train.checkpoint import Checkpoints, check_room, load
+from granvit.train.console import CONTROL, RunConsole, closing_words, hush
 from granvit.train.distill import feature_statistics
 from granvit.train.folder import locked, resumes, same_data
 from granvit.train.guard import Termination, termination
@@ -40,11 +39,16 @@ from granvit.train.parallel.distributed import World, start, stop
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss, warmup_loss
-from granvit.train.summary import write_summary
+from granvit.train.summary import known_floors, write_summary
 
-log = logging.getLogger(__name__)
-console = Console()
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
+WHEN = {
+    "before": "before {}",
+    "after": "after {}",
+    "other_image": "after {}, shown another image",
+    "text_only": "after {}, shown no image",
+}
+"""What the console calls an evaluation of a stage."""
 QUESTION_ROOM = 64  # tokens that a packed sequence has beside its image, at least: a question and its answer
 
 
@@ -56,6 +60,7 @@ def train(config: TrainConfig) -> Path:
     SystemExit of guard.STOPPED or INTERRUPTED) when SIGTERM or Ctrl-C came; Failed (NotFinite is one) as `train_phase`
     does, and on the ranks that did not fail themselves.
     """
+    hush()
     world, device = start(config.device)
     try:
         with termination() as request, ExitStack() as held:
@@ -72,8 +77,9 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
         raise ValueError("no stage has steps: pretrain.steps, adapt.steps and sft.steps are 0")
     if config.data.path == "":
         raise ValueError(f"data.path: the preset {config.preset} has no data of its own; give --data.path DIR")
+    console = RunConsole(config, world.leads)
     if config.data.path is None:
-        with console.status("building the sample set (once)"):
+        with console.waiting(f"the sample set: {config.data.images:,} pictures, drawn once and kept"):
             data = world.first(lambda: str(cached_sample(config.data.images, seed=0)))
     else:
         data = config.data.path
@@ -94,7 +100,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
     if started:
         world.first(claim)
     for path, seed_config in folders.items():
-        run = Run(seed_config, path, world, device, request)
+        run = Run(seed_config, path, world, device, request, console)
         if not started:  # only now: a setting that can't be built must not claim the folder
             world.first(claim)
             if not world.first(lambda: resumes(folder, config)):  # still: another process may have been faster
@@ -103,11 +109,17 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
         elif config != world.first(lambda: load_config(folder / "config.yaml")):  # its data moved, say
             world.first(lambda: save_config(config, folder / "config.yaml"))
         world.first(lambda: same_data(folder / "data.json", splits))
+        if not results:
+            with console.waiting("measuring what guesses reach without the image (once)"):
+                console.floors = world.first(lambda: known_floors(folder, splits, config.data.eval_images))
+        console.forecast.begin_seed()
         results.append(run.finish())
     seconds = max(time.perf_counter() - began, sum(result["seconds"] for result in results))
     if world.leads:
-        write_summary(folder, complete, splits, results, seconds)
-        console.print(f"report: [bold]{write_report(folder)}[/bold]")
+        write_summary(folder, complete, splits, console.floors, results, seconds)
+        write_report(folder)
+        for line in closing_words(folder):
+            console.say(line)
     return folder
 
 
@@ -156,9 +168,16 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, folder: Path, world: World, device: torch.device, request: Termination
+        self,
+        config: TrainConfig,
+        folder: Path,
+        world: World,
+        device: torch.device,
+        request: Termination,
+        console: RunConsole | None = None,
     ) -> None:
-        self.config, self.folder, self.world, self.device, self.request = config, folder, world, device, request
+        self.config, self.folder, self.world, self.device = config, folder, world, device
+        self.request, self.console = request, console or RunConsole(config, world.leads)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.splits = open_splits(config)
@@ -238,9 +257,12 @@ class Run:
         return result
 
     def phase(self, stage: Stage, title: str | None = None) -> None:
-        """Train `stage` to its end, from its newest checkpoint if there is one. title: of its progress bar."""
+        """Train `stage` to its end, from its newest checkpoint if there is one. title: what the run's console calls it.
+        """
+        title = title or stage.name
         if self.checkpoints.final(stage.name) is None:
-            self._train(stage, title or stage.name)
+            self._train(stage, title)
+        self.console.forecast.left[title] = 0
         load(self.checkpoints.final(stage.name), model_tensors(self.model), group=self.world.control)
 
     def _train(self, stage: Stage, title: str) -> None:
@@ -251,11 +273,11 @@ class Run:
         newest = self.checkpoints.newest(stage.name)
         if newest is not None:
             phase.resume(newest)
-            log.info("%s goes on from step %d", stage.name, phase.step)
         if self.world.leads:
             self.metrics.drop(lambda line: line["stage"] == stage.name and line["step"] > phase.step)
         try:
-            train_phase(phase, self.checkpoints, self.metrics, self.request, title)
+            with self.console.stage(title, stage.steps, phase.step) as stepped:
+                train_phase(phase, self.checkpoints, self.metrics, self.request, stepped)
         finally:
             self.checkpoints.wait()  # whoever catches what was raised may go on in this folder
         self.model.to(self.device)
@@ -286,27 +308,43 @@ class Run:
         return collate([sample], [questions], self.processor, self.config.data.capacity)
 
     def evaluation(
-        self, stage: Stage, step: int, when: str, blind: str | None = None, known: dict[str, float] | None = None
+        self,
+        stage: Stage,
+        step: int,
+        when: str,
+        blind: str | None = None,
+        known: dict[str, float] | None = None,
+        title: str | None = None,
     ) -> dict[str, float]:
         """Metrics of the model as it is, over the test splits, written to metrics.jsonl (or read from it). known: those
-        of the regions, if they are."""
-        written = self.world.first(lambda: self._written(stage.name, step, when))
-        if written is not None:
-            return written
+        of the regions, if they are. title: what the run's console calls it."""
+        title = title or WHEN[when].format(stage.name)
+        metrics = self.world.first(lambda: self._written(stage.name, step, when))
+        if metrics is None:
+            metrics = self._evaluate(stage, step, when, blind, known, title)
+        if metrics != known:  # else they were said at the end of the stage before
+            self.console.evaluated(title, metrics)
+        return metrics
+
+    def _evaluate(
+        self, stage: Stage, step: int, when: str, blind: str | None, known: dict[str, float] | None, title: str
+    ) -> dict[str, float]:
         began, limit, world = time.perf_counter(), self.config.data.eval_images, self.world
         metrics, predictions = dict(known or {}), None
         with self._autocast(), eager():
             if known is None and "test" in self.splits:
-                evaluated = evaluate(
-                    self.model, self.processor, self.splits["test"], TASKS, blind=blind, limit=limit,
-                    rank=world.rank, ranks=world.ranks, gather=world.gather,
-                )  # fmt: skip
+                with self.console.evaluation(title) as answered:
+                    evaluated = evaluate(
+                        self.model, self.processor, self.splits["test"], TASKS, blind=blind, limit=limit,
+                        rank=world.rank, ranks=world.ranks, gather=world.gather, progress=answered,
+                    )  # fmt: skip
                 metrics, predictions = evaluated.metrics, evaluated.predictions
             if stage is self.config.sft and "chat_test" in self.splits and blind != "text":
-                metrics |= score_chat(
-                    self.model, self.processor, self.splits["chat_test"], self.config.data.capacity, blind, limit,
-                    world.rank, world.ranks, world.total,
-                )  # fmt: skip
+                with self.console.evaluation(f"{title}, conversations"):
+                    metrics |= score_chat(
+                        self.model, self.processor, self.splits["chat_test"], self.config.data.capacity, blind, limit,
+                        world.rank, world.ranks, world.total,
+                    )  # fmt: skip
         seconds = time.perf_counter() - began
         if world.leads:
             if when == "after" and predictions is not None:  # first, as what has its line is not done again
@@ -357,12 +395,12 @@ class Run:
         """Metrics of stage 2 alone, from this run's warm LLM and an encoder with random weights: what stage 1 has to
         beat. It lies in control/, and goes on where it was as the run does."""
         adapt = self.config.adapt
-        run = Run(self.config, self.folder / "control", self.world, self.device, self.request)
+        run = Run(self.config, self.folder / "control", self.world, self.device, self.request, self.console)
         if self.config.model.encoder or self.config.model.whole:  # else it was drawn at random
             torch.manual_seed(self.config.seed)
             run.model.encoder.reset_parameters()
         warm = self.checkpoints.final(self.config.warmup.name)
         if warm is not None:
             load(warm, model_tensors(run.model), group=self.world.control)
-        run.phase(adapt, title="control")
-        return run.evaluation(adapt, adapt.steps, "after")
+        run.phase(adapt, title=CONTROL)
+        return run.evaluation(adapt, adapt.steps, "after", title="control: adapt on a random encoder")

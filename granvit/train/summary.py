@@ -8,17 +8,49 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from PIL import Image
+
 from granvit.data.loader import GranDataset
 from granvit.eval import floors
+from granvit.train.metrics_log import write_aside
 from granvit.train.presets import TrainConfig
 
 
+def known_floors(folder: Path, splits: dict[str, GranDataset], limit: int) -> dict[str, dict[str, float]]:
+    """{floor: metrics} of the test images that a run is evaluated on, measured once and kept in folder/floors.json.
+    Nothing where there is no test split."""
+    path = folder / "floors.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    measured = floors(splits["train"], splits["test"], limit=limit) if "test" in splits else {}
+    write_aside(path, json.dumps(measured, indent=1))
+    return measured
+
+
+def keep_example(folder: Path, test: GranDataset) -> dict[str, Any] | None:
+    """The first test picture with a region, as folder/report/example.png, and the region's box: something to ask the
+    model about. A region that is no text is preferred. None where there is none."""
+    for kinds in (("natural",), ("ocr",)):
+        for row in range(len(test)):
+            sample = test.annotations(row)
+            region = next((region for region in sample.regions if region.kind in kinds), None) if sample else None
+            if region is not None and (sample := test[row]) is not None:
+                path = folder / "report" / "example.png"
+                Image.fromarray(sample.image.numpy()).save(path)
+                return {"image": str(path.relative_to(folder)), "box": list(region.box)}
+    return None
+
+
 def write_summary(
-    folder: Path, config: TrainConfig, splits: dict[str, GranDataset], results: list[dict], seconds: float
+    folder: Path,
+    config: TrainConfig,
+    splits: dict[str, GranDataset],
+    floors_of_test: dict[str, dict[str, float]],
+    results: list[dict],
+    seconds: float,
 ) -> Path:
     """Write folder/report/summary.json from the results of one or several seeds, and return its path. splits: what the
-    run read (`run.open_splits`)."""
-    train, test = splits.get("train"), splits.get("test")
+    run read (`run.open_splits`); floors_of_test: `known_floors`."""
     path = folder / "report" / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     summary = {
@@ -32,7 +64,8 @@ def write_summary(
             "evaluated": config.data.eval_images,
         },
         "config": asdict(config),
-        "floors": floors(train, test, limit=config.data.eval_images) if test else {},
+        "floors": floors_of_test,
+        "example": keep_example(folder, splits["test"]) if "test" in splits else None,
         "runs": results,
         "mean": mean([{key: run[key] for key in ("stages", "features")} for run in results]),
     }

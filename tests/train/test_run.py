@@ -1,7 +1,9 @@
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -10,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Siglip2VisionModel
 
+from granvit import predict
 from granvit.eval.curves import draw_curves
 from granvit.model import GranViT, GranViTProcessor
+from granvit.train.__main__ import run_preset
 from granvit.train.checkpoint import Checkpoints
 from granvit.train.presets import PRESETS
 from granvit.train.run import train
@@ -20,10 +24,11 @@ from granvit.train.summary import mean
 
 @pytest.fixture(scope="module")
 def finished(small_config, tmp_path_factory):
-    """A finished run with its control, and its configuration."""
+    """A finished run with its control, and its configuration. What it said is next to its folder, in said.txt."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     config = dataclasses.replace(small_config, output=str(folder), control=True)
-    train(config)
+    with (folder.parent / "said.txt").open("w") as said, contextlib.redirect_stdout(said):
+        train(config)
     return config, folder
 
 
@@ -130,6 +135,57 @@ def test_the_same_command_again_does_nothing_twice(finished):
     before = (folder / "metrics.jsonl").read_text()
     train(config)
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_says_each_stage_and_each_evaluation_with_its_floors(finished):
+    config, folder = finished
+    said = [line[9:] for line in (folder.parent / "said.txt").read_text().splitlines()]  # without the time
+    floors = json.loads((folder / "floors.json").read_text())
+    best = 100 * max(floor.get("bbox2caption_rouge_l", 0) for floor in floors.values())
+    starts = [line for line in said if line.endswith("steps")]
+    assert starts == [f"warmup: {config.warmup.steps} steps", f"pretrain: {config.pretrain.steps} steps",
+                      f"adapt: {config.adapt.steps} steps", f"control: {config.adapt.steps} steps"]  # fmt: skip
+    evaluations = ["before pretrain"]
+    for stage in ("pretrain", "adapt"):
+        evaluations += [f"after {stage}", f"after {stage}, shown another image", f"after {stage}, shown no image"]
+    evaluations += ["control: adapt on a random encoder"]
+    for title in evaluations:
+        measuring, figures = (line for line in said if line.startswith(f"{title}: "))
+        assert measuring == f"{title}: measuring"
+        assert f"(floor {best:.1f})" in figures and "exact match" in figures and "boxes ACC@0.5" in figures
+    assert not any("%|" in line or "Writing model shards" in line for line in said)
+
+
+def test_the_last_lines_say_figures_places_and_a_command_that_works(finished, capsys):
+    config, folder = finished
+    result, report, model, command = (folder.parent / "said.txt").read_text().splitlines()[-4:]
+    after = json.loads((folder / "report" / "summary.json").read_text())["mean"]["stages"]["adapt"]["after"]
+    for label, metric in (
+        ("captions ROUGE-L", "bbox2caption_rouge_l"), ("exact match", "bbox2caption_exact"),
+        ("boxes ACC@0.5", "caption2bbox_acc50"),
+    ):  # fmt: skip
+        assert f"{label} {100 * after[metric]:.1f} (floor " in result
+    assert report.endswith(f"report: {folder / 'report' / 'index.html'}")
+    assert f"model: {folder / 'export'} " in model
+    words = command.split("python -m granvit.predict ")[1].split()
+    assert predict.main(words) == 0 and len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_finished_command_says_so_without_loading_anything(finished, capsys, monkeypatch):
+    config, folder = finished
+    monkeypatch.setitem(sys.modules, "granvit.train.run", None)  # importing it fails
+    monkeypatch.setenv("RANK", "0")
+    command = ["smoke", "--config", str(folder / "config.yaml")]
+    run_preset(command)
+    said = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert said[0] == f"{folder} is finished"
+    assert said[1:] == [line[9:] for line in (folder.parent / "said.txt").read_text().splitlines()[-4:]]
+    monkeypatch.setenv("RANK", "1")
+    run_preset(command)
+    assert not capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        run_preset([*command, "--seed", "7"])
 
 
 def test_several_seeds_are_averaged(small_config, tmp_path):
