@@ -156,6 +156,7 @@ def floors_and_clocks() -> list[str]:
     import predicted
 
     watched = predicted.load_executions(RESULTS)
+    counted_at = json.loads((RESULTS / "floors.json").read_text())["commit"]
     lines = []
     for device, table in predicted.load(RESULTS).items():
         ratios = {}
@@ -165,7 +166,8 @@ def floors_and_clocks() -> list[str]:
         lines += [
             f"## What an {device} took beside its floors",
             "",
-            "The call as a CUDA graph, in microseconds, over the larger floor. A bound that predicts is near 1: the "
+            f"The call as a CUDA graph, in microseconds, over the larger floor (counted at commit {counted_at}). A bound "
+            "that predicts is near 1: the "
             f"further above it, the more of the time is waiting that no instruction shows. {ranges}.",
             "",
             *markdown(
