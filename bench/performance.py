@@ -166,9 +166,9 @@ def floors_and_clocks() -> list[str]:
         lines += [
             f"## What an {device} took beside its floors",
             "",
-            f"The call as a CUDA graph, in microseconds, over the larger floor (counted at commit {counted_at}). A bound "
-            "that predicts is near 1: the "
-            f"further above it, the more of the time is waiting that no instruction shows. {ranges}.",
+            f"The call as a CUDA graph, in microseconds, over the larger floor (counted at commit {counted_at}). A "
+            "bound that predicts is near 1: the further above it, the more of the time is waiting that no instruction "
+            f"shows. {ranges}.",
             "",
             *markdown(
                 ["operator", "mode", "workload", "issue floor, us", "memory floor, us", "measured, us", "ratio"],
