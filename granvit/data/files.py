@@ -180,20 +180,18 @@ def inside(folder: str, name: str, follow_links: bool = False) -> str:
         if is_remote(name) or name.startswith("/") or ".." in name.split("/"):
             raise refused
         return join(folder, name)
+    if "\\" in name and not os.path.exists(os.path.join(folder, name)):
+        name = name.replace("\\", "/")
+    lexical = os.path.normpath(name)
+    if os.path.isabs(name) or lexical.split(os.sep)[0] == "..":
+        raise refused
     try:
-        if "\\" in name and not (Path(folder) / name).exists():
-            name = name.replace("\\", "/")
-        lexical = os.path.normpath(name)
-        if os.path.isabs(name) or lexical.split(os.sep)[0] == "..":
-            raise refused
-        path = (Path(folder) / lexical).resolve()
-        if not follow_links and not path.is_relative_to(Path(folder).resolve()):
-            message = f"{name!r:.80} is or lies behind a link that leads out of {folder}, to {str(path)!r:.200}"
-            raise DataFault("path", f"{message}; --follow-links accepts it")
+        path, root = (Path(folder) / lexical).resolve(), Path(folder).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, a loop of links
-        raise (
-            error if isinstance(error, DataFault) else DataFault("path", f"image {name!r:.80} can't be read: {error}")
-        ) from None
+        raise DataFault("path", f"{name!r:.80} can't be read: {error}") from None
+    if not follow_links and not path.is_relative_to(root):
+        message = f"{name!r:.80} is or lies behind a link that leads out of {folder}, to {str(path)!r:.200}"
+        raise DataFault("path", f"{message}; --follow-links accepts it")
     return str(path)
 
 

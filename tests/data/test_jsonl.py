@@ -123,7 +123,8 @@ def test_every_fault_is_named_with_its_line(file, tmp_path, bad, message, caplog
 
 def test_what_the_picture_knows_need_not_be_told(file, tmp_path):
     short = {"image": "images/a.png", "regions": [REGION]}
-    write(file, short, {"image": "images/a.png", "caption": "a picture", "id": "b"})
+    unknown = dict.fromkeys(("width", "height", "regions", "source", "licence"))  # null, as pandas writes it
+    write(file, short, {"image": "images/a.png", "caption": "a picture", "id": "b"} | unknown)
     assert convert_jsonl(file, tmp_path / "out").kept == 2
     row = GranDataset(tmp_path / "out").rows[0]
     assert (row["id"], row["width"], row["height"], row["caption"]) == ("images/a.png", 12, 8, None)

@@ -25,7 +25,7 @@ _KEYS = {  # key: (types, what a fault says is accepted)
     "image": ((str,), "a path relative to the file"),
     "width": ((int,), "an integer"),
     "height": ((int,), "an integer"),
-    "caption": ((str, type(None)), "a string or null"),
+    "caption": ((str,), "a string or null"),
     "regions": ((list,), "a list of objects"),
     "source": ((str,), "a string"),
     "licence": ((str,), "a string"),
@@ -45,8 +45,8 @@ class Jsonl(FolderSource):
 
     image: the picture's path, relative to the file. regions: box is [x1, y1, x2, y2] relative to the picture as EXIF
     turns it, each in [0, 1]; kind is "natural", or "ocr" for text, whose caption is what it says; a "score" may be
-    added. Optional: caption (of the whole picture), id (the path without it), source, licence, width and height in
-    pixels (checked). A line without regions needs a caption.
+    added. Optional, and null where unknown: caption (of the whole picture), id (the path without it), source, licence,
+    width and height in pixels (checked). A line without regions needs a caption.
     """
 
     file: Positional[str]
@@ -113,6 +113,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     data = parse_json(line)
     if not isinstance(data, dict):
         raise DataFault("json", f"a line must be an object, got {type(data).__name__}")
+    data = {key: value for key, value in data.items() if value is not None or key not in _OPTIONAL}
     _check_keys(data, _KEYS, _OPTIONAL)
     for key, (types, accepted) in _KEYS.items():
         if key in data and (not isinstance(data[key], types) or isinstance(data[key], bool)):
