@@ -7,15 +7,16 @@ import unicodedata
 
 import numpy as np
 
-# Scripts without spaces between words, a character with its marks a word: kana and Chinese characters with their
-# extensions, Thai, Lao, Burmese, Khmer, Tai Le, New Tai Lue, Tai Tham.
+# Scripts without spaces between words, a character with its marks a word: kana, of half a width too, Bopomofo, Chinese
+# characters with their extensions, Thai, Lao, Burmese, Khmer, Tai Le, New Tai Lue, Tai Tham, Balinese, Javanese.
 _UNSPACED = (
-    r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    r"\u3040-\u312f\uff66-\uff9f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
     r"\u0e01-\u0e4f\u0e81-\u0ecf\u0edc-\u0edf\u1000-\u103f\u1050-\u109f\uaa60-\uaa7f\u1780-\u17d3"
-    r"\u1950-\u197f\u1980-\u19c9\u1a20-\u1a7f"
+    r"\u1950-\u197f\u1980-\u19c9\u1a20-\u1a7f\u1b00-\u1b4b\ua980-\ua9c0"
 )
-# Accents and vowel signs, which belong to their letter and are no \w: else "कि" and "का" were one word.
+# Accents, vowel signs and joiners, which belong to their letter and are no \w: else "कि" and "का" were one word.
 _MARKS = "".join(mark for mark in map(chr, range(0x300, 0x11FFF)) if unicodedata.category(mark) in ("Mn", "Mc"))
+_MARKS += "\u200c\u200d"
 _WORD = re.compile(rf"(?!\W)[{_UNSPACED}][{_MARKS}\u0e33\u0eb3]*|[^\W_{_UNSPACED}](?:[^\W_{_UNSPACED}]|[{_MARKS}])*")
 # Soft hyphens, byte order marks, zero-width spaces, marks of direction and variation; not the joiners, which some
 # scripts spell with.

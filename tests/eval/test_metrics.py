@@ -61,6 +61,8 @@ def test_words_of_other_scripts():
 def test_scripts_without_spaces_are_words_by_character_with_its_marks():
     assert words("น้ำเย็น") == ["น้ำ", "เ", "ย็", "น"]
     assert words("ຄົນ") == ["ຄົ", "ນ"] and words("ខ្មែរ") == ["ខ្", "មែ", "រ"] and words("မြန်မာ") == ["မြ", "န်", "မာ"]
+    assert words("ｶﾀｶﾅ") == list("ｶﾀｶﾅ") and words("ꦧꦱ") == list("ꦧꦱ")
+    assert words("می\u200cخواهم") == ["می\u200cخواهم"]  # a joiner parts no words
     assert 0 < rouge_l("สุนัขสีแดง", "สุนัขสีดำ") < 1
 
 
