@@ -309,8 +309,20 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
     def region_embeds(
         self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor
     ) -> torch.Tensor:
-        """Region tokens [R, K, D] of boxes [R, 4], relative xyxy, in the images image_index [R]; also of none, so that
-        the region prompt has gradients, if zeros, on every rank."""
+        """What stands at the `<region>` markers of boxes.
+
+        Args:
+            features, layout: as `encode` returns them, [T, C].
+            boxes: float32 [R, 4], x1, y1, x2, y2 as shares of the image's width and height, in [0, 1].
+            image_index: int64 [R], each box's image in the layout.
+        Returns:
+            [R, K, D] in the features' dtype, K = config.region_tokens and D the LLM's width; also of no boxes, so that
+            the region prompt has gradients, if zeros, on every rank.
+        Raises:
+            ValueError: boxes or indices of another shape or dtype, and on the CPU an index that names no image.
+
+        >>> tokens = model.region_embeds(features, layout, torch.tensor([[0.1, 0.2, 0.6, 0.9]]), torch.tensor([0]))
+        """
         if not len(boxes):  # keys and values of every patch would be computed for nobody
             features, layout = features[:0], PackedLayout.from_grids([], device=features.device)
         with record_function("granvit.region_prompt"):

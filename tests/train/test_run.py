@@ -54,6 +54,7 @@ def test_a_run_leaves_what_the_documentation_names(finished):
         "config.yaml",
         "metrics.jsonl",
         "export/config.json",
+        "export/encoder/preprocessor_config.json",
         "report/index.html",
         "report/summary.json",
     ):
