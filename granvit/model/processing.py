@@ -174,6 +174,9 @@ class GranViTProcessor(ProcessorMixin):
         if len(boxes) != len(prompts):
             raise ValueError(f"boxes: got {len(boxes)} lists of boxes for {len(prompts)} questions")
         self._check_rows(prompts, boxes)
+        for i, question in enumerate(asked):
+            if fault := form_fault(question, self.box_style, self.box_format, self.bins):
+                raise ValueError(f"questions[{i}]: {question.prompt!r:.200} {fault}; processor.ask_what(box) writes it")
         pixels = None if images is None else read_images(images)
         sizes = image_sizes if pixels is None else [tuple(image.shape[:2]) for image in pixels]
         if sizes is None:
@@ -243,11 +246,7 @@ class GranViTProcessor(ProcessorMixin):
         return [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(spelt)]
 
     def turn_ids(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
-        """For each question the ids of each of its turns: (prompt, answer). ValueError for a question about a box in
-        another form than this processor's (see form_fault)."""
-        for question in questions:
-            if fault := form_fault(question, self.box_style, self.box_format, self.bins):
-                raise ValueError(f"questions: {question.prompt!r:.200} {fault}; processor.ask_what(box) writes it")
+        """For each question the ids of each of its turns: (prompt, answer)."""
         turns = [turn for question in questions for turn in question.turns]
         prompts, answers = self.prompt_ids([turn[0] for turn in turns]), self.answer_ids([turn[1] for turn in turns])
         ids = iter(zip(prompts, answers, strict=True))

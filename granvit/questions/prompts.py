@@ -102,7 +102,7 @@ def describe_box(
 ) -> Question:
     """The bbox2caption question about a box, named in the prompt by coordinates, by region tokens, or by both.
 
-    The form must be the model's: a processor's `ask_what` gives it, and a processor refuses another one.
+    The form must be the model's: a processor's `ask_what` gives it, and a processor asks in no other.
     """
     if box_style not in ("text", "tokens", "both"):
         raise ValueError(f"box_style: got {box_style!r}, accepted are 'text', 'tokens' and 'both'")
@@ -124,9 +124,9 @@ def form_fault(question: Question, box_style: str, box_format: str, bins: int) -
     """How the form in which a bbox2caption question names its box differs from the one that a model was taught (None:
     it does not). The model would answer, only badly, and nobody would notice.
 
-    A prompt that names no box in any of the forms is free text, and no fault.
+    Only describe_box's own wording has a form: any other prompt is free text, and no fault.
     """
-    if question.task != BBOX2CAPTION:
+    if not question.prompt.startswith(DESCRIBE_BOX[0]):
         return None
     forms = {REGION} if REGION in question.prompt else set()
     if _TEXT_BOX.search(question.prompt):
@@ -134,7 +134,7 @@ def form_fault(question: Question, box_style: str, box_format: str, bins: int) -
     if match := _BINS_BOX.search(question.prompt):
         forms.add("bins" if max(map(int, match.groups())) < bins else "more bins")
     taught = {"text": {box_format}, "tokens": {REGION}, "both": {box_format, REGION}}[box_style]
-    if not forms or forms == taught:
+    if forms == taught:
         return None
     words = {REGION: "region tokens", "text": "coordinates as text", "bins": "location tokens",
              "more bins": "location tokens of more bins"}  # fmt: skip
