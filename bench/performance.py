@@ -104,7 +104,7 @@ def performance() -> list[str]:
     fields = ("case", "kernel", "arch", "registers", "spills", "shared", "warps", "hgmma", "hmma", "tcgen05")
     lines += markdown(head, [[str(row[field]).lstrip("_") for field in fields] for row in rows])
     lines += ["", *floors(), *floors_and_clocks(), *steps_on_gpus()]
-    return [*lines, "![The kernels beside their peers](performance.png)"]
+    return [*lines, "![The rivals' times over ours](performance.png)"]
 
 
 def floors() -> list[str]:
@@ -152,7 +152,7 @@ def floors() -> list[str]:
 
 
 def floors_and_clocks() -> list[str]:
-    """The floors beside what GPUs took (predicted.py)."""
+    """What GPUs took against the floors (predicted.py)."""
     import predicted
 
     watched = predicted.load_executions(RESULTS)
@@ -164,7 +164,7 @@ def floors_and_clocks() -> list[str]:
             ratios.setdefault((entry.operator, entry.mode), []).append(entry.ratio)
         ranges = "; ".join(f"{' '.join(key)} {min(r):.2f} to {max(r):.2f}" for key, r in sorted(ratios.items()))
         lines += [
-            f"## What an {device} took beside its floors",
+            f"## What an {device} took against its floors",
             "",
             f"The call as a CUDA graph, in microseconds, over the larger floor (counted at commit {counted_at}). A "
             "bound that predicts is near 1: the further above it, the more of the time is waiting that no instruction "

@@ -174,7 +174,7 @@ def table(
     names = {name for _, _, mean, _ in _everybody(summary) for name in mean}
     (first_label, first), *rest = metrics
     sources = sorted(n.split("/")[0] for n in names if n.endswith(f"/{task}_{first}"))
-    prefixes = {"all": "", "natural": "natural_", "text": "ocr_"} | {
+    prefixes = {"all": "", "not text": "natural_", "text": "ocr_"} | {
         source: f"{source}/" for source in sources
     }
     columns = [(first_label, label, f"{prefix}{task}_{first}") for label, prefix in prefixes.items()]
