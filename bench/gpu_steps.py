@@ -140,7 +140,7 @@ STEPS = (
         "training", (*PYTEST, "bench/test_gpu_training.py", "-k", "base and pretrain"), 110, 180, training,
         dry=(*PYTEST, "bench/test_gpu_training.py", "-k", "pretrain"),
     ),
-    Step("ncu", ("bench/ncu.py",), 50, 100),
+    Step("ncu", ("bench/ncu.py",), 35, 100),
     # What an ordinary budget has no room for: a second call's.
     Step(
         "slow-peers", (*BENCH, "compiled or (flex and not workload_A)"), 200, 300, partial(operators, chosen=compiled),
