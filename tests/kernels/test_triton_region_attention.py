@@ -218,4 +218,4 @@ def any_problem(grids, boxes, queries, size, shared, coverage, dtype, view, spli
 
 
 test_any_problem = settings(max_examples=12, deadline=None)(given(**PROBLEMS)(any_problem))
-test_many_problems = pytest.mark.slow(settings(max_examples=150, deadline=None)(given(**PROBLEMS)(any_problem)))
+test_many_problems = pytest.mark.slow(settings(max_examples=40, deadline=None)(given(**PROBLEMS)(any_problem)))
