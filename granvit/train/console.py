@@ -56,7 +56,7 @@ def say(text: str) -> None:
     """A line on standard output, with the time where it goes into a file."""
     console = rich.get_console()
     stamp = "" if console.is_terminal else time.strftime("%H:%M:%S ")
-    console.print(stamp + text, soft_wrap=True, highlight=False, markup=False)
+    console.print(stamp + text, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 class Forecast:
