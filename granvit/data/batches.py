@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from granvit.data.backlog import Backlog
 from granvit.data.collate import Batch, Read, collate, join  # noqa: F401  (collate: for users' code)
 from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, as_it_is, measure, start_worker, too_long
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 LANE_BYTES = 384 << 20
 """Of row groups that are kept for each lane: those of a window, and those that are mixed for the next."""
+PREFETCH_BYTES = 1 << 30
+"""Of pictures that a loader's processes read ahead of training, in shared memory; those in use come on top."""
 NAMED_FAULTS = 1000
 """Faulty rows over the budget that are named before a loader gives up."""
 
@@ -185,6 +188,7 @@ class _Reader(Dataset):
         self, dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...], threads: int, pixels: bool
     ) -> None:
         self.dataset, self.processor, self.tasks, self.threads, self.pixels = dataset, processor, tasks, threads, pixels
+        self.backlog: Backlog | None = None
 
     def __getitem__(self, packs: list[Pack]) -> tuple[Sent, list[tuple[int, str, str]]]:
         """Read and tokenised. A row with a fault leaves its slot empty."""
@@ -206,7 +210,7 @@ class _Reader(Dataset):
                     questions = self.processor.questions(sample, self.tasks)
                     asked.append([questions[number] for number in numbers])
         written = Read(plan, samples, asked, write_parts(samples, asked, self.processor))
-        return _send(written), sorted(faults, key=lambda fault: fault[0])
+        return _send(written, self.backlog), sorted(faults, key=lambda fault: fault[0])
 
     def _read(self, faults: list[tuple[int, str, str]], row: int) -> Sample | None:
         return good_or_none(
@@ -219,12 +223,15 @@ class _Reader(Dataset):
 Sent = tuple[Tensor, list[tuple[tuple[int, ...], int]], Read]
 
 
-def _send(read: Read) -> Sent:
+def _send(read: Read, backlog: Backlog | None) -> Sent:
     images = [sample.image for sample in read.samples]
     images = [image if any(image.stride()) else image[:0] for image in images]  # a blank is one number, repeated
     flat = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is not None:  # straight into memory that is shared, instead of a copy to it
-        flat = flat.new(flat.untyped_storage()._new_shared(sum(image.numel() for image in images), device="cpu"))
+    worker = get_worker_info()
+    if worker is not None:  # straight into memory that is shared, instead of a copy to it
+        size = sum(image.numel() for image in images)
+        backlog.hand(worker.id, size)
+        flat = flat.new(flat.untyped_storage()._new_shared(size, device="cpu"))
     if images:
         torch.cat([image.reshape(-1) for image in images], out=flat)
     sizes = [(tuple(sample.image.shape), image.numel()) for sample, image in zip(read.samples, images, strict=True)]
@@ -243,7 +250,9 @@ def _receive(flat: Tensor, sizes: list[tuple[tuple[int, ...], int]], read: Read)
 
 def _read_ahead(reader: _Reader, processes: int, sampler: Sampler) -> Iterator[tuple[Read, list[tuple[int, str, str]]]]:
     """What `reader` reads of each of the sampler's, in as many processes in turn, so that Python's lock is never held
-    against the training step; 0: in this one. Raises what `shared_memory` raises."""
+    against the training step; 0: in this one. At most PREFETCH_BYTES of pictures lie ahead. Raises what `shared_memory`
+    raises."""
+    backlog = reader.backlog = Backlog(processes, PREFETCH_BYTES)
     loader = DataLoader(
         reader,
         batch_size=None,
@@ -254,6 +263,12 @@ def _read_ahead(reader: _Reader, processes: int, sampler: Sampler) -> Iterator[t
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
-    with shared_memory(processes):
-        for sent, faults in loader:
-            yield _receive(*sent), faults
+    try:
+        with shared_memory(processes):
+            reads = iter(loader)  # by a name, so that it outlives the loop: its end waits for its processes
+            for number, (sent, faults) in enumerate(reads):
+                if processes:
+                    backlog.take(number % processes, sent[0].numel())
+                yield _receive(*sent), faults
+    finally:  # a process that waits for room would not see that the loader is over
+        backlog.release()

@@ -285,6 +285,18 @@ def test_a_small_shared_memory_is_named(gran, processor, monkeypatch, place, err
         list(loader(GranDataset(gran), processor, workers=1))
 
 
+def test_a_small_limit_of_what_is_read_ahead_changes_nothing(gran, processor, monkeypatch):
+    batches = [seen(batch, processor) for batch in loader(GranDataset(gran), processor)]
+    monkeypatch.setattr("granvit.data.batches.PREFETCH_BYTES", 1)
+    limited = loader(GranDataset(gran), processor, workers=2)
+    assert [seen(batch, processor) for batch in limited] == batches
+    iterator = iter(limited := loader(GranDataset(gran), processor, workers=2))
+    next(iterator)
+    began = time.monotonic()
+    iterator.close()  # its processes wait for room
+    assert limited.step == 1 and time.monotonic() - began < 4
+
+
 def runs(process: int) -> bool:
     try:
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
