@@ -35,9 +35,11 @@ class _AfterTransformers(MetaPathFinder):
     """Finds transformers as Python does, and has granvit.model imported once transformers has been."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "transformers":
+        if name != "transformers" or self not in sys.meta_path:
             return None
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        # Only the finders behind it: one of a reloaded granvit stands before it, and would ask this one again.
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(name, path, target) for finder in behind)
         spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

@@ -39,6 +39,16 @@ assert names == ["GranViTConfig", "GranViT", "GranViT", "GranViTProcessor"], nam
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_reloaded_granvit_leaves_transformers_importable():
+    code = """
+import importlib, sys, granvit
+importlib.reload(granvit)
+import transformers
+assert "granvit.model" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_names_are_listed():
     assert {*granvit.__all__} <= {*dir(granvit)}
 
