@@ -39,6 +39,7 @@ def exit_code(function: Callable[[], None]) -> int:
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
+        torch.set_num_threads(1)  # OpenMP's threads stay behind at a fork, and a parallel loop would wait for them
         function()
         os._exit(0)
     except BaseException:
