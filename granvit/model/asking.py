@@ -120,6 +120,8 @@ def answer(
     stand together: a batch takes as long as its longest. A caption2bbox question's own answer, where it has one, says
     how long boxes are. progress: called after each batch with the number of answers that there are, and of how many.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, accepted is 1 or more")
     answers: list[str] = []
     for i in range(0, len(questions), batch_size):
         batch, of = questions[i : i + batch_size], rows[i : i + batch_size]

@@ -187,3 +187,10 @@ def test_half_precision_inputs_keep_their_boxes(tiny, samples):
         assert inputs["images"][0].dtype == torch.uint8 and inputs["input_ids"].dtype == torch.int64
     inputs = processor(samples[0].image, processor.ask_what(box)).to("meta")
     assert inputs["boxes"].is_meta and inputs["images"][0].is_meta
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_no_questions_is_refused(tiny, size):
+    model, _ = tiny()
+    with pytest.raises(ValueError, match=f"batch_size: got {size}, accepted is 1 or more"):
+        model.caption(torch.zeros(32, 32, 3, dtype=torch.uint8), [(0, 0, 1, 1)], batch_size=size)
