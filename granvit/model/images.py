@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ def is_single(images: Any) -> bool:
 
 def read_images(images: Any) -> list[torch.Tensor]:
     """A picture or a list of them, each as `as_pixels` reads it."""
+    if not is_single(images) and not isinstance(images, Iterable):
+        raise ValueError(f"images: got {type(images).__name__}, accepted is {ACCEPTED}, or a list of these")
     return [as_pixels(image, i) for i, image in enumerate([images] if is_single(images) else images)]
 
 

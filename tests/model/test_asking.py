@@ -194,3 +194,10 @@ def test_a_batch_of_no_questions_is_refused(tiny, size):
     model, _ = tiny()
     with pytest.raises(ValueError, match=f"batch_size: got {size}, accepted is 1 or more"):
         model.caption(torch.zeros(32, 32, 3, dtype=torch.uint8), [(0, 0, 1, 1)], batch_size=size)
+
+
+@pytest.mark.parametrize("images", [None, 5])
+def test_what_is_no_picture_is_named(tiny, images):
+    model, _ = tiny()
+    with pytest.raises(ValueError, match=f"images: got {type(images).__name__}, accepted is uint8"):
+        model.caption(images, [(0, 0, 1, 1)])
