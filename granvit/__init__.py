@@ -7,6 +7,7 @@ AutoProcessor.
 """
 
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -48,13 +49,21 @@ class _AfterTransformers(MetaPathFinder):
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                    import granvit.model  # noqa: F401
+                    _register()
 
             spec.loader.exec_module = exec_module
         return spec
 
 
-if "transformers" in sys.modules:
-    import granvit.model  # noqa: F401
+def _register() -> None:
+    """Import granvit.model, which registers the model. Whoever only wants transformers is not to fail by that."""
+    try:
+        import granvit.model  # noqa: F401
+    except Exception as error:
+        warnings.warn(f"Auto classes know no GranViT: granvit.model can't be imported: {error}", stacklevel=2)
+
+
+if sys.modules.get("transformers") is not None:
+    _register()
 else:
     sys.meta_path.insert(0, _AfterTransformers())

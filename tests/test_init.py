@@ -49,6 +49,19 @@ assert "granvit.model" in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_transformers_is_imported_where_the_model_can_not_be():
+    code = """
+import sys, warnings
+sys.modules["granvit.lora"] = None
+import granvit
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import transformers
+assert any("granvit.model can't be imported" in str(warning.message) for warning in caught), caught
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_names_are_listed():
     assert {*granvit.__all__} <= {*dir(granvit)}
 
