@@ -213,7 +213,7 @@ def build_dataset(
         summary = Summary(source.unit, indexed["read"], dropped=Counter(indexed["dropped"]))
         _add_faults(faults, indexed["faults"])
         failing = []
-        records = 0 if _hopeless(faults) else indexed["records"]
+        records = 0 if _hopeless(faults, faults.faulty) else indexed["records"]
         for shard in _make_shards(source, work, records, shard_rows, workers, title):
             shard_summary = json.loads((work / f"{shard:05d}.json").read_text())
             _add_faults(faults, shard_summary["faults"])
@@ -222,7 +222,7 @@ def build_dataset(
             summary.conversations += shard_summary.get("conversations", 0)
             summary.dropped.update(shard_summary["dropped"])
             failing += [shard] if shard_summary["faults"] else []
-            if _hopeless(faults):
+            if _hopeless(faults, faults.faulty):
                 break
         summary.faults, summary.faulty = faults.counts, len(faults.faulty)
         try:
@@ -496,15 +496,16 @@ def _add_faults(log: FaultLog, faults: Iterable[tuple[str, str, str, str]]) -> N
     added: list[tuple[str, str, DataFault]] = []
     rows = set(log.faulty)
     for key, name, kind, message in faults:
-        if len(rows) > max(log.allowed, NAMED_FAULTS):
+        if _hopeless(log, rows):
             break
         rows.add(key)
         added.append((key, name, DataFault(kind, message)))
     log.add_all(added)
 
 
-def _hopeless(log: FaultLog) -> bool:
-    return len(log.faulty) > max(log.allowed, NAMED_FAULTS)
+def _hopeless(log: FaultLog, faulty: Collection[int | str]) -> bool:
+    """Whether so many rows have faults that naming more of them helps nobody."""
+    return len(faulty) > max(log.allowed, NAMED_FAULTS)
 
 
 def _write(path: Path, text: str) -> None:
