@@ -148,12 +148,13 @@ def _hidden(name: str) -> bool:
 
 def _walk(folder: str, follow_links: bool, on_link: Callable[[str], None]) -> Iterator[str]:
     """Names of the files of a local folder and below, relative to it; hidden ones and hidden folders left out."""
-    listed = set()  # real paths: links may lead in a circle
+    listed = set()  # real paths, where links are followed: they may lead in a circle
     for here, folders, files in os.walk(folder, followlinks=follow_links):
-        if follow_links and os.path.realpath(here) in listed:
-            folders.clear()
-            continue
-        listed.add(os.path.realpath(here))
+        if follow_links:
+            if (real := os.path.realpath(here)) in listed:
+                folders.clear()
+                continue
+            listed.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(here).relative_to(folder)
         yield from ((below / name).as_posix() for name in files if not name.startswith("."))
