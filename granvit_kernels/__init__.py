@@ -11,6 +11,7 @@ fails inside a capture.
 from .layout import PackedLayout, fit_grid
 from .ops.patch_packing import pack_patches, plan_packing, unpack_patches
 from .ops.region_attention import region_attention
+from .ops.region_pool import region_pool
 from .ops.roi_gather import roi_gather
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "pack_patches",
     "plan_packing",
     "region_attention",
+    "region_pool",
     "roi_gather",
     "unpack_patches",
 ]

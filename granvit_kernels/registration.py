@@ -46,6 +46,15 @@ def register(schema: str, launch: Callable, fake: Callable) -> Callable:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of one device in autocast's dtype where it is enabled there; float64 stays."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
 @dataclass(frozen=True)
 class Operator:
     """A differentiable operator: call it with the schema's arguments, positionally."""

@@ -16,7 +16,7 @@ def module(reason: str | None) -> SimpleNamespace:
     return SimpleNamespace(why_not=lambda device, dtype: reason)
 
 
-OPERATORS = ("pack_patches", "plan_packing", "region_attention", "roi_gather")
+OPERATORS = ("pack_patches", "plan_packing", "region_attention", "region_pool", "roi_gather")
 
 
 @pytest.fixture(autouse=True)

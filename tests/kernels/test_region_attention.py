@@ -15,6 +15,7 @@ from torch import Tensor
 from granvit_kernels import PackedLayout, native, region_attention
 from granvit_kernels.ops.region_attention import cpu, reference
 from granvit_kernels.ops.region_attention.op import operator
+from granvit_kernels.regions import covered_cells
 
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 EVERY_KIND = [
@@ -155,11 +156,11 @@ def test_backward_of_the_reference_equals_autograd(coverage):
 
 
 def test_covered_cells_at_the_edges():
-    assert reference.covered_cells([0.0, 0.0, 1.0, 1.0], 5, 5) == (0, 1, 0, 1)
-    assert reference.covered_cells([0.999, 1.0, 1.001, 2.5], 5, 5) == (1, 3, 0, 2)
-    assert reference.covered_cells([-9.0, -9.0, 1e30, 9.0], 4, 5) == (0, 4, 0, 5)
-    assert reference.covered_cells([5.0, 0.0, 6.0, 1.0], 5, 5) == (0, 0, 0, 0)
-    assert reference.covered_cells([float("nan"), 0.0, 6.0, 1.0], 5, 5) == (0, 0, 0, 0)
+    assert covered_cells([0.0, 0.0, 1.0, 1.0], 5, 5) == (0, 1, 0, 1)
+    assert covered_cells([0.999, 1.0, 1.001, 2.5], 5, 5) == (1, 3, 0, 2)
+    assert covered_cells([-9.0, -9.0, 1e30, 9.0], 4, 5) == (0, 4, 0, 5)
+    assert covered_cells([5.0, 0.0, 6.0, 1.0], 5, 5) == (0, 0, 0, 0)
+    assert covered_cells([float("nan"), 0.0, 6.0, 1.0], 5, 5) == (0, 0, 0, 0)
 
 
 def test_coverage_tells_boxes_within_a_cell_apart_from_their_place():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ... import checks
 from ...layout import PackedLayout
+from ...registration import autocast
 from .op import CANDIDATES, operator
 
 __all__ = ["CANDIDATES", "region_attention"]
@@ -53,9 +53,7 @@ def region_attention(
     index outside the layout; on a device such a box reads nothing and gives zeros.
     """
     device = query.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    query, key, value = autocast(query, key, value)
     _check(query, key, value, layout)
     checks.boxes(boxes, image_index)
     if query.dim() == 4 and query.shape[0] != boxes.shape[0]:

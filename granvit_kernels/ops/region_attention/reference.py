@@ -7,70 +7,15 @@ One region at a time: its cells are gathered, so nothing of size [R, T] ever exi
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from ...regions import met_tokens, wide
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """It runs everywhere."""
     return None
-
-
-def covered_cells(box: list[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """Cells (row0, row1, column0, column1), ends excluded, that a box x1 y1 x2 y2 meets with positive area.
-
-    Cell (y, x) is the square [x, x+1] x [y, y+1]. A box without area, or that is not finite, meets nothing.
-    """
-    x1, y1, x2, y2 = box
-    if not (all(map(math.isfinite, box)) and x1 < x2 and y1 < y2 and x1 < width and y1 < height and x2 > 0 and y2 > 0):
-        return 0, 0, 0, 0
-    # Clip before rounding: a box may be far larger than any integer type.
-    return int(max(y1, 0.0)), -int(-min(y2, height) // 1), int(max(x1, 0.0)), -int(-min(x2, width) // 1)
-
-
-def log_share(low: Tensor, high: Tensor, first: int, last: int) -> Tensor:
-    """Log of the share of each cell [i, i+1], first <= i < last, that [low, high] covers: [last - first].
-
-    low and high are float32 scalars; so is the share. Logs of the two axes are added, not the shares
-    multiplied: the product of two tiny shares would be 0.
-    """
-    cell = torch.arange(first, last, device=low.device, dtype=torch.float32)
-    return (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).log()
-
-
-def _regions(
-    key: Tensor,
-    grids: Tensor,
-    cu_seqlens: Tensor,
-    boxes: Tensor,
-    image_index: Tensor,
-    coverage: bool,
-    dtype: torch.dtype,
-):
-    """Yield (region, token indices int64 [n], log coverage [n] or 0.0) for every region that meets a cell."""
-    sizes, starts = grids.tolist(), cu_seqlens.tolist()
-    for region, (box, image) in enumerate(zip(boxes.tolist(), image_index.tolist(), strict=True)):
-        if not 0 <= image < len(sizes):
-            continue
-        height, width = sizes[image]
-        row0, row1, column0, column1 = covered_cells(box, height, width)
-        if row0 == row1:
-            continue
-        rows = torch.arange(row0, row1, device=key.device)
-        columns = torch.arange(column0, column1, device=key.device)
-        tokens = (starts[image] + rows[:, None] * width + columns).flatten()
-        bias: Tensor | float = 0.0
-        if coverage:
-            x1, y1, x2, y2 = boxes[region].unbind()
-            bias = log_share(y1, y2, row0, row1)[:, None] + log_share(x1, x2, column0, column1)
-            bias = bias.flatten().to(dtype)
-        yield region, tokens, bias
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def forward(
@@ -90,16 +35,14 @@ def forward(
     cu_seqlens int32 [B + 1], boxes float32 [R, 4], image_index int [R].
     """
     count = boxes.shape[0]
-    queries = _wide(query).expand(count, *query.shape[-3:])
+    queries = wide(query).expand(count, *query.shape[-3:])
     outputs = [torch.zeros_like(queries[0]) for _ in range(count)] if count else []
     lses = [queries.new_full(queries.shape[1:3], float("-inf")) for _ in range(count)]
     with torch.autocast(query.device.type, enabled=False):
-        for region, tokens, bias in _regions(
-            key, grids, cu_seqlens, boxes, image_index, coverage, queries.dtype
-        ):
-            logits = torch.einsum("khd,nhd->khn", queries[region], _wide(key[tokens])) * scale + bias
+        for region, tokens, bias in met_tokens(grids, cu_seqlens, boxes, image_index, coverage, queries.dtype):
+            logits = torch.einsum("khd,nhd->khn", queries[region], wide(key[tokens])) * scale + bias
             lses[region] = logits.logsumexp(-1)
-            outputs[region] = torch.einsum("khn,nhd->khd", logits.softmax(-1), _wide(value[tokens]))
+            outputs[region] = torch.einsum("khn,nhd->khd", logits.softmax(-1), wide(value[tokens]))
     if not count:
         return query.new_zeros(queries.shape), queries.new_zeros(queries.shape[:3])
     return torch.stack(outputs).to(query.dtype), torch.stack(lses)
@@ -126,18 +69,16 @@ def backward(
     dv = p g, dlogits = p (g.v - g.output + grad_lse).
     """
     count = boxes.shape[0]
-    queries = _wide(query).expand(count, *query.shape[-3:])
+    queries = wide(query).expand(count, *query.shape[-3:])
     grad_queries = torch.zeros(queries.shape, dtype=queries.dtype, device=queries.device)
     grad_key, grad_value = (torch.zeros(t.shape, dtype=queries.dtype, device=t.device) for t in (key, value))
     with torch.autocast(query.device.type, enabled=False):
-        for region, tokens, bias in _regions(
-            key, grids, cu_seqlens, boxes, image_index, coverage, queries.dtype
-        ):
-            keys, gradient = _wide(key[tokens]), _wide(grad_output[region])
+        for region, tokens, bias in met_tokens(grids, cu_seqlens, boxes, image_index, coverage, queries.dtype):
+            keys, gradient = wide(key[tokens]), wide(grad_output[region])
             logits = torch.einsum("khd,nhd->khn", queries[region], keys) * scale + bias
             weights = (logits - lse[region][..., None]).exp()
-            shift = (gradient * _wide(output[region])).sum(-1) - grad_lse[region]
-            through_value = torch.einsum("khd,nhd->khn", gradient, _wide(value[tokens]))
+            shift = (gradient * wide(output[region])).sum(-1) - grad_lse[region]
+            through_value = torch.einsum("khd,nhd->khn", gradient, wide(value[tokens]))
             grad_logits = weights * (through_value - shift[..., None]) * scale
             grad_queries[region] = torch.einsum("khn,nhd->khd", grad_logits, keys)
             # A region's tokens are distinct: index_add_ has one term a row, and regions add in their order.

@@ -1,0 +1,80 @@
+"""region_pool's launchers, and its registration as granvit::region_pool.
+
+A backend module has why_not(device, dtype), forward and backward, with the arguments of the two functions here and what
+they return; `reference` is the specification.
+
+Kernels shift by the largest logit and multiply weights by shares, on each axis relative to min(1, the extent of the box
+inside the image): no cell costs a logarithm, and weights don't vanish where the box is tiny (the largest of such shares
+is at least 1/2 on its axis, the others not under 2**-24). The logarithm of the two extents is added to lse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import backends, checks
+from ...registration import Operator
+from . import reference
+
+CANDIDATES = {"region_pool": {"reference": reference}}
+
+
+def _backend(value: Tensor) -> Any:
+    return backends.choose("region_pool", CANDIDATES["region_pool"], device=value.device, dtype=value.dtype)
+
+
+def forward(
+    logits: Tensor, value: Tensor, grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor,
+    coverage: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(output [R, K, H, D], lse [R, K, H]), contiguous. On the CPU ValueError for a bad box or index."""
+    checks.box_values(boxes, image_index, grids.shape[0])
+    return _backend(value).forward(logits, value, grids, cu_seqlens, boxes, image_index, coverage)
+
+
+def backward(
+    grad_output: Tensor, grad_lse: Tensor, logits: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+    grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor, coverage: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of logits and value, contiguous, each in its tensor's shape and dtype."""
+    return _backend(value).backward(
+        grad_output, grad_lse, logits, value, output, lse, grids, cu_seqlens, boxes, image_index, coverage
+    )
+
+
+def _fake_forward(logits, value, grids, cu_seqlens, boxes, image_index, coverage):
+    shape = (boxes.shape[0], *logits.shape[1:])
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.new_empty((*shape, value.shape[2])), value.new_empty(shape, dtype=wide)
+
+
+def _fake_backward(grad_output, grad_lse, logits, value, *_):
+    return logits.new_empty(logits.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    logits, value, grids, cu_seqlens, boxes, image_index, ctx.coverage = inputs
+    ctx.save_for_backward(logits, value, *output, grids, cu_seqlens, boxes, image_index)
+
+
+def _backward(run: Any, ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple:
+    return *run(grad_output, grad_lse, *ctx.saved_tensors, ctx.coverage), *(None,) * 5
+
+
+_LAYOUT_AND_BOXES = "Tensor grids, Tensor cu_seqlens, Tensor boxes, Tensor image_index, bool coverage"
+
+operator = Operator.define(
+    f"region_pool(Tensor logits, Tensor value, {_LAYOUT_AND_BOXES}) -> (Tensor, Tensor)",
+    forward,
+    _fake_forward,
+    backward_schema="region_pool_backward(Tensor grad_output, Tensor grad_lse, Tensor logits, Tensor value, "
+    f"Tensor output, Tensor lse, {_LAYOUT_AND_BOXES}) -> (Tensor, Tensor)",
+    backward_launch=backward,
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+    differentiable=(0, 1),
+)
