@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
+from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,22 +51,16 @@ class PackedLayout:
         Raises ValueError for another shape or dtype, a side under 1, or 2**31 tokens and more; RuntimeError while a
         CUDA graph is captured on that device.
         """
-        given = grids.detach() if isinstance(grids, Tensor) else _read(grids)
-        if given.shape == (0,):
-            given = given.reshape(0, 2).to(torch.int64)
-        if given.ndim != 2 or given.shape[1] != 2:
-            raise ValueError(f"grids has shape {list(given.shape)}; it takes [B, 2], (h, w) an image")
-        if isinstance(given, Tensor):
-            if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-                raise ValueError(f"grids has dtype {given.dtype}; it takes integers")
-            device = given.device if device is None else device
-            given = given.to("cpu", torch.int64).numpy()
-        wrong = ((given < 1) | (given >= 2**31)).any(1)
-        for image in np.flatnonzero(wrong):
+        sides = _sides(grids)
+        if sides and not (min(sides) >= 1 and max(sides) < 2**31):
+            image = next(i for i, side in enumerate(sides) if not 1 <= side < 2**31) // 2
             raise ValueError(
-                f"grids[{image}] is {tuple(given[image].tolist())}; both sides must be at least 1 and below 2**31"
+                f"grids[{image}] is {tuple(sides[2 * image : 2 * image + 2])}; both sides must be at least 1 and "
+                "below 2**31"
             )
-        return cls._on(torch.device("cpu" if device is None else device), given)
+        if device is None:
+            device = grids.device if isinstance(grids, Tensor) else "cpu"
+        return cls._on(torch.device(device), sides)
 
     @classmethod
     def of_tensors(
@@ -77,23 +74,23 @@ class PackedLayout:
         return layout
 
     @classmethod
-    def _on(cls, device: torch.device, grids: np.ndarray) -> PackedLayout:
-        """grids: int64 [B, 2], sides in range."""
-        lengths, host_grids = grids.prod(axis=1), tuple(zip(*grids.T.tolist(), strict=True))
-        if lengths.sum(dtype=np.float64) >= 2**31:  # the sum may be larger than int64
-            tokens = sum(h * w for h, w in host_grids)
-            raise ValueError(f"grids hold {tokens} tokens together; a layout takes fewer than 2**31")
+    def _on(cls, device: torch.device, sides: Sequence[int]) -> PackedLayout:
+        """sides: h and w of image 0, of image 1 and so on, each in 1..2**31 - 1."""
+        heights, widths = sides[::2], sides[1::2]
+        ends = list(accumulate(map(operator.mul, heights, widths), initial=0))
+        if ends[-1] >= 2**31:
+            raise ValueError(f"grids hold {ends[-1]} tokens together; a layout takes fewer than 2**31")
         pin = device.type == "cuda" and torch.cuda.is_initialized()
         if pin and torch.cuda.is_current_stream_capturing():  # replays would read memory that is no longer ours
             raise RuntimeError("a CUDA graph can't capture PackedLayout.from_grids or .to: make the layout before")
 
-        def copied(numbers: np.ndarray) -> Tensor:
-            host = torch.from_numpy(numbers.astype(np.int32, order="C"))
+        def copied(numbers: Sequence[int]) -> Tensor:
+            host = torch.tensor(numbers, dtype=torch.int32, device="cpu")
             # Pinned memory goes back to torch's allocator, which waits for the copy's event before it reuses it.
             return (host.pin_memory() if pin else host).to(device, non_blocking=True)
 
         # Two copies: views of one buffer have offsets, for which torch.compile compiles once more.
-        return cls.of_tensors(host_grids, copied(grids), copied(np.append(0, lengths.cumsum())))
+        return cls.of_tensors(tuple(zip(heights, widths, strict=True)), copied(sides).view(-1, 2), copied(ends))
 
     @cached_property
     def host_grids(self) -> tuple[tuple[int, int], ...]:
@@ -111,7 +108,7 @@ class PackedLayout:
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its tensors on `device`. To CUDA it is copied as from_grids does it."""
         device = torch.empty(0, device=device).device  # "cuda" with its number
-        return self if device == self.device else self._on(device, _read(self.host_grids))
+        return self if device == self.device else self._on(device, list(chain.from_iterable(self.host_grids)))
 
     def split(self, features: Tensor) -> list[Tensor]:
         """Packed features [T, ...] image by image: B views [h, w, ...], which gradients flow through.
@@ -152,17 +149,25 @@ class PackedLayout:
         return boxes.detach().to(torch.float32) * sides.repeat(1, 2)
 
 
-def _read(grids: Sequence[Sequence[int]]) -> np.ndarray | Tensor:
-    """A list of grids as an array int64 [B, 2], or, where it holds something else, as what torch makes of it. Raises
-    ValueError for what is no table of numbers."""
-    try:
-        rows = [tuple(grid) for grid in grids]
-        if not rows:
-            return np.zeros((0, 2), dtype=np.int64)
-        array = np.array(rows)  # a few times faster than torch.tensor
-        return array if array.dtype == np.int64 else torch.tensor(rows, device="cpu")
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # no pairs, ragged ones, other things in them
-        raise ValueError(f"grids is {checks.shown(grids)}; it takes pairs (h, w) of whole numbers") from None
+def _sides(grids: Sequence[Sequence[int]] | Tensor) -> list[int]:
+    """h and w of image 0, of image 1 and so on. Raises ValueError for what is no table [B, 2] of whole numbers."""
+    table = grids
+    if not isinstance(grids, Tensor):
+        try:
+            rows = [tuple(grid) for grid in grids]
+            if set(map(len, rows)) <= {2}:
+                with suppress(TypeError):  # for what is no whole number
+                    return array("q", chain.from_iterable(rows)).tolist()
+            table = torch.tensor(rows, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # no pairs, ragged ones, other things in them
+            raise ValueError(f"grids is {checks.shown(grids)}; it takes pairs (h, w) of whole numbers") from None
+    if table.shape == (0,):
+        return []
+    if table.dim() != 2 or table.shape[1] != 2:
+        raise ValueError(f"grids has shape {list(table.shape)}; it takes [B, 2], (h, w) an image")
+    if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+        raise ValueError(f"grids has dtype {table.dtype}; it takes integers")
+    return list(chain.from_iterable(table.tolist()))
 
 
 def fit_grid(height: int, width: int, patch_size: int, max_tokens: int) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from ... import backends
 from ...checks import describe
 from ...layout import PackedLayout
 from . import cpu, cuda, planning, reference
-from .arguments import check_format, check_packing
 from .planning import plan_packing
 
 __all__ = ["pack_patches", "plan_packing", "unpack_patches"]
@@ -51,6 +50,8 @@ def pack_patches(
 
     Raises ValueError, naming the argument, for anything else; RuntimeError where no backend can run.
     """
+    from .arguments import check_packing  # not with the package: it imports numpy, and Hugging Face kernels may not
+
     job = check_packing(images, patch_size, mean, std, crops, grids, dtype, order)
     if job.device.type == "meta":  # shapes, as of the other operators
         return cuda.empty(job)
@@ -77,6 +78,8 @@ def unpack_patches(
     Returns float32 [h * p, w * p, 3] each, on the patches' device, in 0-255, neither rounded nor clamped.
     Raises ValueError, naming the argument.
     """
+    from .arguments import check_format
+
     p, mean, std = check_format(patch_size, mean, std, order)
     if not patches.is_floating_point() or patches.shape != (layout.num_tokens, 3 * p * p):
         raise ValueError(

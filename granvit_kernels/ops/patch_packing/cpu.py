@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ... import native
 from ...layout import PackedLayout
 from ...native import cpu_why_not as why_not
-from .arguments import Packing
+
+if TYPE_CHECKING:
+    from .arguments import Packing
 
 __all__ = ["forward", "why_not"]
 

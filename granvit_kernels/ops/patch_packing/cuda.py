@@ -6,12 +6,16 @@ for the device, and a CUDA graph can capture it (with its images, crops and grid
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ... import launch, native
 from ...layout import PackedLayout
-from .arguments import Packing
+
+if TYPE_CHECKING:
+    from .arguments import Packing
 
 __all__ = ["forward", "why_not"]
 

@@ -7,12 +7,15 @@ the products are taken in float32, for dtype float64 in float64.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...layout import PackedLayout
-from .arguments import Packing
+
+if TYPE_CHECKING:
+    from .arguments import Packing
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .... import backends
 from ....checks import integer, shown
 from . import cpu, reference
 from .reference import best_fit_decreasing
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["CANDIDATES", "best_fit_decreasing", "plan_packing"]
 
@@ -37,6 +39,8 @@ def plan_packing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def check_lengths(lengths: Sequence[int], capacity: int) -> np.ndarray:
     """lengths as a contiguous int64 array [N], each in 0..capacity."""
+    import numpy as np  # not with the package: Hugging Face kernels import torch and the standard library alone
+
     try:
         array = np.asarray(lengths)
     except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors elsewhere

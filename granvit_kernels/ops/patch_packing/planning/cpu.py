@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from .... import native
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -17,7 +20,7 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 def forward(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """As reference.forward; lengths contiguous."""
-    indices, ends = np.empty_like(lengths), np.empty_like(lengths)
+    indices, ends = lengths.copy(), lengths.copy()
     lists = native.library().plan_packing(
         lengths.ctypes.data, len(lengths), capacity, indices.ctypes.data, ends.ctypes.data
     )
