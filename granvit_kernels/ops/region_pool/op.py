@@ -1,7 +1,8 @@
 """region_pool's launchers, and its registration as granvit::region_pool.
 
 A backend module has why_not(device, dtype), forward and backward, with the arguments of the two functions here and what
-they return; `reference` is the specification.
+they return; `reference` is the specification. Values always have as many heads as logits there: K queries of H heads
+that share a value are K * H queries of one head.
 
 Kernels shift by the largest logit and multiply weights by shares, on each axis relative to min(1, the extent of the box
 inside the image): no cell costs a logarithm, and weights don't vanish where the box is tiny (the largest of such shares
@@ -32,7 +33,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output [R, K, H, D], lse [R, K, H]), contiguous. On the CPU ValueError for a bad box or index."""
     checks.box_values(boxes, image_index, grids.shape[0])
-    return _backend(value).forward(logits, value, grids, cu_seqlens, boxes, image_index, coverage)
+    output, lse = _backend(value).forward(
+        _of_heads(logits, value), value, grids, cu_seqlens, boxes, image_index, coverage
+    )
+    shape = boxes.shape[0], *logits.shape[1:]
+    return output.view(*shape, value.shape[2]), lse.view(shape)
 
 
 def backward(
@@ -40,9 +45,16 @@ def backward(
     grids: Tensor, cu_seqlens: Tensor, boxes: Tensor, image_index: Tensor, coverage: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of logits and value, contiguous, each in its tensor's shape and dtype."""
-    return _backend(value).backward(
-        grad_output, grad_lse, logits, value, output, lse, grids, cu_seqlens, boxes, image_index, coverage
-    )
+    grad_logits, grad_value = _backend(value).backward(
+        _of_heads(grad_output, value), _of_heads(grad_lse, value), _of_heads(logits, value), value,
+        _of_heads(output, value), _of_heads(lse, value), grids, cu_seqlens, boxes, image_index, coverage,
+    )  # fmt: skip
+    return grad_logits.view(logits.shape), grad_value
+
+
+def _of_heads(tensor: Tensor, value: Tensor) -> Tensor:
+    """[N, K, H, ...] with as many heads as values have: [N, K * H, 1, ...] where value is [T, 1, D]."""
+    return tensor if tensor.shape[2] == value.shape[1] else tensor.flatten(1, 2).unsqueeze(2)
 
 
 def _fake_forward(logits, value, grids, cu_seqlens, boxes, image_index, coverage):

@@ -24,16 +24,16 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Pool: (output [R, K, H, D] in value's dtype, lse [R, K, H] float32, or float64 for float64).
 
-    logits [T, K, H], value [T, H or 1, D], grids int32 [B, 2], cu_seqlens int32 [B + 1], boxes float32 [R, 4],
+    logits [T, K, H], value [T, H, D], grids int32 [B, 2], cu_seqlens int32 [B + 1], boxes float32 [R, 4],
     image_index int [R].
     """
     shape = (boxes.shape[0], *logits.shape[1:])
-    logits, values = wide(logits).to(wide(value).dtype), wide(value).expand(-1, shape[2], -1)
+    values = wide(value)
     outputs = list(values.new_zeros(*shape, value.shape[2]))
     lses = list(values.new_full(shape, float("-inf")))
     with torch.autocast(value.device.type, enabled=False):
         for region, tokens, bias in met_tokens(grids, cu_seqlens, boxes, image_index, coverage, values.dtype):
-            covered = logits[tokens].permute(1, 2, 0) + bias
+            covered = logits[tokens].to(values.dtype).permute(1, 2, 0) + bias
             lses[region] = covered.logsumexp(-1)
             outputs[region] = torch.einsum("khn,nhd->khd", covered.softmax(-1), values[tokens])
     if not outputs:
@@ -48,21 +48,18 @@ def backward(
     """Gradients of logits and value, each in its tensor's shape and dtype.
 
     With p = exp(logits - lse), times the shares, and g = grad_output:
-    dvalue = p g, summed over the heads that share a value; dlogits = p (g.value - g.output + grad_lse).
+    dvalue = p g, dlogits = p (g.value - g.output + grad_lse).
     """
-    dtype = wide(value).dtype
-    values = wide(value).expand(-1, logits.shape[2], -1)
-    grad_logits = torch.zeros(logits.shape, dtype=dtype, device=logits.device)
-    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    values = wide(value)
+    grad_logits, grad_value = (torch.zeros(t.shape, dtype=values.dtype, device=t.device) for t in (logits, value))
     with torch.autocast(value.device.type, enabled=False):
-        for region, tokens, bias in met_tokens(grids, cu_seqlens, boxes, image_index, coverage, dtype):
+        for region, tokens, bias in met_tokens(grids, cu_seqlens, boxes, image_index, coverage, values.dtype):
             gradient = wide(grad_output[region])
-            covered = wide(logits[tokens]).permute(1, 2, 0) + bias
+            covered = logits[tokens].to(values.dtype).permute(1, 2, 0) + bias
             weights = (covered - lse[region][..., None]).exp()
             shift = (gradient * wide(output[region])).sum(-1) - grad_lse[region]
             through_value = torch.einsum("khd,nhd->khn", gradient, values[tokens])
             # A region's tokens are distinct: index_add_ has one term a row, and regions add in their order.
             grad_logits.index_add_(0, tokens, (weights * (through_value - shift[..., None])).permute(2, 0, 1))
-            each = torch.einsum("khn,khd->nhd", weights, gradient)
-            grad_value.index_add_(0, tokens, each if value.shape[1] > 1 else each.sum(1, keepdim=True))
+            grad_value.index_add_(0, tokens, torch.einsum("khn,khd->nhd", weights, gradient))
     return grad_logits.to(logits.dtype), grad_value.to(value.dtype)
