@@ -126,7 +126,7 @@ def measured_lengths(plan: PlanConfig, stage: Stage, data: GranDataset, processo
     tasks = sorted(stage.tasks)
     lengths = lengths_of(samples, processor, tasks)
     wanted, capacity = plan.run.data.questions_per_image, plan.run.data.capacity
-    order = Order(np.ones(len(samples), dtype=np.int64), 1, plan.run.seed)
+    order = Order(np.ones(len(samples), dtype=np.int64), 1, plan.run.seed, lengths.image)
     packs = list(Lane(lengths, order, 0, stage.weights, capacity, wanted, 512, epochs=1))
     if not packs:
         raise ValueError(f"{data.path}: no image with a question of {tasks} fits {capacity} tokens (data.capacity)")

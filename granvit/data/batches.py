@@ -102,7 +102,7 @@ class PackLoader:
             raise ValueError(
                 f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens{faults}"
             )
-        order = Order(dataset.groups, packs, seed)
+        order = Order(dataset.groups, packs, seed, self.lengths.image)
         self.lanes = [
             Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)
         ]

@@ -3,6 +3,10 @@
 A global batch has `packs` sequences; sequence number j of every batch is lane j's. The row groups of an epoch are dealt
 to the lanes in a random order, and each lane packs what it was dealt with a window of its own, epoch after epoch: what
 a lane does depends on no other, and whoever has a lane, whatever else it has, sees the same packs in the same order.
+
+Batches are alike: packing sorts a window by length, so its packs are shuffled before they are handed out; the lanes
+begin with windows of different sizes, so that they don't end one together; and row groups of long images are spread
+evenly among those of short ones.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count, islice
 
 import numpy as np
 
@@ -50,10 +55,22 @@ def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[l
 
     Images are packed (`plan_packing`) with their first `wanted` questions, and room that remains is filled with their
     further ones. Where that leaves a pack emptier than FULL, its images are packed anew with one question less.
-    At least one pack is returned for any candidates, and nobody is left over more than PATIENCE times.
+    At least one pack is returned for any candidates, and nobody is left over more than PATIENCE times: who was comes
+    first, in packs that the largest others that fit are put into.
     """
     packs: list[Pack] = []
-    waiting = list(candidates)
+    overdue = [candidate for candidate in candidates if candidate.waited >= PATIENCE]
+    waiting = [candidate for candidate in candidates if candidate.waited < PATIENCE]
+    for numbers in plan_packing([_tokens(candidate, wanted, capacity) for candidate in overdue], capacity):
+        members = [overdue[i] for i in numbers]
+        room = capacity - sum(_tokens(candidate, wanted, capacity) for candidate in members)
+        apart = []
+        for candidate in sorted(waiting, key=lambda candidate: -_tokens(candidate, wanted, capacity)):
+            tokens = _tokens(candidate, wanted, capacity)
+            (members if tokens <= room else apart).append(candidate)
+            room -= tokens if tokens <= room else 0
+        waiting = apart
+        packs.append(_top_up(members, capacity, wanted)[1])
     for target in range(wanted, 0, -1):
         if not waiting:
             break
@@ -61,13 +78,10 @@ def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[l
             _top_up([waiting[i] for i in members], capacity, target)
             for members in plan_packing([_tokens(candidate, target, capacity) for candidate in waiting], capacity)
         ]
-        # In the last round the one that is fullest goes, if none has, and those who waited too long.
         fullest = max(used for used, *_ in tried)
-        last = target == 1
         waiting = []
         for used, pack, members in tried:
-            overdue = any(candidate.waited >= PATIENCE for candidate in members)
-            forced = last and ((not packs and used == fullest) or overdue)
+            forced = target == 1 and not packs and used == fullest  # of the last round
             if used >= FULL * capacity or forced:
                 packs.append(pack)
             else:
@@ -105,10 +119,12 @@ class Order:
     """In which order a lane sees rows.
 
     groups: rows of each run that lies together (`GranDataset.groups`). Every row comes once an epoch, in one lane.
-    Runs so long that lanes could not share them evenly are dealt out in pieces.
+    Runs so long that lanes could not share them evenly are dealt out in pieces. image: int32 [N], tokens of each row's
+    image (`Lengths.image`): of the MIX groups that a lane mixes, each is of another MIX-th of the groups by their mean,
+    or nearly so.
     """
 
-    def __init__(self, groups: np.ndarray, lanes: int, seed: int) -> None:
+    def __init__(self, groups: np.ndarray, lanes: int, seed: int, image: np.ndarray) -> None:
         rows = int(np.sum(groups))
         pieces = -(-groups // max(1, rows // (lanes * MIX)))
         starts = np.repeat(np.cumsum(groups) - groups, pieces)
@@ -117,10 +133,23 @@ class Order:
         self.ends = np.append(self.starts[1:], rows)
         self.lanes, self.seed = lanes, seed
         self._single = len(self.starts) == rows  # each row alone: shuffled already
+        self._by_length = np.arange(0)
+        if not self._single:
+            self._by_length = np.argsort(np.add.reduceat(image, self.starts) / (self.ends - self.starts), kind="stable")
         self._groups = lru_cache(2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.starts))
+        random = np.random.default_rng([self.seed, epoch])
+        if self._single:
+            return random.permutation(len(self.starts))
+        place = np.empty(len(self.starts))
+        for stratum in np.array_split(self._by_length, MIX):
+            # Stratified sampling: as many as there are lanes stand together, somewhere in an interval of their own.
+            together = np.arange(len(stratum)) // self.lanes
+            intervals = -(-len(stratum) // self.lanes)
+            place[random.permutation(stratum)] = (together + random.random(intervals)[together]) / intervals
+        anyhow = random.permutation(len(place))
+        return anyhow[np.argsort(place[anyhow], kind="stable")]
 
     def rows(self, lane: int, epoch: int) -> Iterator[np.ndarray]:
         """int64 arrays of at most CHUNK row numbers: all that the lane has in this epoch, in its order."""
@@ -139,7 +168,8 @@ class Lane:
     """The packs of one lane, without end, or until `epochs` are over.
 
     weights: of each of `lengths.tasks` (see `draw`). wanted: questions an image; what fills a sequence may be more or
-    fewer. window: images that wait for a pack at a time.
+    fewer. window: images that wait for a pack at a time; fewer at first, so that the lanes end their windows
+    one after another.
     """
 
     def __init__(
@@ -159,17 +189,16 @@ class Lane:
     def __iter__(self) -> Iterator[Pack]:
         waiting: list[Candidate] = []
         arriving = self._candidates()
-        while True:
-            for candidate in arriving:
-                waiting.append(candidate)
-                if len(waiting) >= self.window:
-                    break
-            else:
-                break
+        room = self.window - self.window * self.lane // (2 * self.order.lanes)
+        for number in count():
+            waiting += islice(arriving, room - len(waiting))
+            if not waiting:
+                return
+            over = len(waiting) < room  # what is left goes as it is
             packs, waiting = fill(waiting, self.capacity, self.wanted)
-            yield from packs
-        while waiting:  # the data is over: what is left goes as it is
-            packs, waiting = fill(waiting, self.capacity, self.wanted)
+            room = self.window
+            if not over:
+                np.random.default_rng([self.order.seed, self.lane, number]).shuffle(packs)
             yield from packs
 
     def _candidates(self) -> Iterator[Candidate]:
