@@ -2,7 +2,7 @@
 PYTHON ?= python
 CONSTRAINTS ?= -c constraints-cpu.txt
 
-.PHONY: install test lint bench train aot floors gpu gpu-tune gpu-train gpu-wheels
+.PHONY: install test lint bench train aot floors hub gpu gpu-tune gpu-train gpu-wheels
 
 install:  ## build the kernels and install everything that development needs
 	$(PYTHON) -m pip install $(CONSTRAINTS) -e '.[dev]'
@@ -26,6 +26,10 @@ aot:  ## compile every shipped Triton kernel for sm_80, sm_90 and sm_100, no GPU
 
 floors:  ## what the GPU kernels must take at least, counted from their machine code, no GPU needed; bench/results/floors.json
 	$(PYTHON) bench/floors.py
+
+HUB ?= build/hub
+hub:  ## the operators as a kernel of Hugging Face's `kernels`, in HUB=build/hub
+	$(PYTHON) -m granvit_kernels.hub --output $(HUB)
 
 train:  ## the smoke preset: both stages and a report in runs/smoke, minutes on two cores
 	$(PYTHON) -m granvit.train
