@@ -3,13 +3,17 @@ case, the lines of its steps and the tensors after them in FOLDER/ddp.pt and FOL
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -34,8 +38,21 @@ def torchrun(ranks: int, *words: object, **options: Any) -> subprocess.Popen:
 
 
 def environment() -> dict[str, str]:
-    """For processes that share few cores, and find granvit where we do."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """For processes that share few cores, find granvit where we do, and say where they are when they are aborted."""
+    words = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return os.environ | words
+
+
+def output_of(process: subprocess.Popen, seconds: float) -> str:
+    """What the process prints until it ends. Fails where that takes longer, with the stacks of all its processes."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        for member in psutil.Process(process.pid).children(recursive=True):
+            member.send_signal(signal.SIGABRT)
+        time.sleep(2)
+        process.kill()
+        pytest.fail(f"not over after {seconds} s: {process.args}\n{process.communicate()[0]}")
 
 
 # Who has what: for each step the four portions of its batch, each a list of (row, how many questions, with regions).

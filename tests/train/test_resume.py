@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import stopping
-from ranks import environment, torchrun
+from ranks import environment, output_of, torchrun
 
 from granvit.train import loop, run
 from granvit.train.checkpoint import Checkpoints
@@ -109,7 +109,7 @@ def test_it_goes_on_with_another_number_of_ranks(config, undisturbed, tmp_path):
     config = replace(config, output=str(tmp_path / "two"), parallel="fsdp", data=replace(config.data, workers=1))
     save_config(config, tmp_path / "config.yaml")
     process = torchrun(2, stopping.__file__, "pretrain:8:KILL", "--config", tmp_path / "config.yaml")
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process, 240)
     assert process.returncode == 1 and "-9" in output, output
     one, four = (replace(config, output=str(tmp_path / name), parallel="ddp") for name in ("one", "four"))
     for other in (one, four):
@@ -121,7 +121,7 @@ def test_it_goes_on_with_another_number_of_ranks(config, undisturbed, tmp_path):
 
     save_config(four, tmp_path / "config.yaml")
     process = torchrun(4, stopping.__file__, "adapt:4:TERM:parent", "--config", tmp_path / "config.yaml")
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process, 240)
     assert process.returncode == 1 and "stopped after step 4" in output, output  # torchrun's own, whatever ours
     assert "goes on from step 6" in output
     assert Checkpoints(tmp_path / "four" / "checkpoints", 1).newest("adapt").name == "adapt-0000004"

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import ranks
 import torch
-from ranks import SPLITS, outcomes, torchrun
+from ranks import SPLITS, outcomes, output_of, torchrun
 
 from granvit.train.parallel.distributed import World
 from granvit.train.presets import save_config
@@ -47,7 +47,7 @@ def together(config, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("together")
     save_config(config, folder / "config.yaml")
     process = torchrun(request.param, ranks.__file__, folder)
-    output, _ = process.communicate(timeout=400)
+    output = output_of(process, 400)
     assert process.returncode == 0, output
     return {parallel: torch.load(folder / f"{parallel}.pt") for parallel in ("ddp", "fsdp")}
 
@@ -126,7 +126,7 @@ def test_what_the_first_rank_finds_wrong_is_said_once_and_without_a_traceback(co
     config = replace(config, output=str(tmp_path / "run"), data=data, trackers=("tensorboard", "no_such:thing"))
     save_config(config, tmp_path / "config.yaml")
     process = torchrun(2, "-m", "granvit.train", "--config", tmp_path / "config.yaml")
-    output, _ = process.communicate(timeout=240)
+    output = output_of(process, 240)
     assert process.returncode == 1 and "granvit.train: trackers: 'no_such:thing' can't be made" in output, output
     assert "granvit.train: the first rank failed (ValueError: trackers: 'no_such:thing'" in output
     assert 'granvit/train/run.py", line' not in output, output
