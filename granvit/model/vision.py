@@ -16,12 +16,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Siglip2VisionConfig, Siglip2VisionModel
+from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.activations import ACT2FN
 
 from granvit_kernels import PackedLayout
 
 from .packed_attention import packed_attention
+
+_CHECKPOINTS = {
+    "siglip2": Siglip2VisionModel,
+    "siglip2_vision_model": Siglip2VisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+"""The vision model of transformers that reads a checkpoint of each type. SigLIP2's of one resolution are "siglip"."""
 
 
 class Embeddings(nn.Module):
@@ -160,29 +168,27 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_siglip2(cls, name_or_path: str | Path, **kwargs) -> VisionEncoder:
-        """The encoder with the weights of a SigLIP2 NaFlex checkpoint, a vision model's or a whole SigLIP2's
-        (hub name or folder; kwargs go to Siglip2VisionModel.from_pretrained). The pooling head is left
-        behind.
+        """The encoder with the weights of a SigLIP or SigLIP2 checkpoint of any kind (NaFlex or of one resolution), a
+        vision model's or a whole model's (hub name or folder; kwargs go to the vision model's from_pretrained). The
+        pooling head is left behind. One of one resolution has its positions interpolated for other grids.
 
         Raises ValueError where the checkpoint is of another type or lacks weights.
         """
-        config = Siglip2VisionConfig.get_config_dict(name_or_path)[0]
-        if config.get("model_type") not in ("siglip2", "siglip2_vision_model"):
-            raise ValueError(
-                f"name_or_path: {name_or_path} is of model type {config.get('model_type')!r}, accepted is a "
-                "SigLIP2 NaFlex checkpoint ('siglip2' or 'siglip2_vision_model')"
-            )
-        source, info = Siglip2VisionModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        source, info = _class_of(name_or_path).from_pretrained(name_or_path, output_loading_info=True, **kwargs)
         missing = sorted(key for key in info["missing_keys"] if "head." not in key)
         if missing:
             raise ValueError(f"name_or_path: {name_or_path} lacks weights, {missing[0]} among {len(missing)}")
         return cls.from_transformers(source)
 
     @classmethod
-    def from_transformers(cls, source: Siglip2VisionModel) -> VisionEncoder:
-        """The encoder with a Siglip2VisionModel's weights (copied)."""
-        encoder = cls(_headless(source.config)).to(source.dtype)
+    def from_transformers(cls, source: Siglip2VisionModel | SiglipVisionModel) -> VisionEncoder:
+        """The encoder with a vision model's weights (copied)."""
         state = {key.removeprefix("vision_model."): value for key, value in source.state_dict().items()}
+        config = source.config
+        if isinstance(config, SiglipVisionConfig):  # patches are embedded by a convolution: [C, 3, p, p]
+            convolution = state["embeddings.patch_embedding.weight"]
+            state["embeddings.patch_embedding.weight"] = convolution.permute(0, 2, 3, 1).flatten(1)
+        encoder = cls(_headless(config)).to(source.dtype)
         encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
         return encoder
 
@@ -226,5 +232,27 @@ class VisionEncoder(nn.Module):
             (Path(directory) / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
-def _headless(config: Siglip2VisionConfig) -> Siglip2VisionConfig:
-    return Siglip2VisionConfig(**{**config.to_dict(), "vision_use_head": False})
+def checkpoint_config(name_or_path: str | Path) -> Siglip2VisionConfig:
+    """The configuration that `VisionEncoder.from_siglip2` gives an encoder. Raises ValueError where it would."""
+    return _headless(_class_of(name_or_path).config_class.from_pretrained(name_or_path))
+
+
+def _class_of(name_or_path: str | Path) -> type[Siglip2VisionModel] | type[SiglipVisionModel]:
+    kind = Siglip2VisionConfig.get_config_dict(name_or_path)[0].get("model_type")
+    if kind not in _CHECKPOINTS:
+        raise ValueError(
+            f"name_or_path: {name_or_path} is of model type {kind!r}, accepted is a SigLIP or SigLIP2 checkpoint "
+            f"({', '.join(map(repr, _CHECKPOINTS))})"
+        )
+    return _CHECKPOINTS[kind]
+
+
+def _headless(config: Siglip2VisionConfig | SiglipVisionConfig) -> Siglip2VisionConfig:
+    """Without the pooling head; NaFlex's of what was trained at one resolution."""
+    if isinstance(config, Siglip2VisionConfig):
+        return Siglip2VisionConfig(**{**config.to_dict(), "vision_use_head": False})
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
+    names += ("patch_size", "attention_dropout", "layer_norm_eps", "hidden_act")
+    sizes = {name: getattr(config, name) for name in names}
+    num_patches = (config.image_size // config.patch_size) ** 2
+    return Siglip2VisionConfig(**sizes, num_patches=num_patches, vision_use_head=False)

@@ -1,10 +1,21 @@
 import pytest
 import torch
-from transformers import LlamaConfig, Siglip2Config, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
+from transformers import (
+    LlamaConfig,
+    Siglip2Config,
+    Siglip2Model,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from granvit.model import VisionEncoder
 from granvit.model.packed_attention import packed_attention
-from granvit_kernels import PackedLayout
+from granvit.model.vision import checkpoint_config
+from granvit_kernels import PackedLayout, pack_patches
 
 GRIDS = [(16, 16), (16, 16), (5, 9), (1, 1), (23, 4), (5, 9)]
 
@@ -82,6 +93,38 @@ def test_loads_a_whole_siglip2(tmp_path):
     patches = torch.randn(15, 48)
     expected = theirs(whole.eval().vision_model, patches, [(3, 5)])
     torch.testing.assert_close(encoder(patches, layout), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_one_resolution_s_siglip_at_its_own_and_other_grids(whole, tmp_path):
+    """Features and gradients at its own resolution are transformers'; at others its table is SigLIP2's interpolated."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision = SiglipVisionConfig(**sizes, image_size=34, patch_size=4)  # 8 x 8 patches; the last pixels have none
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    texts = SiglipConfig(vision_config=vision.to_dict(), text_config=text | {"vocab_size": 9})
+    model = (SiglipModel(texts) if whole else SiglipVisionModel(vision)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    encoder = VisionEncoder.from_siglip2(tmp_path)
+    assert checkpoint_config(tmp_path).to_dict() == encoder.config.to_dict()
+    source = getattr(model, "vision_model", model)
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    patches, layout = pack_patches(list(images), 4, (0.5,) * 3, (0.5,) * 3, dtype=torch.float32)
+    ours = encoder(patches, layout)
+    expected = source((images / 127.5 - 1).permute(0, 3, 1, 2)).last_hidden_state
+    torch.testing.assert_close(ours, expected.flatten(0, 1), rtol=0, atol=1e-5)
+    ours.square().sum().backward()
+    expected.square().sum().backward()
+    convolution = dict(source.named_parameters())["embeddings.patch_embedding.weight"].grad
+    ours = encoder.embeddings.patch_embedding.weight.grad.view(64, 4, 4, 3).permute(0, 3, 1, 2)
+    torch.testing.assert_close(ours, convolution, rtol=1e-4, atol=1e-4 * convolution.abs().max().item())
+
+    again = encoder.to_transformers()
+    patches, layout = torch.randn(15, 48), PackedLayout.from_grids([(3, 5)])
+    torch.testing.assert_close(encoder(patches, layout), theirs(again, patches, [(3, 5)]), rtol=0, atol=1e-5)
 
 
 def test_other_checkpoints_are_refused(tmp_path):
