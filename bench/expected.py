@@ -22,23 +22,45 @@ def by_image(regions: Regions) -> Iterator[tuple[slice, tuple[int, int], Tensor]
 
 
 # ---- roi_gather ----
-def shares(low: Tensor, high: Tensor, size: int) -> Tensor:
-    """Weights of an axis' cells in each bin, [boxes, BINS, size]: the mean of two samples, each linear between the two
-    cells whose centres it lies between."""
-    sample = (torch.arange(2 * BINS, device=low.device, dtype=torch.float64) + 0.5) / (2 * BINS)
-    at = (low[:, None] + sample * (high - low)[:, None] - 0.5).clamp(0, size - 1)
+def shares(low: Tensor, high: Tensor, size: int, bins: int, ratio: int) -> Tensor:
+    """Weights of an axis' cells in each bin, [boxes, bins, size]: the mean of `ratio` samples (0: one a cell that the
+    bin is long, rounded up), each linear between the two cells whose centres it lies between. low, high: float32."""
+    # How many is decided in float32, as the operator and torchvision do.
+    counts = torch.full_like(low, ratio) if ratio else (((high - 0.5) - (low - 0.5)) / bins).ceil()
+    low, high, counts = low.double()[:, None, None], high.double()[:, None, None], counts.double()[:, None, None]
+    sample = torch.arange(int(counts.max()), device=low.device, dtype=torch.float64)
+    place = torch.arange(bins, device=low.device)[:, None] + (sample + 0.5) / counts  # [boxes, bins, samples]
+    at = (low + place * (high - low) / bins - 0.5).clamp(0, size - 1)
     weights = (1 - (at[..., None] - torch.arange(size, device=low.device)).abs()).clamp(min=0)
-    return weights.unflatten(1, (BINS, 2)).mean(2)
+    return (weights * (sample < counts)[..., None]).sum(2) / counts
 
 
-def roi_gather(regions: Regions, tokens: Tensor, grad: Tensor | None = None) -> Tensor:
-    """float32 [R, BINS, BINS, C] of tokens [T, C]; with the gradient of that, the gradient of the tokens [T, C]."""
-    count, channels = len(regions.boxes), tokens.shape[1]
-    shape = (count, BINS, BINS, channels) if grad is None else tokens.shape
-    result = torch.zeros(shape, device=tokens.device)
+def axes(
+    regions: Regions, bins: int = BINS, ratio: int = 2
+) -> Iterator[tuple[slice, tuple[int, int], Tensor, Tensor, Tensor]]:
+    """by_image, and the shares of its boxes down and across."""
     for rows, (height, width), which in by_image(regions):
-        x1, y1, x2, y2 = regions.boxes[which].double().T
-        down, across = shares(y1, y2, height), shares(x1, x2, width)
+        x1, y1, x2, y2 = regions.boxes[which].T
+        down, across = shares(y1, y2, height, bins, ratio), shares(x1, x2, width, bins, ratio)
+        yield rows, (height, width), which, down, across
+
+
+def read_tokens(regions: Regions, bins: int = BINS, ratio: int = 2) -> int:
+    """How many tokens have a weight in any box."""
+    return sum(
+        int(torch.einsum("bph,bqw->hw", down, across).count_nonzero())
+        for _, _, _, down, across in axes(regions, bins, ratio)
+    )
+
+
+def roi_gather(
+    regions: Regions, tokens: Tensor, grad: Tensor | None = None, bins: int = BINS, ratio: int = 2
+) -> Tensor:
+    """float32 [R, bins, bins, C] of tokens [T, C]; with the gradient of that, the gradient of the tokens [T, C]."""
+    count, channels = len(regions.boxes), tokens.shape[1]
+    shape = (count, bins, bins, channels) if grad is None else tokens.shape
+    result = torch.zeros(shape, device=tokens.device)
+    for rows, (height, width), which, down, across in axes(regions, bins, ratio):
         if grad is None:
             image = tokens[rows].detach().double().unflatten(0, (height, width))
             lines = torch.einsum("bqw,hwc->bhqc", across, image)

@@ -1,5 +1,7 @@
 """What others would write for the same operators: each peer on the same inputs, on any device, timed beside ours.
 
+roi_gather's and pack_patches'; attention over regions has attention_peers.py.
+
 Each function gives {name: make}; make() prepares what the peer may have beforehand for nothing (indices, weights,
 masks) and returns what is timed. Making and running may raise: a peer that can't run is reported with its reason.
 """
@@ -13,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from workloads import BINS, PATCH, Pictures, Regions, cell_shares
+from workloads import BINS, PATCH, Pictures, Regions
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -78,17 +80,18 @@ def merged(index: Tensor, weight: Tensor, num_tokens: int) -> tuple[Tensor, Tens
     return used % num_tokens, summed, counts.cumsum(0) - counts
 
 
+def as_map(group: Group, tokens: Tensor) -> Tensor:
+    """[images, C, height, width] in float32: order and dtype in one pass."""
+    pixels = group.batch(tokens).unflatten(1, (group.height, group.width)).permute(0, 3, 1, 2)
+    return pixels.to(torch.promote_types(tokens.dtype, torch.float32), memory_format=torch.contiguous_format)
+
+
 def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
     """Of functions of nothing that give [R, BINS, BINS, C] in the tokens' dtype, perhaps flattened.
 
     The rectangular ones convert layout and dtype inside what is timed: torchvision has no bfloat16, and grid_sample's
     coordinates have the map's dtype, which in half precision misses by a good part of a token.
     """
-
-    def maps(group: Group) -> Tensor:
-        pixels = group.batch(tokens).unflatten(1, (group.height, group.width)).permute(0, 3, 1, 2)
-        # Order and dtype in one pass.
-        return pixels.to(torch.promote_types(tokens.dtype, torch.float32), memory_format=torch.contiguous_format)
 
     def bags(merge: bool) -> Callable:
         index, weight = corners(regions)
@@ -110,7 +113,7 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
         each = [(group, numbered(group)) for group in groups(regions)]
 
         def run() -> Tensor:
-            pooled = [roi_align(maps(group), boxes, BINS, 1.0, 2, aligned=True) for group, boxes in each]
+            pooled = [roi_align(as_map(group, tokens), boxes, BINS, 1.0, 2, aligned=True) for group, boxes in each]
             return torch.cat(pooled).permute(0, 2, 3, 1).to(tokens.dtype, memory_format=torch.contiguous_format)
 
         return run
@@ -130,7 +133,7 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
         options = {"mode": "bilinear", "padding_mode": "border", "align_corners": False}
 
         def run() -> Tensor:
-            pooled = [F.avg_pool2d(F.grid_sample(maps(g), at, **options), 2) for g, at in each]
+            pooled = [F.avg_pool2d(F.grid_sample(as_map(g, tokens), at, **options), 2) for g, at in each]
             rows = [f.unflatten(2, (-1, BINS)).permute(0, 2, 3, 4, 1).flatten(0, 1) for f in pooled]
             return torch.cat(rows).to(tokens.dtype)
 
@@ -144,120 +147,29 @@ def roi_gather_peers(regions: Regions, tokens: Tensor) -> dict[str, Callable]:
     }
 
 
-# ---- region_attention ----
-def region_attention_peers(
-    regions: Regions, query: Tensor, key: Tensor, value: Tensor, coverage: bool = False
-) -> dict[str, Callable]:
-    """Of functions of nothing that give [R, K, H, D]; query [K, H, D] is shared by all regions. Only an additive mask
-    can say how much of a cell is covered."""
-    count, queries = len(regions.boxes), len(query)
+def roi_align_loop_peers(regions: Regions, tokens: Tensor, bins: int, ratio: int) -> dict[str, Callable]:
+    """torchvision in a Python loop over unpadded maps, as models that read regions off them call it: of functions of
+    nothing that give [R, bins, bins, C]."""
 
-    def shares(group: Group) -> Tensor:  # [images, boxes, height * width]
-        return cell_shares(group.boxes, group.height, group.width)
+    def loop(a_box_a_call: bool) -> Callable:
+        from torchvision.ops import roi_align
 
-    def masked(one_batch: bool, additive: bool) -> Callable:
-        each = []
-        for group in groups(regions, one_batch):
-            mask = shares(group).repeat_interleave(queries, 1)[:, None]
-            if additive:
-                mask = (mask if coverage else (mask > 0).float()).log().to(key.dtype)
-            else:
-                mask = mask > 0
-            each.append((group, mask))
+        each = groups(regions, one_batch=False)
 
         def run() -> Tensor:
-            outputs = []
-            for group, mask in each:
-                images, boxes = group.boxes.shape[:2]
-                q = query.transpose(0, 1)[None, :, None].expand(images, -1, boxes, -1, -1).flatten(2, 3)
-                k, v = (group.batch(t).transpose(1, 2) for t in (key, value))
-                out = F.scaled_dot_product_attention(q, k, v, mask)
-                outputs.append(out.unflatten(2, (boxes, queries)).permute(0, 2, 3, 1, 4).flatten(0, 1))
-            return torch.cat(outputs)
+            pooled = []
+            for group in each:
+                image = as_map(group, tokens)
+                boxes = group.boxes[0].split(1) if a_box_a_call else [group.boxes[0]]
+                pooled += [roi_align(image, [rows], bins, 1.0, ratio, aligned=True) for rows in boxes]
+            return torch.cat(pooled).permute(0, 2, 3, 1).to(tokens.dtype)
 
         return run
 
-    def gather() -> Callable:
-        """All regions' tokens copied out once, then attention over sequences of their own lengths."""
-        each, start = [], 0
-        for group in groups(regions):
-            cells = shares(group).nonzero()
-            each.append(start + cells[:, 0] * group.height * group.width + cells[:, 2])
-            start += len(group.boxes) * group.height * group.width
-        every, lengths = torch.cat(each), regions.met()
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        if key.device.type == "cuda":
-            from torch.nn.attention.varlen import varlen_attn
-
-            starts = torch.arange(0, (count + 1) * queries, queries, dtype=torch.int32, device=key.device)
-            longest = int(lengths.max())
-
-            def attend(k: Tensor, v: Tensor) -> Tensor:
-                rows = query.expand(count, -1, -1, -1).flatten(0, 1)
-                return varlen_attn(rows, k, v, starts, ends, queries, longest).unflatten(0, (count, queries))
-        else:  # it has no CPU backend
-            split, q = lengths.tolist(), query.transpose(0, 1)[None]
-
-            def attend(k: Tensor, v: Tensor) -> Tensor:
-                pairs = zip(k.split(split), v.split(split), strict=True)
-                outputs = [
-                    F.scaled_dot_product_attention(q, a.transpose(0, 1)[None], b.transpose(0, 1)[None])
-                    for a, b in pairs
-                ]
-                return torch.cat(outputs).transpose(1, 2)
-
-        return lambda: attend(key.index_select(0, every), value.index_select(0, every))
-
-    batch = "one batch" if regions.same_size else "image by image"
-    additive = {f"masked SDPA, {batch}, additive mask": partial(masked, True, True)}
-    if coverage:
-        return additive
-    on_cpu = key.device.type == "cpu"
     return {
-        f"masked SDPA, {batch}, boolean mask": partial(masked, True, False),
-        **additive,
-        **({"masked SDPA, image by image": partial(masked, False, False)} if on_cpu else {}),
-        "gather, then SDPA a region" if on_cpu else "gather, then varlen attention": gather,
+        "torchvision, an image a call": partial(loop, False),
+        "torchvision, a box a call": partial(loop, True),
     }
-
-
-def flex_attention_peers(regions: Regions, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable]:
-    """FlexAttention, which compiles for every shape, and the making of its mask, which returns None."""
-    count, queries = len(regions.boxes), len(query)
-
-    def block_mask():
-        """Images of one size as a batch, others as one long sequence."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        images = len(regions.grids) if regions.same_size else 1
-        rows, columns = count // images, len(key) // images
-        owner, place = regions.layout.image_ids(), regions.layout.positions()
-        y, x = place[:, 0].contiguous(), place[:, 1].contiguous()
-        x1, y1, x2, y2 = (side.contiguous() for side in regions.boxes.T)
-
-        def meets(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            r, t = batch * rows + row // queries, batch * columns + column
-            inside = (x1[r] < x[t] + 1) & (x2[r] > x[t]) & (y1[r] < y[t] + 1) & (y2[r] > y[t])
-            return inside & (owner[t] == regions.image_index[r])
-
-        return images, create_block_mask(meets, images, None, rows * queries, columns, device=str(key.device))
-
-    def flex() -> Callable:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        torch._dynamo.reset()  # a new shape is compiled for itself, not taken for one more of a dynamic size
-        attend = torch.compile(flex_attention, dynamic=False) if key.device.type == "cuda" else flex_attention
-        images, mask = block_mask()
-
-        def run() -> Tensor:
-            q = query.transpose(0, 1)[None, :, None].expand(images, -1, count // images, -1, -1).flatten(2, 3)
-            k, v = (t.unflatten(0, (images, -1)).transpose(1, 2) for t in (key, value))
-            out = attend(q, k, v, block_mask=mask)
-            return out.unflatten(2, (-1, queries)).permute(0, 2, 3, 1, 4).flatten(0, 1)
-
-        return run
-
-    return {"FlexAttention": flex, "FlexAttention's block mask": lambda: lambda: block_mask() and None}
 
 
 # ---- pack_patches ----

@@ -15,9 +15,10 @@ from functools import partial
 import expected
 import pytest
 import torch
+from attention_peers import flex_attention_peers, region_attention_peers
 from comparison import compare, near, near_pictures
 from gpu_clock import DEVICE, DRY, DeviceClock, bandwidth, replay
-from peers import HALF, corners, flex_attention_peers, pack_patches_peers, region_attention_peers, roi_gather_peers
+from peers import HALF, pack_patches_peers, roi_align_loop_peers, roi_gather_peers
 from rows import Rows, gpu_file, gpu_name, provenance
 from torch import Tensor
 from workloads import BINS, DESCRIPTIONS, GRAPH, PATCH, aims, cell_shares, pictures, randn, regions
@@ -68,25 +69,30 @@ def measure(benchmark) -> Callable[..., None]:
 WORKLOADS = pytest.mark.parametrize("workload", DESCRIPTIONS, ids=lambda letter: f"workload_{letter}")
 
 
-@WORKLOADS
-@pytest.mark.parametrize("channels", [32] if DRY else [768, 1152])
-@pytest.mark.parametrize("mode", ["forward", "backward"])
-def test_roi_gather(measure, workload, channels, mode):
+DIRECTIONS = pytest.mark.parametrize("mode", ["forward", "backward"])
+
+
+def gather(
+    measure, workload: str, mode: str, channels: int, peers_of: Callable, bins: int = BINS, ratio: int = 2
+) -> None:
+    """roi_gather one way, beside peers_of(regions, tokens)."""
     made = regions(workload, DEVICE, **FEW)
     tokens = randn(made.layout.num_tokens, channels, dtype=DTYPE, device=DEVICE).requires_grad_(mode == "backward")
-    shape = len(made.boxes), BINS, BINS, channels
+    shape = len(made.boxes), bins, bins, channels
     name = f"{workload}, {channels} channels"
-    peers = roi_gather_peers(made, tokens)
+    if (bins, ratio) != (BINS, 2):
+        name += f", {bins}x{bins}, {f'{ratio} samples' if ratio else 'adaptive'}"
+    peers = peers_of(made, tokens)
 
     def ours(leaf: Tensor = tokens) -> Tensor:
-        return roi_gather(leaf, made.layout, made.boxes, made.image_index)
+        return roi_gather(leaf, made.layout, made.boxes, made.image_index, (bins, bins), ratio)
 
     if mode == "forward":
-        index, weight = corners(made)
-        touched = index[weight > 0].unique().numel()
+        touched = expected.read_tokens(made, bins, ratio)
         nbytes = (touched * channels + torch.Size(shape).numel()) * tokens.itemsize
         with torch.no_grad():
-            measure("roi_gather", mode, name, nbytes, ours, peers, near(expected.roi_gather(made, tokens)))
+            check = near(expected.roi_gather(made, tokens, None, bins, ratio))
+            measure("roi_gather", mode, name, nbytes, ours, peers, check)
         return
     grad = randn(*shape, dtype=DTYPE, device=DEVICE, seed=4)
 
@@ -100,8 +106,23 @@ def test_roi_gather(measure, workload, channels, mode):
 
     nbytes = (tokens.numel() + grad.numel()) * tokens.itemsize
     peers = {name: lambda make=make: backward(make()) for name, make in peers.items()}
-    check = near(expected.roi_gather(made, tokens, grad))
+    check = near(expected.roi_gather(made, tokens, grad, bins, ratio))
     measure("roi_gather", mode, name, nbytes, backward(ours), peers, check, captured)
+
+
+@WORKLOADS
+@pytest.mark.parametrize("channels", [32] if DRY else [768, 1152])
+@DIRECTIONS
+def test_roi_gather(measure, workload, channels, mode):
+    gather(measure, workload, mode, channels, roi_gather_peers)
+
+
+@pytest.mark.parametrize(("bins", "ratio"), [(1, 0), (16, 2)], ids=["a vector a box", "16 x 16 a box"])
+@DIRECTIONS
+def test_roi_gather_as_others_call_roi_align(measure, bins, ratio, mode):
+    """A region classifier's vector a box (FG-CLIP 2), and a region's features replayed (Grasp Any Region)."""
+    peers = partial(roi_align_loop_peers, bins=bins, ratio=ratio)
+    gather(measure, "B", mode, 32 if DRY else 768, peers, bins, ratio)
 
 
 def attend(measure, workload: str, queries: int, heads: int, size: int, coverage: bool, peers_of: Callable) -> None:
@@ -116,16 +137,15 @@ def attend(measure, workload: str, queries: int, heads: int, size: int, coverage
 
     def both_ways(run: Callable) -> Callable:
         def forward_and_backward() -> tuple[Tensor, ...] | None:
-            output = run()
+            output = run(query, key, value)
             if output is None:  # a mask and no attention
                 return None
             return output.detach(), *torch.autograd.grad(output, (query, key, value), upstream)
 
         return forward_and_backward
 
-    def ours() -> Tensor:
-        place = made.layout, made.boxes, made.image_index
-        return region_attention(query, key, value, *place, coverage=coverage)
+    def ours(*tensors: Tensor) -> Tensor:
+        return region_attention(*tensors, made.layout, made.boxes, made.image_index, coverage=coverage)
 
     covered = sum(
         int((cell_shares(made.boxes[which], *grid) > 0).any(0).sum()) for _, grid, which in expected.by_image(made)

@@ -193,11 +193,15 @@ def test_exact_results_are_the_specifications():
     made = workloads.make_regions([(5, 7), (3, 4)], 4, "cpu")
     place = made.layout, made.boxes, made.image_index
     tokens = workloads.randn(made.layout.num_tokens, 6, dtype=torch.float64).requires_grad_()
-    output = roi_gather(tokens, *place)
-    grad = workloads.randn(*output.shape, dtype=torch.float64, seed=1)
-    torch.testing.assert_close(expected.roi_gather(made, tokens).double(), output, rtol=0, atol=1e-5)
-    exact = torch.autograd.grad(output, tokens, grad)[0]
-    torch.testing.assert_close(expected.roi_gather(made, tokens, grad).double(), exact, rtol=0, atol=1e-5)
+    for bins, ratio in ((7, 2), (1, 0), (2, 0), (3, 1)):
+        output = roi_gather(tokens, *place, (bins, bins), ratio)
+        grad = workloads.randn(*output.shape, dtype=torch.float64, seed=1)
+        given = expected.roi_gather(made, tokens, None, bins, ratio)
+        torch.testing.assert_close(given.double(), output, rtol=0, atol=1e-5)
+        exact = torch.autograd.grad(output, tokens, grad)[0]
+        given = expected.roi_gather(made, tokens, grad, bins, ratio)
+        torch.testing.assert_close(given.double(), exact, rtol=0, atol=1e-5)
+        assert expected.read_tokens(made, bins, ratio) == int((exact != 0).any(1).sum())
     query = workloads.randn(2, 3, 4, dtype=torch.float64).requires_grad_()
     key, value = (
         workloads.randn(len(tokens), 3, 4, dtype=torch.float64, seed=i).requires_grad_() for i in (2, 3)
@@ -209,6 +213,19 @@ def test_exact_results_are_the_specifications():
         given = expected.region_attention(made, query, key, value, upstream, coverage)
         for one_way, other in zip(given, exact, strict=True):
             torch.testing.assert_close(one_way.double(), other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("coverage", [False, True])
+def test_flex_attention_gives_the_exact_result(coverage):
+    """Its backward needs a GPU, so a dry run of the benchmarks does not come to check it."""
+    expected, workloads = importlib.import_module("expected"), importlib.import_module("workloads")
+    made = workloads.make_regions([(5, 7), (3, 4)], 4, "cpu")
+    tensors = workloads.randn(2, 3, 16), *workloads.randn(2, made.layout.num_tokens, 3, 16, seed=1)
+    peers = importlib.import_module("attention_peers").flex_attention_peers(made, *tensors, coverage)
+    upstream = torch.zeros(len(made.boxes), 2, 3, 16)
+    exact, *_ = expected.region_attention(made, *tensors, upstream, coverage)
+    torch.testing.assert_close(peers["FlexAttention"]()(*tensors), exact, rtol=1e-5, atol=1e-5)
+    assert peers["FlexAttention's block mask"]()(*tensors) is None
 
 
 # ---- aims ----
