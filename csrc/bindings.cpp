@@ -28,30 +28,23 @@ T* at(Address address) {
 using Release = py::call_guard<py::gil_scoped_release>;
 
 void bind_pack_patches(py::module_& m) {
-    m.def(
-        "pack_patches",
-        [](Address images, Address crops, Address grids, int64_t num_crops, int64_t patch_size,
-           std::array<float, 3> scale, std::array<float, 3> bias, bool channels_first, int dtype, Address patches,
-           int threads) {
-            granvit::pack_patches({at<const int64_t>(images), at<const double>(crops), at<const int64_t>(grids), num_crops,
-                                   patch_size, {scale[0], scale[1], scale[2]}, {bias[0], bias[1], bias[2]},
-                                   channels_first, granvit::Dtype(dtype), at<void>(patches)}, threads);
-        },
-        Release());
-}
-
-// As pack_patches, and where the layout goes: its grids and cu_seqlens.
-void bind_pack_patches_cuda(py::module_& m) {
+    using granvit::PackPatches;
     using granvit::PackPatchesCuda;
-    const auto job = [](Address images, Address crops, Address grids, int64_t num_crops, int64_t patch_size,
-                        std::array<float, 3> scale, std::array<float, 3> bias, bool channels_first, int dtype,
-                        Address patches, Address layout_grids, Address cu_seqlens) {
-        return PackPatchesCuda{at<const int64_t>(images), at<const double>(crops), at<const int64_t>(grids), num_crops,
-                               patch_size, {scale[0], scale[1], scale[2]}, {bias[0], bias[1], bias[2]}, channels_first,
-                               granvit::Dtype(dtype), at<void>(patches), at<int32_t>(layout_grids),
-                               at<int32_t>(cu_seqlens)};
+    const auto job = [](Address images, Address crops, Address grids, Address frames, int64_t num_crops,
+                        int64_t patch_size, int64_t merge, std::array<float, 3> scale, std::array<float, 3> bias,
+                        bool channels_first, int filter, int rounding, int dtype, Address patches) {
+        return PackPatches{at<const int64_t>(images), at<const double>(crops), at<const int64_t>(grids),
+                           at<const int64_t>(frames), num_crops, patch_size, merge, {scale[0], scale[1], scale[2]},
+                           {bias[0], bias[1], bias[2]}, channels_first, granvit::Filter(filter),
+                           granvit::Rounding(rounding), granvit::Dtype(dtype), at<void>(patches)};
     };
-    py::class_<PackPatchesCuda>(m, "PackPatchesCuda", py::module_local()).def(py::init(job));
+    py::class_<PackPatches>(m, "PackPatches", py::module_local()).def(py::init(job));
+    m.def("pack_patches", [](const PackPatches& all, int threads) { granvit::pack_patches(all, threads); }, Release());
+    // As PackPatches, and where the layout goes: its grids and cu_seqlens.
+    const auto cuda = [](const PackPatches& all, Address layout_grids, Address cu_seqlens) {
+        return PackPatchesCuda{all, at<int32_t>(layout_grids), at<int32_t>(cu_seqlens)};
+    };
+    py::class_<PackPatchesCuda>(m, "PackPatchesCuda", py::module_local()).def(py::init(cuda));
     m.def("pack_patches_emulated", [](const PackPatchesCuda& all, bool backwards) {
         granvit::pack_patches_emulated(all, backwards);
     }, Release());
@@ -134,7 +127,6 @@ PYBIND11_MODULE(_native, m) {
     m.attr("cuda") = false;
 #endif
     bind_pack_patches(m);
-    bind_pack_patches_cuda(m);
     bind_plan_packing(m);
     bind_region_attention(m);
     bind_roi_gather(m);

@@ -2,50 +2,55 @@
 #pragma once
 #include <cstdint>
 
-#include "common/dtype.h"
 #include "common/isa.h"
+#include "common/packing.h"
 
 namespace granvit {
 
-struct PackPatches {
-    const int64_t* images;  // [num_images, 2]: address of the first pixel, bytes from row to row; a row is RGBRGB...
-    const double* crops;    // [num_crops, 5]: image index, x1, y1, x2, y2; inside the image
-    const int64_t* grids;   // [num_crops, 2]: height and width in patches
-    int64_t num_crops;
-    int64_t patch_size;
-    float scale[3], bias[3];  // value = pixel * scale + bias
-    bool channels_first;
-    Dtype dtype;
-    void* patches;  // [T, patch_size**2 * 3]
-};
-
 void pack_patches(const PackPatches& job, int threads);
 
-// The weights of one axis of one crop.
+// One axis of one crop. Source pixels are counted from the first that the crop reads.
 struct Taps {
     bool copies;           // output i is source pixel i: the rest is unused
-    int64_t taps;
-    const float* weights;  // [outputs, taps]
-    const int32_t* first;  // [outputs] source pixel of the first weight, from the start of the window
+    int64_t taps;          // source pixels of each output
+    const int32_t* first;  // [outputs] the first of them
+    const float* weights;  // [outputs, taps], for Rounding::none
+    // For Rounding::pil, [outputs, 2, fixed_taps(taps)]: a weight is high * 2**LOW_BITS + low, so that products of 16 bits
+    // will do. First the high parts, then the low ones; what is beyond the taps is zero.
+    const int16_t* fixed;
 };
+constexpr int LOW_BITS = 11;
+static constexpr int64_t fixed_taps(int64_t taps) { return (taps + 3) / 4 * 4; }  // horizontally, four are taken at once
 
-// What an instruction set does at once: one row of patches of one crop.
-struct PatchRow {
-    const uint8_t* window;  // the pixels that the crop touches
-    int64_t row_stride, window_width;
+// What an instruction set does at once: some rows of patches of one crop.
+struct PatchRows {
+    const uint8_t* source;     // the first pixel that the crop reads
+    const uint8_t* image_end;  // past the image's last byte: reading a row, vectors may touch what is before
+    int64_t row_stride;
+    int64_t source_rows, source_columns;  // that the crop reads
     const Taps *rows, *columns;
-    int64_t top;  // first output row
-    int64_t grid_width, patch_size;
-    const float *scale, *bias;  // [3 * patch_size], in the order in which a row of a patch is stored
+    int64_t begin, end;        // rows of patches
+    int64_t grid_width, patch_size, merge;
+    const float *scale, *bias; // [3 * patch_size], in the order in which a row of a patch is stored
     bool channels_first;
     Dtype dtype;
-    void* patches;  // the first patch of this row
-    float* row;      // scratch [3 * window_width + PADDING]: one output row, not yet resampled along it
-    float* line;     // scratch [3 * grid_width * patch_size + PADDING]: one output row, 0-255
-    float* segment;  // scratch [3 * patch_size + PADDING]: a row of one patch
+    void* patches;             // the crop's first
+
+    // Scratch, with room for a vector past each row's end.
+    float* segment;            // [3 * patch_size] a row of one patch
+    float* blended;            // [3 * source_columns] an output row that is not yet resampled along the row
+    float* line;               // [3 * grid_width * patch_size] an output row, 0-255
+    uint8_t* ring;             // [rows.taps + GROUP - 1, ring_pitch] source rows that are resampled along the row
+    int64_t ring_pitch;
+    uint8_t* copied;           // [GROUP, copied_pitch] source rows too near to the image's end to be read in place
+    int64_t copied_pitch;
+    const uint8_t** pointers;  // [rows.taps]
+    uint8_t* rounded;          // an output row
 };
-constexpr int64_t PADDING = 16;  // floats that a vector may touch past the end
+constexpr int64_t PADDING = 64;  // bytes that a vector may touch past a row's end
+constexpr int GROUP = 4;         // source rows that are resampled along the row at once
 
 }  // namespace granvit
 
-GRANVIT_DECLARE_PER_ISA(void pack_patch_row(const PatchRow& job);)
+// Makes rows of patches without rounding, and with Pillow's.
+GRANVIT_DECLARE_PER_ISA(void pack_exact(const PatchRows& job); void pack_pil(const PatchRows& job);)

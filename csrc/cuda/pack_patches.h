@@ -9,8 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/dtype.h"
-#include "common/resample.h"
+#include "common/packing.h"
 #include "cuda/pack_copy.h"
 #include "cuda/pack_job.h"
 #include "cuda/values.h"
@@ -114,7 +113,8 @@ GRANVIT_HOST_DEVICE inline void resample_block(const PackJob<N>& job, int block,
     if (width - tile.left < TILE_COLUMNS) tile.columns = int(width - tile.left);
     if (number == 0) each(1, [&](int) { write_layout(job, n); });
 
-    const Axis ys = make_axis(job.box[n][1], job.box[n][3], height), xs = make_axis(job.box[n][0], job.box[n][2], width);
+    const Axis ys = make_axis(Filter::bilinear, job.box[n][1], job.box[n][3], height, 0);
+    const Axis xs = make_axis(Filter::bilinear, job.box[n][0], job.box[n][2], width, 0);
     const int64_t stride = job.stride[n];
     if (ys.copies() && xs.copies()) {
         const uint8_t* corner = job.image[n] + (ys.begin + tile.top) * stride + (xs.begin + tile.left) * 3;
@@ -127,16 +127,16 @@ GRANVIT_HOST_DEVICE inline void resample_block(const PackJob<N>& job, int block,
 
     // Double precision only here, once a row and column of the tile.
     const int row_taps = int(ys.taps()), column_taps = int(xs.taps());
-    const float row_slope = float(1.0 / ys.support), column_slope = float(1.0 / xs.support);
+    const float row_slope = float(1.0 / ys.scale), column_slope = float(1.0 / xs.scale);
     each(tile.rows + tile.columns, [&](int i) {
         const bool row = i < tile.rows;
         const int slot = row ? i : TILE_ROWS + i - tile.rows;
         const Place at = row ? place(ys, tile.top + i) : place(xs, tile.left + i - tile.rows);
-        const float slope = row ? row_slope : column_slope, offset = float(at.offset);
+        const float slope = row ? row_slope : column_slope, offset = float(at.offset(0));
         const int taps = row ? row_taps : column_taps;
         float sum = 0;
-        for (int t = 0; t < taps; ++t) sum += triangle(offset + float(t), slope);
-        shared.first[slot] = int32_t(at.first - (row ? ys.begin : xs.begin));
+        for (int t = 0; t < taps; ++t) sum += filter_weight(Filter::bilinear, (offset + float(t)) * slope);
+        shared.first[slot] = int32_t(at.first);
         shared.offset[slot] = offset;
         shared.share[slot] = 1 / sum;
     });
@@ -155,7 +155,7 @@ GRANVIT_HOST_DEVICE inline void resample_block(const PackJob<N>& job, int block,
             const bool whole = b >= 0 && b + 4 <= bytes;
             float sum[4] = {0, 0, 0, 0}, offset = shared.offset[r];
             for (int t = 0; t < row_taps; ++t, from += stride) {
-                const float weight = triangle(offset + float(t), row_slope);
+                const float weight = filter_weight(Filter::bilinear, (offset + float(t)) * row_slope);
                 if (whole) {
                     const Vector<uint8_t, 4> four = read_bytes<4>(from);
                     for (int k = 0; k < 4; ++k) sum[k] += weight * float(four.at[k]);
@@ -174,7 +174,7 @@ GRANVIT_HOST_DEVICE inline void resample_block(const PackJob<N>& job, int block,
             const float* blended = shared.blended + r * 3 * CHUNK + 3 * first;
             float sum[3] = {0, 0, 0};
             for (int t = from; t < to; ++t) {
-                const float weight = triangle(shared.offset[slot] + float(t), column_slope);
+                const float weight = filter_weight(Filter::bilinear, (shared.offset[slot] + float(t)) * column_slope);
                 for (int c = 0; c < 3; ++c) sum[c] += weight * blended[3 * t + c];
             }
             float* value = shared.values + (r * TILE_COLUMNS + x) * 3;
@@ -189,24 +189,12 @@ GRANVIT_HOST_DEVICE inline void resample_block(const PackJob<N>& job, int block,
 
 // ---- the host's side: crops to launches ----
 
-// As csrc/cpu/pack_patches.h has it, and where the layout goes.
-struct PackPatchesCuda {
-    const int64_t* images;  // [num_images, 2]: address of the first pixel, bytes from row to row
-    const double* crops;    // [num_crops, 5]
-    const int64_t* grids;   // [num_crops, 2]
-    int64_t num_crops, patch_size;
-    float scale[3], bias[3];
-    bool channels_first;
-    Dtype dtype;
-    void* patches;
+// A call, and where the layout goes.
+struct PackPatchesCuda : PackPatches {
     int32_t *layout_grids, *cu_seqlens;  // written: [num_crops, 2], [num_crops + 1]
 
     // Crop i needs no resampling.
-    bool copies(int64_t i) const {
-        const double* crop = crops + 5 * i;
-        return make_axis(crop[2], crop[4], grids[2 * i] * patch_size).copies() &&
-               make_axis(crop[1], crop[3], grids[2 * i + 1] * patch_size).copies();
-    }
+    bool copies(int64_t i) const { return rows(i).copies() && columns(i).copies(); }
 };
 
 // launch(job, blocks, copy) for as few launches as parameters of N crops allow.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated_packing import Emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,23 +29,6 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-
-
-class Emulated:
-    """The CUDA kernel's blocks, run on the host one after another, over poisoned memory."""
-
-    backwards = False  # the order of what a phase's threads do
-
-    def why_not(self, device, dtype):
-        return None if dtype in native.DTYPES else f"not {dtype}"
-
-    def forward(self, job):
-        patches, layout = cuda.empty(job)
-        patches.fill_(torch.nan)
-        layout.grids.fill_(-1), layout.cu_seqlens.fill_(0 if len(layout) == 0 else -1)
-        task, _keep = cuda.problem(job, patches, layout)
-        native.library().pack_patches_emulated(task, self.backwards)
-        return patches, layout
 
 
 @pytest.fixture(params=[*(pytest.param(name, marks=needs_native) for name in ("cpu", "cuda")), "reference"])

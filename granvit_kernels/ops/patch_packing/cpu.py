@@ -20,6 +20,6 @@ __all__ = ["forward", "why_not"]
 def forward(job: Packing) -> tuple[Tensor, PackedLayout]:
     """As reference.forward."""
     patches = torch.empty(job.shape, dtype=job.dtype)
-    arguments, _keep = job.native(patches)
-    native.library().pack_patches(*arguments, torch.get_num_threads())
+    problem, _keep = job.native(patches)
+    native.library().pack_patches(problem, torch.get_num_threads())
     return patches, job.layout

@@ -57,6 +57,7 @@ def empty(job: Packing) -> tuple[Tensor, PackedLayout]:
 
 def problem(job: Packing, patches: Tensor, layout: PackedLayout) -> tuple:
     """(csrc/bindings.cpp's PackPatchesCuda, what has to live until the kernel was launched)."""
-    arguments, keep = job.native(patches)
-    library = native.library()
-    return library.PackPatchesCuda(*arguments, layout.grids.data_ptr(), layout.cu_seqlens.data_ptr()), keep
+    if (job.resample, job.round, job.merge) != ("bilinear", None, 1) or job.frames[:, 2:].any():
+        raise NotImplementedError("the CUDA kernel packs bilinear, unrounded, unmerged patches of whole crops only")
+    problem, keep = job.native(patches)
+    return native.library().PackPatchesCuda(problem, layout.grids.data_ptr(), layout.cu_seqlens.data_ptr()), keep
