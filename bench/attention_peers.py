@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from peers import Group, groups
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import Regions, cell_shares
 
 
@@ -141,3 +141,22 @@ def flex_attention_peers(
         return run
 
     return {"FlexAttention": flex, "FlexAttention's block mask": lambda: lambda *_: block_mask() and None}
+
+
+def with_projections(
+    peers: dict[str, Callable], features: Tensor, query: Tensor, key: nn.Linear, value: nn.Linear
+) -> dict[str, Callable]:
+    """A region prompt of each: keys and values of every token are made first. Of functions of nothing that give
+    [R, K, C]; features [T, C]."""
+
+    def prompt(make: Callable) -> Callable:
+        attend = make()
+
+        def run() -> Tensor | None:
+            tensors = (layer(features).unflatten(1, query.shape[1:]) for layer in (key, value))
+            output = attend(query, *tensors)
+            return None if output is None else output.flatten(2)
+
+        return run
+
+    return {name: partial(prompt, make) for name, make in peers.items()}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import BINS, PATCH, Pictures, Regions, cell_shares
 
 
@@ -89,6 +89,29 @@ def region_attention(
         gradients[0].add_(parts[0])
         for whole, part in zip(gradients[1:], parts[1:], strict=True):
             whole[rows] = part.float()
+    return output, *gradients
+
+
+def region_prompt(
+    regions: Regions, features: Tensor, query: Tensor, key: nn.Linear, value: nn.Linear, upstream: Tensor
+) -> tuple[Tensor, ...]:
+    """region_attention with coverage of features [T, C] that key and value project: output [R, K, C] and the gradients
+    of features, query, key.weight, value.weight and value.bias, float32. (key.bias drops out of the softmax.)"""
+    leaves = features, query, key.weight, value.weight, value.bias
+    output, gradients = torch.empty_like(upstream, dtype=torch.float32), [torch.zeros_like(t).float() for t in leaves]
+    for rows, grid, which in by_image(regions):
+        x, q, key_weight, value_weight, bias = parts = [
+            t.detach().double().requires_grad_() for t in (features[rows], *leaves[1:])
+        ]
+        keys, values = (t.unflatten(1, q.shape[1:]) for t in (x @ key_weight.T, x @ value_weight.T + bias))
+        shares = cell_shares(regions.boxes[which].double(), *grid)[:, None, None]
+        logits = torch.einsum("khd,nhd->khn", q, keys) * q.shape[-1] ** -0.5
+        attended = torch.einsum("bkhn,nhd->bkhd", (logits + shares.log()).softmax(-1), values).flatten(2)
+        output[which] = attended.detach().float()
+        first, *rest = torch.autograd.grad(attended, parts, upstream[which].double())
+        gradients[0][rows] = first.float()
+        for whole, part in zip(gradients[1:], rest, strict=True):
+            whole += part.float()
     return output, *gradients
 
 

@@ -124,7 +124,7 @@ STEPS = (
         dry=(*PARALLEL, *TESTS, "-k", "test_gpu.py and float32"), variables=ONE_THREAD,
     ),
     Step(
-        "workload-A", (*BENCH, "workload_A and not flex and not compiled"), 45, 160,
+        "workload-A", (*BENCH, "workload_A and not flex and not compiled"), 52, 160,
         partial(operators, chosen=lambda row: row["workload"].startswith("A,") and not compiled(row)),
     ),
     Step(
@@ -132,7 +132,7 @@ STEPS = (
         partial(operators, chosen=lambda row: row["workload"].startswith("A,") and "Flex" in row["provider"]),
     ),
     Step(
-        "workloads-BCD", (*BENCH, "not workload_A and not flex and not compiled"), 60, 120,
+        "workloads-BCD", (*BENCH, "not workload_A and not flex and not compiled"), 70, 130,
         partial(operators, chosen=lambda row: row["workload"][0] in "BCD" and not compiled(row)),
     ),
     Step("sanitizer", ("bench/sanitize.py",), 15, 90),
@@ -143,7 +143,7 @@ STEPS = (
     Step("ncu", ("bench/ncu.py",), 35, 100),
     # What an ordinary budget has no room for: a second call's.
     Step(
-        "slow-peers", (*BENCH, "compiled or (flex and not workload_A)"), 200, 300, partial(operators, chosen=compiled),
+        "slow-peers", (*BENCH, "compiled or (flex and not workload_A)"), 230, 340, partial(operators, chosen=compiled),
     ),
 )  # fmt: skip
 """In their order: what matters first stands first, and a budget drops from the end."""

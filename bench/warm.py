@@ -29,7 +29,9 @@ def cases() -> list[aot.Case]:
     cases += [attention("bfloat16", 4, 12, 64, False, split=True)]
     cases += [attention(dtype, queries, sanitize.HEADS, size, coverage)
               for queries, size, dtype, coverage in sanitize.ATTENTIONS]  # fmt: skip
-    gathers = ((768, 2, "bfloat16"), (1152, 2, "bfloat16"), (768, 2, "float32"), *sanitize.GATHERS)
+    gathers = (
+        (768, 2, "bfloat16"), (1152, 2, "bfloat16"), (768, 0, "bfloat16"), (768, 2, "float32"), *sanitize.GATHERS
+    )  # fmt: skip
     for channels, ratio, dtype in gathers:
         cases.append(aot.Case("roi_gather", dtype, (("channels", channels), ("sampling_ratio", ratio))))
     return cases
