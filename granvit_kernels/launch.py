@@ -56,6 +56,31 @@ def device_why_not(index: int | None) -> str | None:
     return None
 
 
+def products_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As why_not, for kernels with matrix products."""
+    reason = why_not(device, dtype)
+    if reason is None and dtype == torch.bfloat16 and _interpreted():
+        return "Triton's interpreter (TRITON_INTERPRET) multiplies bfloat16's bits as if they were integers"
+    return reason
+
+
+@functools.cache
+def _interpreted() -> bool:
+    import triton
+
+    from . import triton_common
+
+    return not isinstance(triton_common.load_box, triton.JITFunction)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H100's for the interpreter and for a compilation ahead of time."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def tuned(kernel: str, key: tuple, default: Config, device: torch.device) -> Config:
     """`default` with what was measured for this kernel, key and device in place of its fields.
 

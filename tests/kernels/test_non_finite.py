@@ -9,7 +9,7 @@ import torch
 
 from granvit_kernels import PackedLayout
 from granvit_kernels.native import cpu_why_not
-from granvit_kernels.ops import region_attention, roi_gather
+from granvit_kernels.ops import region_attention, region_pool, roi_gather
 
 interpreted = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 if interpreted:
@@ -90,3 +90,37 @@ def test_region_attention(backend, bad, where):
     assert not grad_key[met, 1].isfinite().all(-1).any()
     if where == "grad_output":
         assert not grad_value[met, 1].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("where", ["grad_output", "grad_lse", "logits", "value"])
+def test_region_pool(backend, bad, where, heads):
+    """One head of one region: other regions' tokens, and the other head if it has values of its own, get what they
+    would get without it."""
+    if backend not in region_pool.CANDIDATES["region_pool"]:
+        pytest.skip(f"region_pool has no backend {backend}")
+    kernel = region_pool.CANDIDATES["region_pool"][backend]
+    tensors = {"grad_output": normal(3, 2, heads, 8), "grad_lse": normal(3, 2, heads)}
+    tensors |= {"logits": normal(LAYOUT.num_tokens, 2, heads), "value": normal(LAYOUT.num_tokens, heads, 8)}
+    cells = torch.zeros(4, 5, dtype=torch.bool)
+    cells[1:4, 2:5] = True
+    met = torch.cat([cells.flatten(), torch.zeros(2, dtype=torch.bool)])
+
+    def both_ways():
+        inputs = tensors["logits"], tensors["value"]
+        output, lse = kernel.forward(*inputs, *PLACE, True)
+        upstream = tensors["grad_output"], tensors["grad_lse"]
+        return output, *kernel.backward(*upstream, *inputs, output, lse, *PLACE, True)
+
+    clean = both_ways()
+    row, head = TOKEN if where in ("logits", "value") else 1, heads - 1
+    tensors[where][(row, 0, head) if where in ("grad_lse", "logits") else (row, ..., head, 3)] = bad
+    poisoned = both_ways()
+    assert torch.equal(poisoned[0][ELSEWHERE], clean[0][ELSEWHERE])
+    for ours, right, dim in zip(poisoned[1:], clean[1:], (2, 1), strict=True):
+        assert torch.equal(ours[~met], right[~met])
+        assert heads == 1 or torch.equal(ours.select(dim, 0), right.select(dim, 0))
+    assert not poisoned[1][met, 0, head].isfinite().any()
+    if where == "grad_output":
+        assert not poisoned[2][met, head].isfinite().all(-1).any()

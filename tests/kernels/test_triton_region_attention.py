@@ -4,11 +4,11 @@ test_aot.py; on a GPU: test_gpu.py."""
 import os
 
 import interpreter
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_boxes import BOXES, UNREADABLE, VIEWS, far_apart
 from torch.utils import deterministic
 
 from granvit_kernels import PackedLayout
@@ -24,19 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
 ]
-
-BOXES = [
-    [0.5, 0.5, 2.2, 2.0],  # parts of cells
-    [-5.0, -1e30, 1e30, 9.0],  # far larger than its image
-    [1.0, 1.0, 2.0, 2.0],  # exactly one cell
-    [1.25, 0.5, 1.5, 0.75],  # inside one cell
-    [2.0, 2.0, 1.0, 1.0],  # inverted
-    [1.0, 0.0, 1.0, 3.0],  # no width
-    [-3.0, -3.0, 0.0, 0.0],  # touches the image's corner from outside
-    [50.0, 50.0, 60.0, 60.0],  # outside
-]
-UNREADABLE = [[0.0, 0.0, float("nan"), 2.0], [0.0, float("-inf"), 2.0, 2.0]]
-
 
 @pytest.fixture(autouse=True)
 def poisoned():
@@ -147,25 +134,13 @@ def test_images_without_regions_and_regions_out_of_order():
     check([(2, 2), (5, 3), (1, 9), (3, 3)], BOXES[:4] + BOXES[:1], [3, 1, 3, 1, 1])
 
 
-VIEWS = {
-    "of more heads": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "every second value": lambda x: x.repeat_interleave(2, 2)[..., ::2],
-    "odd rows": lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[2]],
-}
-
-
 @pytest.mark.parametrize("view", VIEWS)
 def test_keys_and_values_of_any_strides(view):
     check([(3, 4), (2, 5)], BOXES[:3], [0, 1, 1], view=VIEWS[view])
 
 
 def test_heads_farther_apart_than_32_bits_count():
-    def far(x):
-        storage = torch.from_numpy(np.empty(2**31 + x.numel(), np.float16))  # 4 GiB of addresses, a few pages of memory
-        return storage.as_strided(x.shape, (x.shape[2], 2**31, 1)).copy_(x)
-
-    check([(3, 4)], BOXES[:1], [0], dtype=torch.float16, view=far)
+    check([(3, 4)], BOXES[:1], [0], dtype=torch.float16, view=lambda x: far_apart(x, 1))
 
 
 def test_more_regions_than_a_block_of_columns():

@@ -4,9 +4,10 @@ A backend module has why_not(device, dtype), forward and backward, with the argu
 they return; `reference` is the specification. Values always have as many heads as logits there: K queries of H heads
 that share a value are K * H queries of one head.
 
-Kernels shift by the largest logit and multiply weights by shares, on each axis relative to min(1, the extent of the box
-inside the image): no cell costs a logarithm, and weights don't vanish where the box is tiny (the largest of such shares
-is at least 1/2 on its axis, the others not under 2**-24). The logarithm of the two extents is added to lse.
+Kernels shift by the largest logit and multiply weights by shares: no cell costs a logarithm. So that weights don't
+vanish where the box is tiny, an axis' shares are taken relative to a number whose logarithm is added to lse: on the CPU
+min(1, the extent of the box inside the image), in Triton (triton_regions.py) the share of the only cell, if it is one.
+Others are not under 2**-24.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from ... import backends, checks
 from ...registration import Operator
-from . import reference
+from . import reference, triton_launch
 
-CANDIDATES = {"region_pool": {"reference": reference}}
+CANDIDATES = {"region_pool": {"triton": triton_launch, "reference": reference}}
 
 
 def _backend(value: Tensor) -> Any:
