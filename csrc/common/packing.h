@@ -31,6 +31,11 @@ struct PackPatches {
         const int64_t* frame = frames + 4 * crop;
         return make_axis(filter, crops[5 * crop + 1], crops[5 * crop + 3], frame[1], frame[3]);
     }
+    // With rounding: the crop is resampled down its columns before it is along its rows.
+    GRANVIT_HOST_DEVICE bool columns_first(int64_t crop) const {
+        const Axis y = rows(crop), x = columns(crop);
+        return granvit::columns_first(rounding, y.end - y.begin, x.end - x.begin, frames[4 * crop], frames[4 * crop + 1]);
+    }
 };
 
 // Which of its crop's patches the one in row y and column x of the grid is.

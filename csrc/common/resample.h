@@ -3,7 +3,7 @@
 // [a, b) in source pixels becomes n outputs. Output i is centred at c = a + (i + 1/2) s, s = (b - a) / n; source pixel
 // j, floor(a) <= j < ceil(b), weighs f((j + 1/2 - c) / max(s, 1)), divided by the sum over j; f is the Filter's function.
 // In double: the rounding of a float centre at pixel 4000 would move a weight by 2e-4. From the first tap's offset on, a
-// float will do, except for Rounding::pil: its weights are Pillow's, bit for bit, because each operation here is rounded
+// float will do, except where values are rounded: those weights are Pillow's, bit for bit, because each operation here is rounded
 // as there and in the same order. Source pixels are counted from the window's first, floor(a), as Pillow does in a crop.
 #pragma once
 
@@ -16,8 +16,9 @@ namespace granvit {
 
 // Values shared with granvit_kernels/ops/patch_packing/arguments.py.
 enum class Filter : int { bilinear = 0, bicubic = 1 };
-// pil: along the rows first, then down the columns, each pass in integers and rounded to 8 bits (see fixed_weight).
-enum class Rounding : int { none = 0, pil = 1 };
+// pil, pil13: along the rows and down the columns in two passes, each in integers and rounded to 8 bits (fixed_weight). pil
+// has the rows first, as Pillow before version 13, pil13 the cheaper pass, as Pillow since (columns_first).
+enum class Rounding : int { none = 0, pil = 1, pil13 = 2 };
 
 // Where a Filter's function becomes zero.
 GRANVIT_HOST_DEVICE static inline int radius(Filter filter) { return filter == Filter::bicubic ? 2 : 1; }
@@ -98,7 +99,7 @@ GRANVIT_HOST_DEVICE static inline int64_t axis_weights(const Axis& axis, int64_t
     return at.first;
 }
 
-// ---- Rounding::pil: weights in steps of 2**-22, sums in int32, values 0-255 after each pass ----
+// ---- Rounding::pil, pil13: weights in steps of 2**-22, sums in int32, values 0-255 after each pass ----
 
 constexpr int FIXED_BITS = 22;
 
@@ -111,6 +112,12 @@ GRANVIT_HOST_DEVICE static inline int32_t fixed_weight(double weight) {
 GRANVIT_HOST_DEVICE static inline uint8_t fixed_pixel(int32_t sum) {
     const int32_t pixel = (sum + (1 << (FIXED_BITS - 1))) >> FIXED_BITS;
     return uint8_t(pixel < 0 ? 0 : pixel > 255 ? 255 : pixel);
+}
+
+// Which pass comes first: only where both resample does it matter. From one size to another, in pixels.
+GRANVIT_HOST_DEVICE static inline bool columns_first(Rounding rounding, int64_t from_height, int64_t from_width,
+                                                     int64_t height, int64_t width) {
+    return rounding == Rounding::pil13 && height < from_height && from_height - height > 2 * (from_width - width);
 }
 
 }  // namespace granvit

@@ -16,7 +16,7 @@ struct AxisPlan {
     int64_t weights, outputs;  // of the first output
 };
 
-// Weights of all axes of a call: floats, or for Rounding::pil fixed.
+// Weights of all axes of a call: floats, or with rounding fixed.
 struct Storage {
     const Rounding rounding;
     std::vector<float> weights;
@@ -26,7 +26,7 @@ struct Storage {
 
     // Elements from output to output.
     int64_t pitch(const Axis& axis) const {
-        return rounding == Rounding::pil ? 2 * fixed_taps(axis.taps()) : axis.taps();
+        return rounding == Rounding::none ? axis.taps() : 2 * fixed_taps(axis.taps());
     }
     AxisPlan reserve(const Axis& axis, int64_t count) {
         if (axis.copies()) return {axis, count, count, 0, 0};
@@ -38,8 +38,8 @@ struct Storage {
         return plan;
     }
     void allocate() {
-        if (rounding == Rounding::pil) fixed.resize(num_weights);
-        else weights.resize(num_weights);
+        if (rounding == Rounding::none) weights.resize(num_weights);
+        else fixed.resize(num_weights);
         first.resize(num_outputs);
     }
     // exact: scratch [most_taps].
@@ -127,7 +127,7 @@ struct Item {
 std::vector<Item> divide(const PackPatches& job, int threads) {
     int64_t most = 1, rows = 0;
     for (int64_t n = 0; n < job.num_crops; ++n) rows += job.grids[2 * n];
-    if (job.rounding == Rounding::pil) most = std::max<int64_t>(1, rows / (8 * std::max(threads, 1)));
+    if (job.rounding != Rounding::none) most = std::max<int64_t>(1, rows / (8 * std::max(threads, 1)));
     std::vector<Item> items;
     for (int64_t n = 0; n < job.num_crops; ++n) {
         const int64_t height = job.grids[2 * n], parts = (height + most - 1) / most;
@@ -182,12 +182,12 @@ void pack_patches(const PackPatches& job, int threads) {
         made.begin = begin, made.end = end;
         made.grid_width = job.grids[2 * n + 1], made.patch_size = p, made.merge = job.merge;
         made.scale = scale.data(), made.bias = bias.data();
-        made.channels_first = job.channels_first;
+        made.channels_first = job.channels_first, made.columns_first = job.columns_first(n);
         made.dtype = job.dtype;
         made.patches = static_cast<char*>(job.patches) + crop.first_patch * 3 * p * p * size_of(job.dtype);
         scratch.lend(made, crop, thread);
-        if (job.rounding == Rounding::pil) GRANVIT_BY_ISA(pack_pil, made);
-        else GRANVIT_BY_ISA(pack_exact, made);
+        if (job.rounding == Rounding::none) GRANVIT_BY_ISA(pack_exact, made);
+        else GRANVIT_BY_ISA(pack_rounded, made);
     });
 }
 

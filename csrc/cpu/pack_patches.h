@@ -15,7 +15,7 @@ struct Taps {
     int64_t taps;          // source pixels of each output
     const int32_t* first;  // [outputs] the first of them
     const float* weights;  // [outputs, taps], for Rounding::none
-    // For Rounding::pil, [outputs, 2, fixed_taps(taps)]: a weight is high * 2**LOW_BITS + low, so that products of 16 bits
+    // With rounding, [outputs, 2, fixed_taps(taps)]: a weight is high * 2**LOW_BITS + low, so that products of 16 bits
     // will do. First the high parts, then the low ones; what is beyond the taps is zero.
     const int16_t* fixed;
 };
@@ -32,7 +32,7 @@ struct PatchRows {
     int64_t begin, end;        // rows of patches
     int64_t grid_width, patch_size, merge;
     const float *scale, *bias; // [3 * patch_size], in the order in which a row of a patch is stored
-    bool channels_first;
+    bool channels_first, columns_first;
     Dtype dtype;
     void* patches;             // the crop's first
 
@@ -42,7 +42,7 @@ struct PatchRows {
     float* line;               // [3 * grid_width * patch_size] an output row, 0-255
     uint8_t* ring;             // [rows.taps + GROUP - 1, ring_pitch] source rows that are resampled along the row
     int64_t ring_pitch;
-    uint8_t* copied;           // [GROUP, copied_pitch] source rows too near to the image's end to be read in place
+    uint8_t* copied;           // [GROUP, copied_pitch] rows that can't be read in place, for they end where the image does
     int64_t copied_pitch;
     const uint8_t** pointers;  // [rows.taps]
     uint8_t* rounded;          // an output row
@@ -52,5 +52,5 @@ constexpr int GROUP = 4;         // source rows that are resampled along the row
 
 }  // namespace granvit
 
-// Makes rows of patches without rounding, and with Pillow's.
-GRANVIT_DECLARE_PER_ISA(void pack_exact(const PatchRows& job); void pack_pil(const PatchRows& job);)
+// Makes rows of patches without rounding, and with it.
+GRANVIT_DECLARE_PER_ISA(void pack_exact(const PatchRows& job); void pack_rounded(const PatchRows& job);)

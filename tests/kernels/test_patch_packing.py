@@ -286,7 +286,8 @@ if native.why_not() is not None: print(native.why_not()); sys.exit(3)
 problem = torch.load(sys.argv[1], weights_only=True)
 out = [pack_patches(dtype=d, order=o, **problem)[0]
        for d in (torch.float32, torch.bfloat16, torch.float16) for o in ("hwc", "chw")]
-torch.save([native.library().isa(), out], sys.argv[2])
+rounded = [pack_patches(dtype=torch.float32, resample="bicubic", round=r, **problem)[0] for r in ("pil", "pil13")]
+torch.save([native.library().isa(), out, rounded], sys.argv[2])
 """
     problem = dict(patch_size=14, mean=MEAN, std=STD, **mixed_problem())
     torch.save(problem, tmp_path / "in.pt")
@@ -296,8 +297,10 @@ torch.save([native.library().isa(), out], sys.argv[2])
     if run.returncode == 3 and "this machine lacks it" in run.stdout:
         pytest.skip(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
-    used, outputs = torch.load(tmp_path / "out.pt", weights_only=True)
+    used, outputs, rounded = torch.load(tmp_path / "out.pt", weights_only=True)
     assert used == isa
+    for round, output in zip(("pil", "pil13"), rounded, strict=True):
+        assert steps_apart(output, exact(resample="bicubic", round=round, **problem)) < 0.01
     for k, output in enumerate(outputs):
         order = ("hwc", "chw")[k % 2]
         expected = exact(order=order, **problem)

@@ -50,7 +50,8 @@ def pack_patches(
         are then cut out of that at whole pixels, h * p high and w * p wide, not resampled again. This is "shortest
         edge to 256, then the centre's 224", as CLIP's and DINOv2's processors do it.
     resample: "bilinear", or "bicubic" (a = -1/2, which can overshoot 0-255 where nothing is rounded).
-    round: None, or "pil": to 8 bits along the rows and then again down the columns, as Pillow's resize.
+    round: None, or to 8 bits twice, along the rows and down the columns, as Pillow's resize does: "pil" as before its
+        version 13, with which most models were trained, "pil13" as since.
     merge: m: a crop's patches lie block by block of m x m, row-major over the blocks and within them, as
         Qwen2-VL's processor gives them with 2. It divides grids.
 
@@ -64,13 +65,13 @@ def pack_patches(
     f(x) = 3/2 |x|^3 - 5/2 |x|^2 + 1 up to |x| = 1, -1/2 (|x|^3 - 5 |x|^2 + 8 |x| - 4) from there to 2. Pixels that
     a crop doesn't touch don't count.
 
-    round="pil" is Pillow's arithmetic bit for bit (its Resample.c): weights in steps of 2**-22, along the rows first,
-    then down the columns, each pass rounded to 8 bits. Pixels equal `image.resize(size, resample)`, for a crop
-    `image.crop(box).resize(...)` (with fractions: of the window that the crop touches, with its box), and so those of
-    transformers' processors that use Pillow. But for one case: since version 13, Pillow goes down the columns first
-    where that takes more than twice as many rows away as columns; there, pixels are those of earlier versions, a step
-    or so apart. Processors that use torchvision differ by a step here and there, as they do from Pillow. Without
-    rounding, values are within 0.01 steps of the formula (float32), and 0.1 of torch's interpolate(antialias=True).
+    Rounding is Pillow's arithmetic bit for bit (its Resample.c): weights in steps of 2**-22, each pass rounded to 8
+    bits. Pixels equal `image.resize(size, resample)`, for a crop `image.crop(box).resize(...)` (with fractions: of the
+    window that the crop touches, with its box), and so those of transformers' processors that use Pillow. The passes'
+    order shows, a few steps here and there: along the rows is first, but with "pil13" down the columns where that takes
+    rows away, and more than twice as many as columns. Processors that use torchvision are a step or two from "pil".
+    Without rounding, values are within 0.01 steps of the formula (float32), and 0.1 of torch's
+    interpolate(antialias=True).
 
     Raises ValueError, naming the argument, for anything else; RuntimeError where no backend can run.
     """

@@ -18,7 +18,7 @@ from ...layout import PackedLayout
 
 ORDERS = ("hwc", "chw")
 RESAMPLES = {"bilinear": 0, "bicubic": 1}
-ROUNDINGS = {None: 0, "pil": 1}
+ROUNDINGS = {None: 0, "pil": 1, "pil13": 2}
 """What csrc/common/resample.h calls each of them."""
 
 MAX_PATCH_SIZE = 2**15
@@ -105,7 +105,7 @@ def check_packing(
     if resample not in RESAMPLES:
         raise ValueError(f"resample is {resample!r}; it takes 'bilinear' or 'bicubic'")
     if round not in ROUNDINGS:
-        raise ValueError(f"round is {round!r}; it takes None or 'pil'")
+        raise ValueError(f"round is {round!r}; it takes None, 'pil' or 'pil13'")
     resized = shapes if sizes is None else check_sizes(sizes, len(images)).astype(np.float64)
     crops = whole_images(resized) if crops is None else check_crops(crops, resized)
     sides = np.stack([crops[:, 4] - crops[:, 2], crops[:, 3] - crops[:, 1]], axis=1)

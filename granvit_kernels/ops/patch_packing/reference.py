@@ -1,7 +1,7 @@
 """pack_patches in plain PyTorch: the specification, on any device.
 
 Each axis of a crop is resampled by a matrix of weights [outputs, source pixels], made in float64 on the host. Without
-rounding the products are taken in float32, for dtype float64 in float64; with round="pil" they are sums of whole
+rounding the products are taken in float32, for dtype float64 in float64; with rounding they are sums of whole
 numbers, in float64, which holds them exactly.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .arguments import Packing
 
 STEPS = 2**22
-"""Of a weight, with round="pil": Pillow rounds weights to so many parts of 1."""
+"""Of a weight, with rounding: Pillow rounds weights to so many parts of 1."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -41,7 +41,12 @@ def pack_crop(job: Packing, i: int) -> Tensor:
     rows = axis_weights(y1, y2, height, job.resample)[top : top + h * p]
     columns = axis_weights(x1, x2, width, job.resample)[left : left + w * p]
     with torch.autocast(job.device.type, enabled=False):
-        pixels = (resize_as_pillow if job.round == "pil" else resize)(window, rows, columns, compute)
+        if job.round is None:
+            pixels = resize(window, rows, columns, compute)
+        else:  # Pillow 13 goes down the columns first where that takes away more than twice as many rows as columns
+            taller, wider = window.shape[0] - height, window.shape[1] - width
+            columns_first = job.round == "pil13" and taller > max(0, 2 * wider)
+            pixels = resize_as_pillow(window, rows, columns, columns_first, compute)
     mean, std = (torch.tensor(values, dtype=compute, device=job.device) for values in (job.mean, job.std))
     values = ((pixels / 255 - mean) / std).reshape(h // m, m, p, w // m, m, p, 3)
     patches = values.permute(0, 3, 1, 4, *((2, 5, 6) if job.order == "hwc" else (6, 2, 5)))
@@ -55,10 +60,13 @@ def resize(window: Tensor, rows: Tensor, columns: Tensor, compute: torch.dtype) 
     return torch.einsum("xk,ykc->yxc", columns, pixels)
 
 
-def resize_as_pillow(window: Tensor, rows: Tensor, columns: Tensor, compute: torch.dtype) -> Tensor:
-    """As `resize`, to whole numbers: along the rows first, then down the columns, each rounded to 8 bits."""
+def resize_as_pillow(
+    window: Tensor, rows: Tensor, columns: Tensor, columns_first: bool, compute: torch.dtype
+) -> Tensor:
+    """As `resize`, to whole numbers: along the rows and down the columns in turn, each rounded to 8 bits."""
     pixels = window.cpu().double()  # some devices have no float64
-    for equation, weights in (("xk,jkc->jxc", columns), ("yj,jxc->yxc", rows)):
+    passes = [("xk,jkc->jxc", columns), ("yj,jxc->yxc", rows)]
+    for equation, weights in reversed(passes) if columns_first else passes:
         steps = (weights.abs() * STEPS + 0.5).floor() * weights.sign()
         pixels = (torch.einsum(equation, steps, pixels) / STEPS + 0.5).floor().clamp(0, 255)
     return pixels.to(window.device, compute)

@@ -1,4 +1,5 @@
-// Rows of patches with Pillow's rounding: resample along the rows, then down the columns, normalise, store.
+// Rows of patches with Pillow's rounding: resample along the rows, then down the columns (or the other way round),
+// normalise, store.
 //
 // Each pass sums in int32 and rounds to 8 bits, so the order of passes matters, that of the terms does not. A weight has 23
 // bits and a sign, and the fast instruction multiplies pairs of 16 bits: so a weight's high and low parts are summed apart
@@ -137,6 +138,12 @@ inline void blend_along(const uint8_t* const* sources, const Taps& columns, int6
 #endif
 }
 
+inline void blend_along(const uint8_t* const* sources, const Taps& columns, int64_t outputs, uint8_t* const* out,
+                        int64_t count) {
+    if (count == GROUP) return blend_along<GROUP>(sources, columns, outputs, out);
+    for (int64_t r = 0; r < count; ++r) blend_along<1>(sources + r, columns, outputs, out + r);
+}
+
 // Source rows from `row` on, `count` of them, into the ring.
 void fill_ring(const PatchRows& job, int64_t row, int64_t count, int64_t capacity) {
     const uint8_t* sources[GROUP];
@@ -151,14 +158,36 @@ void fill_ring(const PatchRows& job, int64_t row, int64_t count, int64_t capacit
         }
         out[r] = job.ring + (row + r) % capacity * job.ring_pitch;
     }
-    const int64_t outputs = job.grid_width * job.patch_size;
-    if (count == GROUP) blend_along<GROUP>(sources, *job.columns, outputs, out);
-    else for (int64_t r = 0; r < count; ++r) blend_along<1>(sources + r, *job.columns, outputs, out + r);
+    blend_along(sources, *job.columns, job.grid_width * job.patch_size, out, count);
 }
 
+// Down the columns, then along the rows, GROUP output rows at a time.
+template <typename T>
+void pack_columns_first(const PatchRows& job) {
+    const Taps& rows = *job.rows;
+    const int64_t taps = rows.taps, beyond = job.end * job.patch_size;
+    for (int64_t y = job.begin * job.patch_size; y < beyond; y += GROUP) {
+        const int64_t count = beyond - y < GROUP ? beyond - y : GROUP;
+        const uint8_t* sources[GROUP];
+        uint8_t* out[GROUP];
+        for (int64_t r = 0; r < count; ++r) {
+            for (int64_t t = 0; t < taps; ++t) job.pointers[t] = job.source + (rows.first[y + r] + t) * job.row_stride;
+            const int16_t* high = rows.fixed + 2 * (y + r) * fixed_taps(taps);
+            uint8_t* blended = job.copied + r * job.copied_pitch;
+            blend_down(job.pointers, high, high + fixed_taps(taps), taps, 3 * job.source_columns, blended);
+            sources[r] = blended;
+            out[r] = job.ring + r * job.ring_pitch;
+        }
+        blend_along(sources, *job.columns, job.grid_width * job.patch_size, out, count);
+        for (int64_t r = 0; r < count; ++r) store_line<uint8_t, T>(job, out[r], y + r);
+    }
+}
+
+// Along the rows, then down the columns, or what of it there is to do.
 template <typename T>
 void pack(const PatchRows& job) {
     const Taps &rows = *job.rows, &columns = *job.columns;
+    if (job.columns_first && !rows.copies && !columns.copies) return pack_columns_first<T>(job);
     const int64_t values = 3 * job.grid_width * job.patch_size, taps = rows.copies ? 1 : rows.taps;
     const int64_t capacity = taps + GROUP - 1;
     int64_t next = -1;  // the first source row that is not in the ring
@@ -186,7 +215,7 @@ void pack(const PatchRows& job) {
 
 }  // namespace
 
-void pack_pil(const PatchRows& job) {
+void pack_rounded(const PatchRows& job) {
     GRANVIT_BY_DTYPE(job.dtype, pack<T>(job))
 }
 
