@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import groupby
+from functools import partial
 from typing import Any
 
+from operator_tables import OPERATORS, comparisons, cpu_rows, others, tables_of
 from performance import RESULTS, ROOT, gpu_results, is_rival, markdown, write_performance
 
 BEGIN, END = "<!-- bench/readme.py writes from here: {} -->\n", "<!-- to here -->"
@@ -39,21 +40,6 @@ SIX = {
     "training step": ("training", ""),
 }
 """What README shows: (operator, how its mode begins)."""
-
-def cpu_rows() -> list[dict[str, Any]]:
-    return [row for path in sorted(RESULTS.glob("cpu-*.json")) for row in json.loads(path.read_text())]
-
-
-def workload(row: dict[str, Any]) -> tuple:
-    """What the rows of one comparison have in common."""
-    names = ("operator", "mode", "workload", "device", "shape", "compiled")
-    return tuple(str(row.get(name, "")) for name in names)
-
-
-def comparisons(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The rows that were measured, those of one workload together."""
-    measured = sorted((row for row in rows if "median" in row), key=workload)
-    return [list(group) for _, group in groupby(measured, workload)]
 
 
 def against_the_best(rows: list[dict[str, Any]], operator: str, mode: str) -> list[str]:
@@ -88,25 +74,6 @@ def benchmarks() -> list[str]:
     ]
     head = ["", *(cell for device in devices for cell in (f"{device}: best rival", "its time over ours"))]
     return markdown(head, table)
-
-
-def kernels() -> list[str]:
-    """A row a workload on CPUs: our median, and how many times as long each rival takes."""
-    table, machines = [], set()
-    for group in comparisons(cpu_rows()):
-        providers = {row["provider"]: row for row in group}
-        ours = providers.pop("granvit")
-        rivals = ", ".join(f"{name} {row['ratio']:.1f}" for name, row in providers.items())
-        isa = ours["device"].split(", ")[1]
-        cells = [ours["operator"], ours["mode"], ours["workload"], f"{1000 * ours['median']:.1f}", rivals, isa]
-        table.append([*cells, ours["versions"]["torch"]])
-        machines.add(f"{ours['device']} (commit {ours['commit']})")
-    head = ["operator", "mode", "workload", "ours, ms", "a rival's time over ours", "ISA", "torch"]
-    return [
-        f"Medians of alternating runs in one process, on {'; '.join(sorted(machines))}.",
-        "",
-        *markdown(head, table),
-    ]
 
 
 # ---- the training: bench/results/training.json ----
@@ -254,7 +221,7 @@ def training() -> list[str]:
 FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"picture": picture, "benchmarks": benchmarks, "reached": reached},
     "docs/results.md": {"training": training},
-    "docs/kernels.md": {"kernels": kernels},
+    "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }
 """{file: {the name in its markers: what makes its lines}}."""
 

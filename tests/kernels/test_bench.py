@@ -41,3 +41,23 @@ def test_without_a_gpu_they_are_skipped_with_a_reason():
 def test_what_the_sanitizer_watches_runs(operator):
     command = [sys.executable, str(BENCH / "sanitize.py"), operator]
     assert subprocess.run(command, env=DRY, capture_output=True, text=True, check=True).stdout == "done\n"
+
+
+def test_figures_of_the_documentation_are_drawn(tmp_path):
+    """Those that docs/kernels.md shows, each with the words of its operator."""
+    command = "import figures, pathlib, sys; figures.draw(pathlib.Path(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": f"{BENCH}{os.pathsep}{BENCH.parent}"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", command, tmp_path], env=environment, check=True)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    docs = BENCH.parent / "docs"
+    assert set(drawn) == {path.name for path in (docs / "figures").iterdir()}
+    assert set(drawn) == set(re.findall(r"\]\(figures/(.*?)\)", (docs / "kernels.md").read_text()))
+    assert "cu_seqlens" in drawn["PackedLayout.svg"] and "tile of tokens" in drawn["region_pool.svg"]
+
+
+def test_the_documentation_names_every_operator():
+    import granvit_kernels
+
+    page = (BENCH.parent / "docs" / "kernels.md").read_text()
+    for name in granvit_kernels.__all__:
+        assert f"`{name}" in page, name
