@@ -146,7 +146,7 @@ def roi_gather(figure: Figure) -> None:
 def box_and_tile(figure: Figure, forward_title: str, backward_title: str) -> tuple[Axes, Axes]:
     """The cells under a box, shaded by the share that it covers, and a tile of tokens with the boxes that meet it."""
     forward, backward = figure.subplots(1, 2)
-    rows, columns, box = 7, 9, (1.3, 0.8, 6.6, 5.4)
+    rows, columns, box = 7, 9, (1.88, 0.15, 6.15, 4.85)
     row0, row1, column0, column1 = covered_cells(list(box), rows, columns)
     panel(forward, forward_title, 18, 9.4)
     grid(
@@ -159,9 +159,8 @@ def box_and_tile(figure: Figure, forward_title: str, backward_title: str) -> tup
             across = min(box[2], column + 1) - max(box[0], column)
             down = min(box[3], row + 1) - max(box[1], row)
             if across * down < 0.999:
-                behind = {"facecolor": READ, "edgecolor": "none", "pad": 0.6}
                 text = f".{round(100 * across * down):02}"
-                write(forward, column + 0.5, row + 0.5, text, ha="center", size=7, bbox=behind)
+                write(forward, column + 0.5, row + 0.5, text, ha="center", size=7)
 
     panel(backward, backward_title, 18, 9.4)
     grid(backward, 0, 0, rows, columns, lambda r, c: WRITTEN if 25 <= r * columns + c < 33 else None)
