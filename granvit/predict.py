@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from granvit.data.files import output_fault
 from granvit.questions.pictures import decode_image
-from granvit.questions.prompts import Box, Question
+from granvit.questions.prompts import Box, Question, check_box, check_sentence
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def find(
 
     ValueError for an empty sentence.
     """
-    text = answer(model, processor, image, processor.ask_where(sentence.strip()))
+    text = answer(model, processor, image, processor.ask_where(sentence))
     return processor.parse_boxes([text])[0], text
 
 
@@ -86,13 +86,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    from granvit.eval.loading import load_model
-
     try:
+        check_box(options.box) if options.box else check_sentence(options.find)
         path = Path(options.image)
         if not path.is_file():
             raise ValueError(f"no picture at {path}")
         image = decode_image(path.read_bytes())
+        from transformers.utils import logging
+
+        from granvit.eval.loading import load_model
+
+        logging.disable_progress_bar()  # "Loading weights"
         model, processor = load_model(options.model, options.device)
         if options.box:
             print(caption_box(model, processor, image, tuple(options.box)))

@@ -39,6 +39,12 @@ class PackedLayout:
             tensor = getattr(self, name)
             if tensor.dtype != torch.int32:  # kernels take its address, and would read it as int32
                 raise ValueError(f"{name} is {checks.describe(tensor)}; it takes int32")
+        if self.grids.dim() != 2 or self.grids.shape[1] != 2:
+            raise ValueError(f"grids has shape {list(self.grids.shape)}; it takes [B, 2], (h, w) an image")
+        if self.cu_seqlens.shape != (len(self) + 1,):
+            raise ValueError(
+                f"cu_seqlens has shape {list(self.cu_seqlens.shape)}; it takes [{len(self) + 1}], one more than images"
+            )
 
     @classmethod
     def from_grids(

@@ -82,7 +82,7 @@ class Asking:
             The box of each sentence, (x1, y1, x2, y2) as shares of the picture's width and height, or None where the
             model's answer holds no box; nested as the sentences are.
         Raises:
-            ValueError: a picture that can't be read, an empty sentence.
+            ValueError: a picture that can't be read, an empty sentence, a sentence that is no string.
 
         >>> model.find("photo.jpg", ["a striped red ball", "a window"])
         [(0.123, 0.204, 0.598, 0.911), None]
@@ -91,7 +91,7 @@ class Asking:
             return self.find(images, [sentences], batch_size)[0]
         single, pictures = is_single(images), read_images(images)
         rows = _rows("sentences", single, pictures, sentences)
-        asked = [[self.processor.ask_where(sentence.strip()) for sentence in row] for row in rows]
+        asked = [[self.processor.ask_where(sentence) for sentence in row] for row in rows]
         boxes = [self.processor.parse_boxes(texts) for texts in self._answers(pictures, asked, batch_size)]
         return boxes[0] if single else boxes
 

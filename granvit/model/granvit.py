@@ -274,7 +274,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
             row of its patches; and their PackedLayout, whose split(features) gives [h, w, C] for each image. They have
             gradients: use torch.no_grad() where none are wanted.
         Raises:
-            ValueError: a picture that is none of these or can't be read, crops outside their image.
+            ValueError: a picture that is none of these or can't be read, crops of another shape or outside their image.
 
         >>> with torch.no_grad():
         ...     features, layout = model.encode(["photo.jpg", "page.png"])
@@ -285,8 +285,12 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         if grids is None and crops is None:
             grids = [self.config.grid(*image.shape[:2]) for image in images]
         elif grids is None:
-            corners = torch.as_tensor(crops)[:, 1:].tolist()
-            sides = [(max(1, round(y2 - y1)), max(1, round(x2 - x1))) for x1, y1, x2, y2 in corners]
+            rows = torch.as_tensor(crops)
+            if rows.numel() and (rows.shape[1:] != (5,) or not rows.isfinite().all()):
+                raise ValueError(
+                    f"crops: got {crops!r:.60}, accepted are finite numbers [N, 5]: index of the image, x1, y1, x2, y2"
+                )
+            sides = [(max(1, round(y2 - y1)), max(1, round(x2 - x1))) for _, x1, y1, x2, y2 in rows.tolist()]
             grids = [self.config.grid(height, width) for height, width in sides]
         weight = self.encoder.post_layernorm.weight
         patches, layout = pack_patches(

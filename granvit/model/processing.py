@@ -18,6 +18,8 @@ from granvit.questions.prompts import (
     Box,
     Question,
     box_fault,
+    check_box,
+    check_sentence,
     describe_box,
     find_box,
     form_fault,
@@ -206,19 +208,17 @@ class GranViTProcessor(ProcessorMixin):
         box = as_lists(box)
         if not _is_box(box):
             raise ValueError(f"box: got {box!r:.60}, accepted are four numbers, x1 y1 x2 y2 relative to the image")
-        if fault := box_fault(box):
-            raise ValueError(f"box {list(box)} {fault}; it takes x1 y1 x2 y2 relative to the image, in [0, 1]")
+        check_box(box)
         return describe_box(tuple(box), answer, region, self.box_style, self.box_format, self.bins)
 
     def ask_where(self, sentence: str, box: Box | None = None, region: int | None = None) -> Question:
         """The question where what a sentence describes is. box: the answer, where it is known, as of `ask_what`.
 
-        ValueError for an empty sentence.
+        ValueError for an empty sentence, and for what is no string.
         """
-        if not isinstance(sentence, str) or not sentence.strip():
-            raise ValueError("the sentence to find is empty; describe one thing in the picture")
+        check_sentence(sentence)
         answer = "" if box is None else format_box(as_lists(box), self.box_format, self.bins)
-        return find_box(sentence, answer, region)
+        return find_box(sentence.strip(), answer, region)
 
     def questions(self, sample, tasks: Sequence[str]) -> list[Question]:
         """`granvit.questions.prompts.questions` with this processor's box style and format."""

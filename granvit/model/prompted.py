@@ -57,7 +57,8 @@ class Prompted:
             position_ids: int64 [B, L]; None: each row counts its tokens from 0, padding left out.
             labels: int64 [B, L], the token that should stand at each place (transformers' causal LMs shift them by one
                 too), -100 where none is scored: at padding, markers and questions. The loss is the mean cross entropy
-                in nats a token, or the sum over num_items_in_batch where that is given.
+                in nats a token, or the sum over num_items_in_batch where that is given; 0, with gradients of 0, where
+                no token is scored.
             past_key_values, cache: keys and values of the tokens before these, by transformers' older name or newer.
             logits_to_keep: of the last so many places alone, or of these places; 0: of all.
             output_hidden_states, output_attentions: also the LLM's hidden states [B, L, D] before the first layer and
@@ -190,6 +191,8 @@ class Prompted:
                 f"labels: got {label}{marker.get(label, '')}, accepted are 0 to {rows - 1}, and {IGNORE} where none is "
                 "scored, as at markers"
             )
+        if not (labels[:, 1:] != IGNORE).any():  # the mean of no losses would be NaN
+            return logits[:0].float().sum()
         return ForCausalLMLoss(logits, labels, rows, num_items_in_batch=items)
 
     def _prompt_embeds(self, input_ids, image_index, boxes, images, features) -> torch.Tensor:

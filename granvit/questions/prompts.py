@@ -219,3 +219,17 @@ def box_fault(box: Sequence[float]) -> str | None:
     if x1 >= x2 or y1 >= y2:
         return "has no area (x1 < x2 and y1 < y2 are needed)"
     return None
+
+
+def check_box(box: Sequence[float]) -> None:
+    """ValueError for a box that can't be asked about (see box_fault)."""
+    if fault := box_fault(box):
+        raise ValueError(f"box {list(box)} {fault}; it takes x1 y1 x2 y2 relative to the image, in [0, 1]")
+
+
+def check_sentence(sentence: str) -> None:
+    """ValueError for a sentence that nothing can be found by: an empty one, or no string."""
+    if not isinstance(sentence, str):
+        raise ValueError(f"sentence: got {sentence!r:.60}, accepted is a string: what to find in the picture")
+    if not sentence.strip():
+        raise ValueError("the sentence to find is empty; describe one thing in the picture")

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from granvit import predict
+from granvit.eval import loading
 from granvit.eval.loading import load_model
 from granvit.predict import draw, main
 
@@ -29,7 +30,8 @@ def ask(saved, picture, capsys):
 
 
 def test_a_box_is_captioned(ask, saved, picture):
-    code, out, _ = ask("--box", 0.1, 0.1, 0.5, 0.9)
+    code, out, error = ask("--box", 0.1, 0.1, 0.5, 0.9)
+    assert not error  # no bar of a library
     model, processor = saved[1].eval(), load_model(saved[0])[1]
     expected = predict.caption_box(model, processor, Image.open(picture), (0.1, 0.1, 0.5, 0.9))
     assert code == 0 and out == expected + "\n"
@@ -45,7 +47,8 @@ def test_a_box_is_captioned(ask, saved, picture):
         (("nan", 0, 0.5, 1), "is not finite"),
     ],
 )
-def test_a_box_outside_the_image_or_of_no_area_is_refused(ask, box, message):
+def test_a_box_outside_the_image_or_of_no_area_is_refused_before_the_model_is_loaded(ask, monkeypatch, box, message):
+    monkeypatch.setattr(loading, "load_model", None)
     code, out, error = ask("--box", *box)
     assert code == 2 and out == "" and error.startswith("error: box [") and message in error
 

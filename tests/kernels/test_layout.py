@@ -98,6 +98,10 @@ def test_a_layout_of_its_four_fields_reads_its_grids_when_they_are_needed():
     unread = PackedLayout(made.grids.to("meta"), made.cu_seqlens.to("meta"), 8, 6)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         unread.host_grids  # noqa: B018
+    with pytest.raises(ValueError, match=r"cu_seqlens has shape \[2\]; it takes \[3\]"):
+        PackedLayout(made.grids, made.cu_seqlens[1:], 8, 6)
+    with pytest.raises(ValueError, match=r"grids has shape \[4\]; it takes \[B, 2\]"):
+        PackedLayout(made.grids.flatten(), made.cu_seqlens, 8, 6)
 
 
 def test_split_gives_views_of_each_image():

@@ -127,10 +127,14 @@ def test_other_wrong_input_is_named(tiny, samples, tmp_path):
         (lambda: model.caption([image, image], [[]]), "boxes: got 1 lists for 2 images"),
         (lambda: model.caption([image], [(0, 0, 1, 1)]), "box: got 0"),
         (lambda: model.find(image, [" "]), "the sentence to find is empty"),
+        (lambda: model.find(image, [3]), "sentence: got 3, accepted is a string"),
+        (lambda: model.encode(image, torch.zeros(4)), r"crops: got tensor.*, accepted are finite numbers \[N, 5\]"),
+        (lambda: model.encode(image, [(0, 0, 0, float("nan"), 9)]), "crops: got .*, accepted are finite"),
         (lambda: model.find([image], ["a dog"]), r"sentences: got \['a dog'\], accepted is a list for each of"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    assert model.encode(image, [])[0].shape == (0, 32)
 
 
 def test_questions_in_another_models_form_are_refused(tiny, samples):

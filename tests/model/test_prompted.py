@@ -91,6 +91,13 @@ def test_labels_give_the_loss_that_packs_give(tiny, samples, name):
     torch.testing.assert_close(halved, expected * int(scored.sum()) / items, rtol=1e-5, atol=1e-6)
     out.loss.backward()
     assert model.encoder.embeddings.patch_embedding.weight.grad.abs().max() > 0
+    model.zero_grad()
+    nothing = torch.full_like(labels, -100)
+    nothing[:, 0] = labels.max()  # which no token comes before
+    for count in (None, 0):
+        loss = model(**inputs, labels=nothing, num_items_in_batch=count).loss
+        loss.backward()
+        assert loss == 0 and not model.encoder.embeddings.patch_embedding.weight.grad.any()
 
 
 @torch.no_grad()
