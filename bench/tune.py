@@ -3,7 +3,8 @@
 First every candidate is compiled, in processes side by side, and those that spill registers or want too much shared
 memory are left out. Then each of the others is timed on workloads A and C, with gradients drawn at random. What beats
 the default by 3 % goes to granvit_kernels/tuned/DEVICE.json, and a copy to DEVICE-tuned.json among the results, kernel
-by kernel: --seconds (230 by default) may end the search early. Run the GPU tests after it. A dry run
+by kernel: --seconds (230 by default) may end the search early. A table that is there already is added to: remove it
+where the kernels have changed. Run the GPU tests after it. A dry run
 (GRANVIT_BENCH_DEVICE=cpu) compiles a few candidates for Hopper and times nothing.
 """
 
@@ -177,10 +178,14 @@ def search(target: Target, candidates: list[dict], ends: float) -> tuple[str, di
     return trial.key, fastest[1], fastest[0]
 
 
-def save(table: dict[str, dict[str, dict]]) -> None:
+def keep(kernel: str, key: str, fields: dict[str, Any]) -> None:
+    """Write a kernel's fastest fields into the table; what earlier searches wrote for other keys stays."""
     launch.TUNED.mkdir(exist_ok=True)
-    for path in (launch.TUNED / f"{launch.slug(gpu_name())}.json", gpu_file("tuned")):
-        path.write_text(json.dumps(table, indent=1) + "\n")
+    path = launch.TUNED / f"{launch.slug(gpu_name())}.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    table.setdefault(kernel, {})[key] = fields
+    for copy in (path, gpu_file("tuned")):
+        copy.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def main() -> None:
@@ -197,13 +202,11 @@ def main() -> None:
     good = compiling(wanted, 10 * major + minor, COMPILING * seconds)
     if dry:
         return
-    table: dict[str, dict[str, dict]] = {}
     for target in targets():
         candidates = [fields for of, fields in good if of == target]
         key, fields, ratio = search(target, candidates, began + seconds)
         if fields is not None and ratio < ENOUGH:
-            table.setdefault(target.kernel, {})[key] = fields
-        save(table)
+            keep(target.kernel, key, fields)
 
 
 if __name__ == "__main__":

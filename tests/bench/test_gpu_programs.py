@@ -169,3 +169,13 @@ def test_what_is_tuned_is_what_the_launchers_ask_for(load):
         kernel = target.kernel.removeprefix(target.case.operator + "_")
         assert f'"{kernel}"' in source, f"no launcher asks for {target.kernel}"
         assert len(target.candidates()) == len({json.dumps(fields) for fields in target.candidates()}) > 10
+
+
+def test_what_was_tuned_before_stays(load, monkeypatch, tmp_path):
+    tune = load("tune")
+    monkeypatch.setattr(tune.launch, "TUNED", tmp_path / "tuned")
+    monkeypatch.setenv("GRANVIT_BENCH_RESULTS", str(tmp_path))
+    for key, warps in (("768 2", 1), ("1152 2", 2), ("768 2", 4)):
+        tune.keep("roi_gather_forward", key, {"warps": warps})
+    for path in (tmp_path / "tuned" / "dry-run.json", tmp_path / "dry-run-tuned.json"):
+        assert json.loads(path.read_text()) == {"roi_gather_forward": {"768 2": {"warps": 4}, "1152 2": {"warps": 2}}}
