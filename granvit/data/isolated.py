@@ -9,11 +9,11 @@ import multiprocessing
 import os
 import resource
 import signal
-import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from granvit.data.parallel import end_with_parent
 from granvit.questions.schema import DataFault
 
 
@@ -60,13 +60,7 @@ class Isolated:
 
 def _serve(function: Callable[..., Any], memory: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:  # which, killed while the library loops, can't end this process
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     pages = int(open("/proc/self/statm").read().split()[0]) if os.path.exists("/proc/self/statm") else 0
     if pages:
         limit = pages * resource.getpagesize() + memory

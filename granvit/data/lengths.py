@@ -196,7 +196,7 @@ def start_worker(_: int) -> None:
     Ctrl-C, which comes to them too, is the parent's to handle: a run needs them for the step that it saves."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    end_with_parent(keep_from_sigterm=True)
 
 
 def _fingerprint(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -58,26 +59,29 @@ def shared_memory(workers: int) -> Iterator[None]:
         ) from None
 
 
-def end_with_parent() -> None:
-    """For a process that works for its parent: end with it, and of SIGTERM take only its parent's.
+def end_with_parent(keep_from_sigterm: bool = False) -> None:
+    """For a process that works for its parent: end with it, also where that is killed and can't say so.
 
-    One whose parent was killed would wait for ever to hand over what it has made. And torchrun, schedulers and timeout
-    send SIGTERM to all processes of a run, to have it saved: a worker that went then would take the run with it, and
-    one forked with the run's handler for it would raise in the middle of handing something over, and keep the lock.
+    keep_from_sigterm: of SIGTERM take only the parent's. torchrun, schedulers and timeout send it to all processes of a
+    run, to have it saved: a worker that went then would take the run with it, and one forked with the run's handler
+    for it would raise in the middle of handing something over, and keep the lock.
     """
-    if hasattr(signal, "sigtimedwait"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    else:
+    if keep_from_sigterm and not hasattr(signal, "sigtimedwait"):  # macOS
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        keep_from_sigterm = False
+    if keep_from_sigterm:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_watch_parent, args=(keep_from_sigterm,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _watch_parent(for_sigterm: bool) -> None:
     parent = multiprocessing.parent_process()
     # A fork server's children are not the parent's: its end shows by a pipe's. Under fork, though, later children hold
     # that pipe open too.
     direct = os.getppid() == parent.pid
-    told = None
-    while (os.getppid() == parent.pid if direct else parent.is_alive()) and (told is None or told.si_pid != parent.pid):
-        told = signal.sigtimedwait({signal.SIGTERM}, 2)
+    while os.getppid() == parent.pid if direct else parent.is_alive():
+        if not for_sigterm:
+            time.sleep(2)
+        elif (told := signal.sigtimedwait({signal.SIGTERM}, 2)) and told.si_pid == parent.pid:
+            break
     os._exit(0)

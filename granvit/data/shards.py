@@ -19,7 +19,6 @@ import re
 import shutil
 import signal
 import sqlite3
-import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -40,6 +39,7 @@ from rich.table import Table
 
 from granvit.data.faults import FaultLog
 from granvit.data.files import state
+from granvit.data.parallel import end_with_parent
 from granvit.data.schema import FEATURES
 from granvit.data.writer import check_split
 from granvit.questions.schema import DataFault
@@ -386,13 +386,7 @@ def _start_worker(source: Source, work: Path, shard_rows: int) -> None:
     global _worker
     _worker = (source, work, shard_rows)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the caller says it
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:  # one that is killed can't tell its workers, and they would wait for ever
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _work_on(shard: int) -> None:

@@ -148,7 +148,7 @@ def cached_sample(
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a word, and whatever lock it holds
-    end_with_parent()
+    end_with_parent(keep_from_sigterm=True)
 
 
 def _make(task: _Task, seed: int, scenes: SceneConfig) -> list[dict[str, Any]]:
