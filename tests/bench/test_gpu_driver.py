@@ -83,7 +83,7 @@ def test_a_limit_ends_a_step_with_its_children(driver, tmp_path):
     assert time.monotonic() - began < 30
     assert kept(tmp_path)["slow"]["verdict"] == "cut off" and kept(tmp_path)["next"]["verdict"] == "passed"
     stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "the child lives"
         time.sleep(0.05)
@@ -94,7 +94,7 @@ def test_a_process_that_ignores_sigterm_ends_too(driver, tmp_path, monkeypatch):
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     began = time.monotonic()
     assert driver("", step("deaf", deaf, limit=1)) == 1
-    assert time.monotonic() - began < 10 and kept(tmp_path)["deaf"]["verdict"] == "cut off"
+    assert time.monotonic() - began < 30 and kept(tmp_path)["deaf"]["verdict"] == "cut off"
 
 
 def test_the_budget_drops_the_last_steps_first(driver, tmp_path, capsys):
@@ -229,13 +229,13 @@ raise SystemExit(gpu.main([], steps))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     path = tmp_path / "a-chip-steps.json"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (path.exists() and "slow" in kept(tmp_path)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)  # for the step's first line
     process.send_signal(sent)
-    shown = process.communicate(timeout=30)[0]
+    shown = process.communicate(timeout=60)[0]
     if sent == signal.SIGTERM:
         assert process.returncode == 143
         assert "5 us" in shown and "unfinished" in shown and "half" in shown and "never" not in shown

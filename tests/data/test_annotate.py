@@ -246,7 +246,7 @@ def test_ctrl_c_is_one_line_and_goes_on(plugins, tmp_path):
     while process.poll() is None and len(list(out.glob(".unfinished/0*.json"))) < 5:  # by then both processes work
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "stopped\n" and process.returncode == 130
+    assert process.communicate(timeout=120)[1] == "stopped\n" and process.returncode == 130
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert len(read_all(out)) == 60
 

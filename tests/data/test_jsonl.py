@@ -209,9 +209,9 @@ def test_hostile_lines_cost_little_and_are_told_in_little(file, tmp_path, caplog
         line(id="exact", caption="a" * (999_999 - len(json.dumps(line(id="exact", caption=""))))),
         line(id="box", regions=[REGION, REGION | {"box": [0] * 50_000}]),
     )
-    started = time.monotonic()
+    started = time.process_time()
     summary = convert_jsonl(file, tmp_path / "out", fault_budget=1)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     assert (summary.read, summary.kept) == (5, 2)
     assert summary.faults == {"json": 2, "unknown_key": 1, "box": 1}
     assert "repeated key 'k49999'" in caplog.text and ":3: a line has more than the limit" in caplog.text

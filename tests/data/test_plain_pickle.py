@@ -97,10 +97,10 @@ REFUSED = {  # one payload a reason
 @pytest.mark.parametrize(("payload", "reason"), REFUSED.values(), ids=REFUSED.keys())
 def test_anything_else_is_refused_and_does_nothing(payload, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ValueError, match=f"not a pickle of plain data: .*{reason}"):
         load(payload)
-    assert time.monotonic() - begun < 2 and list(tmp_path.iterdir()) == []
+    assert time.process_time() - begun < 2 and list(tmp_path.iterdir()) == []
 
 
 def test_deep_and_cyclic_data_crash_nothing():
@@ -111,6 +111,6 @@ def test_deep_and_cyclic_data_crash_nothing():
 
 
 def test_as_many_marks_as_bytes_take_linear_time():
-    begun = time.monotonic()
+    begun = time.process_time()
     load(b"(" * 200_000 + b"t" * 200_000 + b".")
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
