@@ -3,12 +3,10 @@
 import contextlib
 import resource
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -22,26 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from granvit.train import checkpoint
 from granvit.train.checkpoint import Checkpoints, load
+from granvit.train.parallel.distributed import World
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def run_ranks(work, ranks: int, folder: Path) -> None:
-    """work(rank, group, folder) in that many processes; raises what one of them raises."""
-    meeting = folder / f"meeting-{work.__name__}"
-    mp.spawn(_rank, (work, ranks, folder, meeting), nprocs=ranks)
-
-
-def _rank(rank: int, work, ranks: int, folder: Path, meeting: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
-    group = dist.new_group(backend="gloo")
-    try:
-        work(rank, group, folder)
-    finally:
-        dist.destroy_process_group()
 
 
 class Small(nn.Module):
@@ -97,8 +78,9 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def write(rank: int, group, folder: Path) -> None:
+def write(world: World, folder: Path) -> None:
     """A checkpoint, and what it should hold as folder/expected.safetensors."""
+    rank, group = world.rank, world.control
     _, _, tensors = small(seed=1)
     assert any(isinstance(t, DTensor) for t in tensors.values())
     if rank == 0:
@@ -117,8 +99,9 @@ def write(rank: int, group, folder: Path) -> None:
     assert checkpoints.final("adapt") == folder / "checkpoints" / "adapt-0000003-final"
 
 
-def fail(rank: int, group, folder: Path) -> None:
+def fail(world: World, folder: Path) -> None:
     """One rank can't write; then one gives other tensors than the other."""
+    rank, group = world.rank, world.control
     tensors = {f"t{i}": torch.full((100 + i,), float(i)) for i in range(5)}
     checkpoints = Checkpoints(folder, keep=2, group=group)
     checkpoints.save("adapt", 1, tensors, {})
@@ -147,8 +130,9 @@ def fail(rank: int, group, folder: Path) -> None:
     assert all(torch.equal(got[name], tensors[name]) for name in tensors)
 
 
-def read(rank: int, group, folder: Path) -> None:
+def read(world: World, folder: Path) -> None:
     """The checkpoint into another sharding; then a damaged one, which no rank takes anything from."""
+    rank, group = world.rank, world.control
     path = folder / "checkpoints" / "adapt-0000003-final"
     expected = load_file(folder / "expected.safetensors")
     model, optimizer, tensors = small(seed=2)

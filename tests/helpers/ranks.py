@@ -1,58 +1,24 @@
-"""What the tests of training on several ranks run on each of them: `torchrun ... ranks.py FOLDER` leaves, for every
-case, the lines of its steps and the tensors after them in FOLDER/ddp.pt and FOLDER/fsdp.pt."""
+"""What the tests of training on several ranks run on each of them."""
 
 import copy
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import psutil
-import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
 from granvit.data.batches import Batch, Read, collate, join
 from granvit.questions.prompts import GLOBAL_CAPTION
+from granvit.train import __main__
 from granvit.train.guard import Termination
-from granvit.train.parallel.distributed import World, start, stop
+from granvit.train.parallel.distributed import World
 from granvit.train.presets import TrainConfig, load_config
 from granvit.train.run import Run
 
 STEPS = 20
-
-
-def torchrun(ranks: int, *words: object, **options: Any) -> subprocess.Popen:
-    """`torchrun --nproc-per-node RANKS WORDS...`, at a port that the system picks; its output is a pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", *words]  # fmt: skip
-    return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
-        **options,
-    )  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    """For processes that share few cores, find granvit where we do, and say where they are when they are aborted."""
-    words = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return os.environ | words
-
-
-def output_of(process: subprocess.Popen, seconds: float) -> str:
-    """What the process prints until it ends. Fails where that takes longer, with the stacks of all its processes."""
-    try:
-        return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        for member in psutil.Process(process.pid).children(recursive=True):
-            member.send_signal(signal.SIGABRT)
-        time.sleep(2)
-        process.kill()
-        pytest.fail(f"not over after {seconds} s: {process.args}\n{process.communicate()[0]}")
 
 
 # Who has what: for each step the four portions of its batch, each a list of (row, how many questions, with regions).
@@ -116,7 +82,7 @@ def outcome(phase, lines: list[dict]) -> dict:
 
 def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> dict[str, dict]:
     """{case: lines and weights}. config.data.path is a folder with whole/ and faulty/, two datasets."""
-    found = {}
+    cases = {}
     whole, faulty = (
         replace(config, parallel=parallel, data=replace(config.data, path=f"{config.data.path}/{name}"))
         for name in ("whole", "faulty")
@@ -128,32 +94,38 @@ def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> 
 
     run = run_of(whole, "whole")
     for stage in (whole.warmup, whole.pretrain, whole.adapt):
-        found[f"{stage.name} steps"] = through_loader(run, stage, world, 3 if stage is whole.warmup else STEPS)
-        found[f"{stage.name} splits"] = through_splits(run, stage, world)
+        cases[f"{stage.name} steps"] = through_loader(run, stage, world, 3 if stage is whole.warmup else STEPS)
+        cases[f"{stage.name} splits"] = through_splits(run, stage, world)
     captions = replace(whole.pretrain, tasks=(GLOBAL_CAPTION,))
-    found["no region question"] = through_loader(run, captions, world, 3)
+    cases["no region question"] = through_loader(run, captions, world, 3)
     for target in ("mse", "cosine", "layer_norm"):
-        found[f"{target} accumulated"] = accumulated(run, whole.pretrain, world, target)
+        cases[f"{target} accumulated"] = accumulated(run, whole.pretrain, world, target)
     run = run_of(faulty, "faulty")
-    found["faulty pictures"] = through_loader(run, faulty.pretrain, world, 12)
+    cases["faulty pictures"] = through_loader(run, faulty.pretrain, world, 12)
     run = run_of(text, "text")
     for stage in (text.pretrain, text.adapt):
-        found[f"{stage.name} with boxes as text"] = through_loader(run, stage, world, 3)
-    return found
+        cases[f"{stage.name} with boxes as text"] = through_loader(run, stage, world, 3)
+    return cases
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    world, _ = start("cpu")
+def keep_outcomes(world: World, folder: Path) -> None:
+    """For every case the lines of its steps and the tensors after them, in FOLDER/ddp.pt and FOLDER/fsdp.pt."""
     config = load_config(folder / "config.yaml")
+    for parallel in ("ddp", "fsdp"):
+        cases = outcomes(config, folder, world, parallel)
+        if world.leads:
+            torch.save(cases, folder / f"{parallel}.pt")
+
+
+def train(_: World, folder: Path) -> None:
+    """`python -m granvit.train --config FOLDER/config.yaml`; what it says is added to FOLDER/output."""
+    with open(folder / "output", "a") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    sys.argv = ["granvit.train", "--config", str(folder / "config.yaml")]
     try:
-        for parallel in ("ddp", "fsdp"):
-            found = outcomes(config, folder, world, parallel)
-            if world.leads:
-                torch.save(found, folder / f"{parallel}.pt")
+        __main__.main()
+    except SystemExit as end:  # as Python itself deals with it
+        print(end.code, file=sys.stderr)
     finally:
-        stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        sys.stdout.flush()

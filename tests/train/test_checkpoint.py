@@ -10,7 +10,7 @@ from pathlib import Path
 import checkpointing
 import pytest
 import torch
-from checkpointing import run_ranks
+from launching import run_ranks
 from safetensors.torch import load_file
 
 from granvit.train import checkpoint

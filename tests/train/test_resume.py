@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import stopping
-from ranks import environment, output_of, torchrun
+from launching import environment, output_of, torchrun
 
 from granvit.train import loop, run
 from granvit.train.checkpoint import Checkpoints

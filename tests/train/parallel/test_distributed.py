@@ -6,7 +6,8 @@ import datasets
 import pytest
 import ranks
 import torch
-from ranks import SPLITS, outcomes, output_of, torchrun
+from launching import run_ranks
+from ranks import SPLITS, outcomes
 
 from granvit.train.parallel.distributed import World
 from granvit.train.presets import save_config
@@ -46,9 +47,7 @@ def together(config, tmp_path_factory, request):
     """What that many find, by "ddp" and "fsdp"."""
     folder = tmp_path_factory.mktemp("together")
     save_config(config, folder / "config.yaml")
-    process = torchrun(request.param, ranks.__file__, folder)
-    output = output_of(process, 400)
-    assert process.returncode == 0, output
+    run_ranks(ranks.keep_outcomes, request.param, folder)
     return {parallel: torch.load(folder / f"{parallel}.pt") for parallel in ("ddp", "fsdp")}
 
 
@@ -125,9 +124,9 @@ def test_what_the_first_rank_finds_wrong_is_said_once_and_without_a_traceback(co
     data = replace(config.data, path=f"{config.data.path}/whole")
     config = replace(config, output=str(tmp_path / "run"), data=data, trackers=("tensorboard", "no_such:thing"))
     save_config(config, tmp_path / "config.yaml")
-    process = torchrun(2, "-m", "granvit.train", "--config", tmp_path / "config.yaml")
-    output = output_of(process, 240)
-    assert process.returncode == 1 and "granvit.train: trackers: 'no_such:thing' can't be made" in output, output
+    run_ranks(ranks.train, 2, tmp_path)
+    output = (tmp_path / "output").read_text()
+    assert "granvit.train: trackers: 'no_such:thing' can't be made" in output, output
     assert "granvit.train: the first rank failed (ValueError: trackers: 'no_such:thing'" in output
     assert 'granvit/train/run.py", line' not in output, output
     assert not (tmp_path / "run" / "config.yaml").exists()
