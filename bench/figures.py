@@ -171,8 +171,8 @@ def box_and_tile(figure: Figure, forward_title: str, backward_title: str) -> tup
 
 def region_attention(figure: Figure) -> None:
     forward, backward = box_and_tile(
-        figure, "forward: a program is a region (some of its heads)",
-        "backward: a program is a tile of tokens, or a region again",
+        figure, "forward: a program is a region and a head",
+        "backward: a program is a tile of tokens and a head",
     )  # fmt: skip
     arrow(forward, (9.2, 3), (11.3, 3))
     grid(forward, 11.5, 2, 2, 4, lambda r, c: WRITTEN)
