@@ -1,4 +1,4 @@
-"""pack_patches beside transformers' SigLIP2 image processors: 16 photographs of mixed size, already decoded.
+"""pack_patches beside transformers' image processors: 16 photographs of mixed size, already decoded.
 
 Timed on both sides: the choice of each picture's grid, resize, normalisation, patches, batch. Each peer gets
 the pictures in each form it takes; all of these are reported, and the figure is against the fastest.
@@ -13,6 +13,7 @@ import torch
 from comparison import near_pictures
 from peers import HALF
 from PIL import Image
+from processors import FAMILIES, Family
 from torch import Tensor
 from workloads import PATCH, Pictures
 
@@ -73,4 +74,38 @@ def test_pack_patches(compare, photographs, max_patches, dtype):
     compare(
         "pack_patches", f"forward, {str(dtype).removeprefix('torch.')}", workload, ours, peers,
         check=near_pictures(Pictures(images, grids), dtype), aims={name: ("ratio", 4) for name in peers},
+    )  # fmt: skip
+
+
+def near_pillow(family: Family, exact: Tensor):
+    """check for `compare` of patches: ours are `exact`, those of the processor that uses Pillow. One that uses
+    torchvision has other weights and an order of passes of its own: up to a dozen steps where bicubic is clipped."""
+
+    def check(output, tolerance: float) -> None:
+        patches, allowed = (output, 1e-5) if tolerance == 1 else (family.patches(output), 12 / 255 / min(family.std))
+        assert patches.shape == exact.shape, f"{tuple(patches.shape)}, not {tuple(exact.shape)}"
+        error = float((patches - exact).abs().max())
+        assert error <= allowed, f"it is off by {error:.5f}, and {allowed:.5f} is allowed"
+
+    return check
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_processors(compare, photographs, name):
+    """Rounded as Pillow, so that the features are those of a model's own processor."""
+    family = FAMILIES[name]
+    images = [torch.from_numpy(np.array(picture)) for picture in photographs]
+    planes = [image.permute(2, 0, 1).contiguous() for image in images]
+    pillow = family.processor(pillow=True)
+    calls = {"transformers PIL, PIL images": lambda: pillow(photographs, return_tensors="pt")}
+    if importlib.util.find_spec("torchvision") is not None:
+        fast = family.processor(pillow=False)
+        calls["transformers torchvision, PIL images"] = lambda: fast(photographs, return_tensors="pt")
+        calls["transformers torchvision, [3, H, W]"] = lambda: fast(planes, return_tensors="pt")
+    exact = family.patches(pillow(photographs, return_tensors="pt"))
+    compare(
+        "pack_patches", f"forward, float32, as {name}'s processor",
+        f"16 photographs of {len(set(SIZES))} sizes, 320x240 to 2048x1536",
+        lambda: family.pack(images), {call: lambda run=run: run for call, run in calls.items()},
+        check=near_pillow(family, exact), aims={call: ("ratio", 4) for call in calls},
     )  # fmt: skip
