@@ -105,6 +105,8 @@ def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> 
     run = run_of(text, "text")
     for stage in (text.pretrain, text.adapt):
         cases[f"{stage.name} with boxes as text"] = through_loader(run, stage, world, 3)
+    run = run_of(replace(whole, precision="bfloat16"), "bfloat16")
+    cases["in bfloat16"] = through_loader(run, whole.pretrain, world, 2)
     return cases
 
 

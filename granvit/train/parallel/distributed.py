@@ -123,7 +123,8 @@ def distribute(
         # Not every stage uses every module: the warm-up has no features to project.
         return DistributedDataParallel(losses, find_unused_parameters=True, gradient_as_bucket_view=True)
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.ranks,))
-    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    # Autocast casts what layers take. FSDP would cast whatever is given to a module, the boxes of a batch too.
+    policy = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (model, teacher):
         for block in blocks(module) if module is not None else ():
             fully_shard(block, mesh=mesh, mp_policy=policy)

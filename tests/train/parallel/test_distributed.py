@@ -81,6 +81,15 @@ def test_losses_and_gradients_are_those_of_one_process(alone, together, parallel
     assert not wrong
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_losses_in_bfloat16_are_those_of_one_process(alone, together, parallel):
+    lines, expected = together[parallel]["in bfloat16"]["lines"], alone["in bfloat16"]["lines"]
+    for line, other in zip(lines, expected, strict=True):
+        for name in ("loss_caption", "loss_distill", "grad_norm"):
+            assert line[name] == pytest.approx(other[name], rel=5e-3), (line, other)
+
+
 def test_the_splits_are_what_they_are_to_be(alone):
     """Unequal, empty on some rank, and empty on all: else the test above would show less than it says."""
     lines = alone["pretrain splits"]["lines"]
