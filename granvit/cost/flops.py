@@ -142,7 +142,7 @@ def pictures_of(
     samples: Sequence[Sample], asked: Sequence[Sequence[Question]], processor: GranViTProcessor, crops: bool = True
 ) -> list[Picture]:
     """Samples with their questions, as `pack_questions` takes them; of their images only the sizes are looked at.
-    crops: whether a teacher sees their regions."""
+    crops: whether a teacher sees the regions that are asked about."""
     flat = [question for questions in asked for question in questions]
     prompts = iter(processor.prompt_ids([question.prompt for question in flat]))
     answers = iter(processor.answer_ids([question.answer for question in flat]))
@@ -163,9 +163,8 @@ def pictures_of(
                     question.region is not None,
                 )
             )
-        pictures.append(
-            Picture(rows * columns, tokens + head, tuple(each), len(sample.regions) if crops else 0, head)
-        )
+        regions = {question.region for question in questions} - {None}
+        pictures.append(Picture(rows * columns, tokens + head, tuple(each), len(regions) if crops else 0, head))
     return pictures
 
 

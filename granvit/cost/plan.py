@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -135,8 +136,13 @@ def measured_lengths(plan: PlanConfig, stage: Stage, data: GranDataset, processo
     for sample, numbers in flat:
         written = processor.questions(sample, tasks)
         asked.append([written[number] for number in numbers])
-    pictures = iter(pictures_of([sample for sample, _ in flat], asked, processor, crops=stage.distill > 0))
-    placed = [[next(pictures) for _ in pack] for pack in packs]
+    sequences = iter(range(len(flat)))
+    sequences = [[next(sequences) for _ in pack] for pack in packs]
+    pictures = pictures_of([sample for sample, _ in flat], asked, processor, crops=False)
+    if stage.distill > 0:
+        chosen = Counter(i for i, _ in plan.run.crops.choose([sample for sample, _ in flat], asked, sequences))
+        pictures = [replace(picture, crops=chosen[i]) for i, picture in enumerate(pictures)]
+    placed = [[pictures[i] for i in sequence] for sequence in sequences]
     every = [question for row in placed for picture in row for question in picture.asked]
     return Lengths(
         f"{len(samples)} rows of {data.path}",

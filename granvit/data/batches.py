@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from granvit.data.backlog import Backlog
 from granvit.data.collate import Batch, Read, collate, join  # noqa: F401  (collate: for users' code)
+from granvit.data.crops import ASKED, Crops
 from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, as_it_is, measure, start_worker, too_long
 from granvit.data.loader import GranDataset
@@ -65,6 +66,7 @@ class PackLoader:
         and where there are fewer lanes than that, threads in them; 0: here.
     epochs: passes over the data after which iteration ends (the last batches then have empty sequences); None: never.
     window: images a sequence's place chooses among. pixels: False leaves pictures undecoded, blanks of their size.
+    crops: which regions a teacher looks at.
 
     The state is `step`, how many batches were handed out: set it, or load a `state_dict`, and iteration goes on
     there, on any number of ranks, after planning, but not reading, what came before.
@@ -90,10 +92,11 @@ class PackLoader:
         epochs: int | None = None,
         window: int = 512,
         pixels: bool = True,
+        crops: Crops = ASKED,
     ) -> None:
         _check_arguments(tasks, rank, capacity=capacity, packs=packs, questions=questions, ranks=ranks, window=window)
         self.dataset, self.processor, self.capacity, self.packs = dataset, processor, capacity, packs
-        self.rank, self.ranks, self.workers, self.pixels = rank, ranks, workers, pixels
+        self.rank, self.ranks, self.workers, self.pixels, self.crops = rank, ranks, workers, pixels, crops
         self.lengths = measure(dataset, processor, sorted(tasks))
         shortest = self.lengths.shortest(tasks)
         if not (shortest <= capacity).any():
@@ -151,7 +154,7 @@ class PackLoader:
             self.faults.grow(min(handed, len(self.dataset)))
             self.faults.check()
             self.step += 1
-            batch, reads = join(reads, self.processor, self.capacity), []
+            batch, reads = join(reads, self.processor, self.capacity, self.crops), []
             yield batch
 
     def plan(self) -> Iterator[list[Pack]]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from granvit.data.crops import ASKED, Crops
 from granvit.questions.packing import PackedBatch, Part, pack_parts, write_parts
 from granvit.questions.prompts import Question
 from granvit.questions.schema import Sample
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step takes. regions [R, 4] are relative xyxy float32, region_image [R] int64 their images."""
+    """What a training step takes. regions [R, 4] are relative xyxy float32, region_image [R] int64 their images.
+
+    crop_regions: int64 [N], which of them a teacher looks at (`Crops`); crops: float64 [N, 5] on the host, the same in
+    pixels, as pack_patches takes them.
+    """
 
     samples: list[Sample]
     packed: PackedBatch
     regions: Tensor
     region_image: Tensor
+    crop_regions: Tensor
+    crops: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return replace(
@@ -34,6 +41,7 @@ class Batch:
             packed=self.packed.to(device),
             regions=self.regions.to(device),
             region_image=self.region_image.to(device),
+            crop_regions=self.crop_regions.to(device),
         )
 
 
@@ -48,12 +56,18 @@ class Read:
     parts: list[Part]
 
 
-def collate(samples: list[Sample], asked: list[list[Question]], processor: GranViTProcessor, capacity: int) -> Batch:
+def collate(
+    samples: list[Sample],
+    asked: list[list[Question]],
+    processor: GranViTProcessor,
+    capacity: int,
+    crops: Crops = ASKED,
+) -> Batch:
     """Pack samples and their questions into sequences of at most `capacity` tokens (see `pack_questions`)."""
-    return join([Read(None, samples, asked, write_parts(samples, asked, processor))], processor, capacity)
+    return join([Read(None, samples, asked, write_parts(samples, asked, processor))], processor, capacity, crops)
 
 
-def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int) -> Batch:
+def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int, crops: Crops = ASKED) -> Batch:
     """The batch of what was read, sequences of the reads in turn.
 
     Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call.
@@ -71,11 +85,24 @@ def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int) -> B
     ]
     plan = [row for several in zip_longest(*plans) for row in several if row is not None] if plans else None
     samples, asked, parts = ([column[i] for i in order] for column in (samples, asked, parts))
+    packed = pack_parts(samples, asked, parts, processor, capacity, plan)
     boxes = [region.box for sample in samples for region in sample.regions]
     owner = [i for i, sample in enumerate(samples) for _ in sample.regions]
+    sequences = [row[row >= 0].unique_consecutive().tolist() for row in packed.image_index]
+    chosen = crops.choose(samples, asked, sequences)
+    first = np.cumsum([0, *(len(sample.regions) for sample in samples)])
     return Batch(
         samples,
-        pack_parts(samples, asked, parts, processor, capacity, plan),
+        packed,
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(owner, dtype=torch.int64),
+        torch.tensor([first[image] + number for image, number in chosen], dtype=torch.int64),
+        torch.tensor([_crop(i, samples[i], number) for i, number in chosen], dtype=torch.float64).reshape(-1, 5),
     )
+
+
+def _crop(image: int, sample: Sample, number: int) -> tuple[float, ...]:
+    """A region's crop as pack_patches takes it."""
+    height, width = sample.image.shape[:2]
+    x1, y1, x2, y2 = sample.regions[number].box
+    return float(image), x1 * width, y1 * height, min(x2 * width, width), min(y2 * height, height)

@@ -206,7 +206,7 @@ def faulty(answers: Tensor, batch: Batch) -> list[int]:
 
 def _count(batch: Batch) -> tuple[int, ...]:
     tokens = int((batch.packed.image_index >= 0).sum())
-    return len(batch.packed.targets), len(batch.regions), batch.packed.regions, len(batch.samples), tokens
+    return len(batch.packed.targets), len(batch.crops), batch.packed.regions, len(batch.samples), tokens
 
 
 def train_phase(

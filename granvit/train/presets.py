@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 
 from granvit import flags
+from granvit.data.crops import Crops
 from granvit.lora import Lora
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
 from granvit.train.metrics_log import write_aside
@@ -99,12 +101,19 @@ class Distill:
     """The teacher's momentum: teacher <- alpha * teacher + (1 - alpha) * student (0.9 in the paper)."""
     crop_grid: tuple[int, int] = (4, 4)
     """Patches of a crop (rows, columns); the student's region features are gathered at the same size."""
+    regions: int | None = None
+    """So many regions of an image are distilled each time it is seen, drawn at random; None: those that are asked
+    about. The teacher's patches of a sequence's regions are at most data.capacity."""
+    ocr: bool = True
+    """Whether regions of text are distilled."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"distill.alpha is {self.alpha}; it takes a number from 0 to 1")
         if min(self.crop_grid) < 1:
             raise ValueError(f"distill.crop_grid is {self.crop_grid}; each side is at least 1")
+        if self.regions is not None and self.regions < 1:
+            raise ValueError(f"distill.regions is {self.regions}; it is at least 1, or null (those asked about)")
 
 
 _PRETRAIN = Stage("pretrain", train=("encoder", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), distill=1.0)
@@ -168,6 +177,11 @@ class TrainConfig:
             stage = getattr(self, name)
             if stage.name != name:
                 raise ValueError(f"{name}.name is {stage.name!r}; checkpoints and report know it as {name!r}")
+
+    @property
+    def crops(self) -> Crops:
+        """Which regions a teacher looks at."""
+        return Crops(prod(self.distill.crop_grid), self.data.capacity, self.distill.regions, self.distill.ocr)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

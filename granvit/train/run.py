@@ -297,6 +297,7 @@ class Run:
             capacity=config.data.capacity, packs=stage.packs,
             questions=config.data.questions_per_image, seed=zlib.crc32(f"{config.seed} {stage.name}".encode()),
             rank=world.rank, ranks=world.ranks, workers=config.data.workers, pixels=not warming,
+            crops=config.crops,
         )  # fmt: skip
         return Phase(config, stage, model, loader, loss_of, self._blank(stage), world, self.device)
 

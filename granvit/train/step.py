@@ -21,8 +21,9 @@ from granvit_kernels import PackedLayout, pack_patches, roi_gather
 class Share:
     """What a batch is a part of: all batches of a step, on all ranks.
 
-    answers, regions: the step's tokens of answers and its regions. round_regions: regions of the batches that the ranks
-    go through at the same time. weight: 0 for a batch that is gone through only because other ranks wait for this one.
+    answers, regions: the step's tokens of answers and its distilled regions. round_regions: those of the batches that
+    the ranks go through at the same time. weight: 0 for a batch that is gone through only because other ranks wait for
+    this one.
     """
 
     answers: float
@@ -34,14 +35,14 @@ class Share:
     @classmethod
     def whole(cls, batch: Batch) -> Share:
         """Of a batch that is a whole step."""
-        return cls(len(batch.packed.targets), len(batch.regions), len(batch.regions))
+        return cls(len(batch.packed.targets), len(batch.crops), len(batch.crops))
 
 
 def stage_loss(
     model: GranViT, teacher: Teacher | None, batch: Batch, stage: Stage, distill: Distill, share: Share | None = None
 ) -> dict[str, Tensor]:
     """{"loss", "loss_caption", "loss_distill"} of a batch, and without gradient "features" [T, C], the student's, and
-    "answers" [A], the cross entropy of each answer token. Without a teacher or a region there is no "loss_distill".
+    "answers" [A], the cross entropy of each answer token. Without a teacher or a crop there is no "loss_distill".
 
     L = L_caption + stage.distill * L_distill. L_caption is the mean cross entropy over the answers' tokens. With a
     `share` the losses are this batch's part of the step's: the parts' sum is the loss of the whole. Images and
@@ -51,17 +52,18 @@ def stage_loss(
     share = share or Share.whole(batch)
     images, config = batch.packed.images, model.config
     grids = [config.grid(*image.shape[:2]) for image in images]
-    crops = [(i, 0.0, 0.0, float(image.shape[1]), float(image.shape[0])) for i, image in enumerate(images)]
+    whole = [(i, 0, 0, image.shape[1], image.shape[0]) for i, image in enumerate(images)]
+    crops, all_grids = torch.tensor(whole, dtype=torch.float64).reshape(-1, 5), grids
     if teacher is not None:
-        crops += _region_crops(batch, images)
-    all_grids = grids + [distill.crop_grid] * (len(crops) - len(images))
+        crops = torch.cat([crops, batch.crops])
+        all_grids = grids + [distill.crop_grid] * len(batch.crops)
     with record_function("granvit.pack_patches"):
         patches, _ = pack_patches(
             images,
             config.vision_config.patch_size,
             config.image_mean,
             config.image_std,
-            crops=torch.tensor(crops, dtype=torch.float64).reshape(-1, 5),
+            crops=crops,
             grids=torch.tensor(all_grids, dtype=torch.int32).reshape(-1, 2),
             dtype=next(model.encoder.parameters()).dtype,
         )
@@ -76,9 +78,10 @@ def stage_loss(
         crop_layout = PackedLayout.from_grids(all_grids[len(images) :], device=patches.device)
         with record_function("granvit.teacher"), torch.no_grad():
             target = teacher.encoder(patches[layout.num_tokens :], crop_layout)
-        boxes = layout.to_grid(batch.regions, batch.region_image)
+        image = batch.region_image[batch.crop_regions]
+        boxes = layout.to_grid(batch.regions[batch.crop_regions], image)
         with record_function("granvit.distillation"):
-            regions = roi_gather(features, layout, boxes, batch.region_image, output_size=distill.crop_grid)
+            regions = roi_gather(features, layout, boxes, image, output_size=distill.crop_grid)
             regions = regions.reshape(target.shape)
             distance = distillation_loss(regions, target, distill.target, share.weight, share.ranks)
         losses["loss_distill"] = distance * (share.round_regions / share.regions)
@@ -100,12 +103,3 @@ def answer_losses(
     loss = each.sum() * (share.weight / max(1, share.answers))
     return {"loss": loss, "loss_caption": loss, "answers": each.detach()}
 
-
-def _region_crops(batch: Batch, images: list[Tensor]) -> list[tuple[int, float, float, float, float]]:
-    crops = []
-    for sample, (i, image) in zip(batch.samples, enumerate(images), strict=True):
-        height, width = image.shape[:2]
-        for region in sample.regions:
-            x1, y1, x2, y2 = region.box
-            crops.append((i, x1 * width, y1 * height, min(x2 * width, width), min(y2 * height, height)))
-    return crops
