@@ -185,7 +185,7 @@ class OneQuestion(nn.Module):
             seen = batch.pixel_values, batch.pixel_attention_mask, batch.spatial_shapes
             features = self._features(self.encoder, *seen)
         model, packed = self.model, features.flatten(0, 1)[batch.patches]
-        image = model.projector(packed) + model.cell_positions(batch.layout)
+        image = model.placed(model.projector(packed), batch.layout)
         given = torch.cat((image, self._prompts(features, batch)))
         embeds = model.embed_ids(batch.input_ids)
         embeds = embeds.flatten(0, 1).index_copy(0, torch.cat((batch.images, batch.prompts)), given.to(embeds.dtype))

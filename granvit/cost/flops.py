@@ -69,7 +69,7 @@ class Sizes:
             encoder=_weights(model.encoder.encoder),
             encoder_attention=vision.num_hidden_layers * vision.hidden_size,
             projector=_weights(model.projector),
-            cells=_weights(model.cell_positions),
+            cells=0 if model.cell_positions is None else _weights(model.cell_positions),
             geometry=_weights(prompt.geometry),
             region_keys=_weights(prompt.key) + _weights(prompt.value),
             region=_weights(prompt.projector),

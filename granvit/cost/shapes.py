@@ -10,8 +10,8 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 from granvit.eval.loading import find_encoder, find_model
 from granvit.lora import Lora, add_adapters
 from granvit.model import GranViT, GranViTConfig
-from granvit.model.processing import SHARED
 from granvit.model.vision import checkpoint_config
+from granvit.train.build import CONFIGURED
 from granvit.train.presets import Model
 
 
@@ -77,7 +77,7 @@ def config_of(model: Model) -> GranViTConfig:
     return GranViTConfig(
         vision_config=_encoder(model),
         text_config=_text(model),
-        **{name: getattr(model, name) for name in SHARED},
+        **{name: getattr(model, name) for name in CONFIGURED},
     )
 
 

@@ -46,6 +46,8 @@ class GranViTConfig(PretrainedConfig):
             public evaluations read), or "bins", four location tokens (shorter, and learnt by a tiny LM).
         bins: location tokens an axis, shared by x and y, used with box_format="bins": 1000 resolves what
             three decimals do; a tiny model learns few (32) far faster.
+        cell_positions: whether the place of each image token's cell is added to it. Not in the paper: there the
+            encoder has to tell places, which is what stage 1 is for. A tiny LLM learns to read boxes sooner with it.
         max_image_tokens: budget of encoder tokens an image (before the pixel shuffle); the grid is
             `fit_grid`'s, that is SigLIP2 NaFlex's rule: native aspect ratio, as large as the budget allows.
         image_mean, image_std: pixel normalisation, SigLIP2's by default.
@@ -69,6 +71,7 @@ class GranViTConfig(PretrainedConfig):
         box_style: str = "text",
         box_format: str = "text",
         bins: int = 1000,
+        cell_positions: bool = True,
         max_image_tokens: int = 256,
         image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         image_std: tuple[float, float, float] = (0.5, 0.5, 0.5),
@@ -87,6 +90,7 @@ class GranViTConfig(PretrainedConfig):
         _one_of("pixel_shuffle", pixel_shuffle, (1, 2))
         _one_of("box_style", box_style, BOX_STYLES)
         _one_of("box_format", box_format, BOX_FORMATS)
+        _one_of("cell_positions", cell_positions, (True, False))
         _positive("region_tokens", region_tokens)
         _positive("bins", bins)
         _positive("max_image_tokens", max_image_tokens)
@@ -115,6 +119,7 @@ class GranViTConfig(PretrainedConfig):
         self.box_style = box_style
         self.box_format = box_format
         self.bins = bins
+        self.cell_positions = cell_positions
         self.max_image_tokens = max_image_tokens
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)

@@ -74,7 +74,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
                 module._is_hf_initialized = True  # else post_init would draw given weights anew
         self.encoder = VisionEncoder(config.vision_config) if encoder is None else encoder
         self.projector = Projector(width * config.pixel_shuffle**2, outputs)
-        self.cell_positions = CellPositions(outputs)
+        self.cell_positions = CellPositions(outputs) if config.cell_positions else None
         self.region_prompt = RegionPrompt(width, config.region_heads, config.region_tokens, outputs)
         self.locations = LocationTokens(config.location_tokens, outputs)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
@@ -236,8 +236,9 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         """
         rms = embedding_rms(self.llm.get_input_embeddings(), self.config.text_vocab)
         self.projector.scale.fill_(rms)
-        self.cell_positions.scale.fill_(rms)
         self.region_prompt.projector.scale.fill_(rms)
+        if self.cell_positions is not None:
+            self.cell_positions.scale.fill_(rms)
         if reset_locations:
             table = self.llm.get_output_embeddings().weight[: self.config.text_vocab]
             self.locations.reset_parameters(rms, float(table.float().square().mean().sqrt()))
@@ -248,7 +249,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         ours = (self.projector, self.cell_positions, self.region_prompt, self.locations)
         return {
             "encoder": list(self.encoder.parameters()),
-            "projector": [parameter for module in ours for parameter in module.parameters()],
+            "projector": [parameter for module in ours if module is not None for parameter in module.parameters()],
             "llm": adapters(self.llm) or list(self.llm.parameters()),
         }
 
@@ -305,10 +306,14 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         return self.encoder(patches.to(weight.dtype), layout.to(weight.device)), layout
 
     def image_embeds(self, features: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        """The LLM's image tokens [N, D], image by image: features through pixel shuffle and projector, and
-        where each cell is."""
+        """The LLM's image tokens [N, D], image by image: features through pixel shuffle and projector, and where each
+        cell is, if config.cell_positions."""
         merged, merged_layout = shuffle_pixels(features, layout, self.config.pixel_shuffle)
-        return self.projector(merged) + self.cell_positions(merged_layout)
+        return self.placed(self.projector(merged), merged_layout)
+
+    def placed(self, tokens: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        """Image tokens [N, D] of a layout, with where each one's cell is added if config.cell_positions."""
+        return tokens if self.cell_positions is None else tokens + self.cell_positions(layout)
 
     def region_embeds(
         self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor

@@ -237,7 +237,7 @@ class Prompted:
     ) -> torch.Tensor:
         """Image tokens [N, D] of each row's image, row after row. asked: how many each row has a place for."""
         merged, merged_layout = shuffle_pixels(features, layout, self.config.pixel_shuffle)
-        embeds = self.projector(merged) + self.cell_positions(merged_layout)
+        embeds = self.placed(self.projector(merged), merged_layout)
         images = [image.flatten(0, 1) for image in merged_layout.split(embeds)]
         for row, (image, count) in enumerate(zip(index.tolist(), asked, strict=True)):
             if len(images[image]) != count:

@@ -40,7 +40,7 @@ def layout_embeds(model: GranViT, processor, batch: Batch, seed: str) -> tuple[T
     noise = [torch.randn(embeds.shape, generator=g) for embeds, g in zip(per_image, generators, strict=True)]
     image = torch.cat(per_image)
     image = image + NOISE * scale * torch.cat(noise).to(image)
-    image = image + model.cell_positions(PackedLayout.from_grids(grids, device=image.device))
+    image = model.placed(image, PackedLayout.from_grids(grids, device=image.device))
     asked = _asked_regions(batch)
     region = bags[asked, None].expand(-1, model.config.region_tokens, -1)
     noise = [torch.randn(region.shape[1:], generator=generators[i]) for i in batch.packed.box_image_index.tolist()]

@@ -14,6 +14,9 @@ from granvit.model.processing import SHARED
 from granvit.toy.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
 from granvit.train.presets import Model
 
+CONFIGURED = (*SHARED, "cell_positions")
+"""What a Model and a GranViTConfig call by the same name."""
+
 
 def build(config: Model, data: GranDataset, frozen: torch.dtype = torch.float32) -> tuple[GranViT, GranViTProcessor]:
     """A GranViT and its processor; what has no name in `config` is made from scratch, its tokenizer of `data`'s text.
@@ -55,7 +58,7 @@ def build(config: Model, data: GranDataset, frozen: torch.dtype = torch.float32)
         llm,
         llm_kwargs={"dtype": frozen if config.lora.rank else torch.float32},
         lora=config.lora,
-        **{name: getattr(config, name) for name in SHARED},
+        **{name: getattr(config, name) for name in CONFIGURED},
     )
 
 

@@ -135,7 +135,7 @@ def test_memory_and_hours():
 
 def test_a_measured_speed_takes_the_place_of_the_assumed_one(tmp_path):
     plan, stage = PlanConfig(PRESETS["paper"]), PRESETS["paper"].pretrain
-    row = {"provider": "granvit", "mode": "pretrain", "shapes": ["siglip2-base", "qwen2.5-1.5b"], "mfu": 0.5}
+    row = {"provider": "granvit", "mode": "pretrain", "shapes": ["siglip2-so400m", "qwen2.5-1.5b"], "mfu": 0.5}
     (tmp_path / "x-training.json").write_text(json.dumps([row, {**row, "mode": "adapt", "mfu": 0.1}]))
     assert measurements(plan, stage, tmp_path) == {**row, "file": "x-training.json"}
     other = replace(plan, run=replace(plan.run, model=replace(plan.run.model, llm="smollm2-135m")))

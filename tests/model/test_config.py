@@ -17,6 +17,7 @@ def test_it_survives_saving(tmp_path):
         box_style="both",
         region_tokens=2,
         pixel_shuffle=2,
+        cell_positions=False,
         eos_token_id=5,
     )
     config.save_pretrained(tmp_path)
@@ -29,6 +30,7 @@ def test_it_survives_saving(tmp_path):
         "box_style",
         "region_tokens",
         "pixel_shuffle",
+        "cell_positions",
         "eos_token_id",
     ):
         assert getattr(again, name) == getattr(config, name), name
@@ -60,6 +62,7 @@ def test_grids_are_naflex(height, width):
     [
         ("pixel_shuffle", 3),
         ("box_style", "arrow"),
+        ("cell_positions", 1),
         ("box_format", "polar"),
         ("bins", 0),
         ("region_tokens", 1.5),

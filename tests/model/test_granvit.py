@@ -25,7 +25,7 @@ from granvit_kernels import pack_patches
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
 VARIANTS = {
     "bins": {},
-    "text": {"box_format": "text", "box_style": "text"},
+    "text": {"box_format": "text", "box_style": "text", "cell_positions": False},
     "shuffle": {"pixel_shuffle": 2, "region_tokens": 3, "box_style": "tokens"},
 }
 
@@ -49,6 +49,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(tiny, samples, name, tmp_path
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
+    assert (model.cell_positions is None) == (name == "text")
 
     again, again_processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, GranViT) and isinstance(again_processor, GranViTProcessor)
