@@ -78,7 +78,7 @@ int64_t low(const Axis& axis) {
 
 // What a thread works in, as large as the largest crop needs; PatchRows says what each piece is.
 struct Scratch {
-    int64_t segment = 0, blended = 0, line = 0, ring = 0, ring_pitch = 0, copied_pitch = 0, pointers = 0;
+    int64_t planes = 0, blended = 0, line = 0, ring = 0, ring_pitch = 0, copied_pitch = 0, pointers = 0;
     std::vector<char> storage;
     int64_t size = 0;
 
@@ -86,7 +86,7 @@ struct Scratch {
 
     void include(const PackPatches& job, const Crop& crop) {
         const int64_t read = 3 * crop.columns.sources, made = 3 * crop.columns.count;
-        segment = padded(12 * job.patch_size);
+        planes = std::max(planes, padded(4 * made + 3 * PADDING));
         line = std::max(line, padded(4 * made));
         if (job.rounding == Rounding::none) {
             blended = std::max(blended, padded(4 * read));
@@ -99,13 +99,13 @@ struct Scratch {
         pointers = std::max(pointers, padded(taps * int64_t(sizeof(void*))));
     }
     void allocate(int threads) {
-        size = segment + line + blended + ring + GROUP * copied_pitch + pointers;
+        size = planes + line + blended + ring + GROUP * copied_pitch + pointers;
         storage.resize(size * std::max(threads, 1) + PADDING);
     }
     void lend(PatchRows& rows, const Crop& crop, int thread) {
         char* at = storage.data() + PADDING - reinterpret_cast<uintptr_t>(storage.data()) % PADDING + size * thread;
         const auto take = [&](int64_t bytes) { return (at += bytes) - bytes; };
-        rows.segment = reinterpret_cast<float*>(take(segment));
+        rows.planes = take(planes);
         rows.line = reinterpret_cast<float*>(take(line));
         rows.rounded = reinterpret_cast<uint8_t*>(rows.line);
         rows.blended = reinterpret_cast<float*>(take(blended));
@@ -158,7 +158,7 @@ void pack_patches(const PackPatches& job, int threads) {
         storage.fill(crops[n].columns, exact.data() + storage.most_taps * thread);
     });
 
-    std::vector<float> scale(3 * p), bias(3 * p);
+    std::vector<float> scale(3 * p + PADDING / 4), bias(3 * p + PADDING / 4);
     for (int64_t k = 0; k < 3 * p; ++k) {
         const int64_t channel = job.channels_first ? k / p : k % 3;
         scale[k] = job.scale[channel];

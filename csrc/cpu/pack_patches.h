@@ -31,13 +31,13 @@ struct PatchRows {
     const Taps *rows, *columns;
     int64_t begin, end;        // rows of patches
     int64_t grid_width, patch_size, merge;
-    const float *scale, *bias; // [3 * patch_size], in the order in which a row of a patch is stored
+    const float *scale, *bias; // [3 * patch_size], in the order in which a row of a patch is stored; padded
     bool channels_first, columns_first;
     Dtype dtype;
     void* patches;             // the crop's first
 
     // Scratch, with room for a vector past each row's end.
-    float* segment;            // [3 * patch_size] a row of one patch
+    void* planes;              // [3, grid_width * patch_size] an output row, channels first: bytes or floats
     float* blended;            // [3 * source_columns] an output row that is not yet resampled along the row
     float* line;               // [3 * grid_width * patch_size] an output row, 0-255
     uint8_t* ring;             // [rows.taps + GROUP - 1, ring_pitch] source rows that are resampled along the row

@@ -56,13 +56,13 @@ void pack(const PatchRows& job) {
     for (int64_t y = job.begin * job.patch_size; y < job.end * job.patch_size; ++y) {
         const uint8_t* source = job.source + (rows.copies ? y : rows.first[y]) * job.row_stride;
         if (rows.copies && columns.copies) {
-            store_line<uint8_t, T>(job, source, y);
+            store_line<uint8_t, T>(job, source, y, false);
             continue;
         }
         blend_rows(source, job.row_stride, rows.copies ? &ONE : rows.weights + y * rows.taps,
                    rows.copies ? 1 : rows.taps, 3 * job.source_columns, job.blended);
         if (!columns.copies) blend_columns(job.blended, columns, job.grid_width * job.patch_size, job.line);
-        store_line<float, T>(job, columns.copies ? job.blended : job.line, y);
+        store_line<float, T>(job, columns.copies ? job.blended : job.line, y, true);
     }
 }
 

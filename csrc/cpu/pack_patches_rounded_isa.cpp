@@ -49,7 +49,10 @@ inline int32_t pair(const int16_t* weights) {
 inline void blend_vector(const uint8_t* const* rows, const int16_t* high, const int16_t* low, int64_t taps, int64_t k,
                          uint8_t* out) {
     Ints highs[4], lows[4];
-    for (int i = 0; i < 4; ++i) highs[i] = lows[i] = no_ints();
+    for (int i = 0; i < 4; ++i) {
+        highs[i] = no_ints();
+        lows[i] = GRANVIT_INTS(set1_epi32)(1 << (FIXED_BITS - 1));  // a half
+    }
     for (int64_t t = 0; t < taps; t += 2) {
         const Ints one = load_ints(rows[t] + k), two = load_ints(rows[t + 1 < taps ? t + 1 : t] + k);  // its weight is 0
         const Ints first = GRANVIT_INTS(unpacklo_epi8)(one, two), second = GRANVIT_INTS(unpackhi_epi8)(one, two);
@@ -62,10 +65,9 @@ inline void blend_vector(const uint8_t* const* rows, const int16_t* high, const 
             lows[i] = GRANVIT_INTS(add_epi32)(lows[i], GRANVIT_INTS(madd_epi16)(pixels[i], low_pair));
         }
     }
-    const Ints half = GRANVIT_INTS(set1_epi32)(1 << (FIXED_BITS - 1));
     for (int i = 0; i < 4; ++i) {
         const Ints sum = GRANVIT_INTS(add_epi32)(GRANVIT_INTS(slli_epi32)(highs[i], LOW_BITS), lows[i]);
-        highs[i] = GRANVIT_INTS(srai_epi32)(GRANVIT_INTS(add_epi32)(sum, half), FIXED_BITS);
+        highs[i] = GRANVIT_INTS(srai_epi32)(sum, FIXED_BITS);
     }
     // Packing saturates, and puts back the order that unpacking changed.
     store_ints(out + k, GRANVIT_INTS(packus_epi16)(GRANVIT_INTS(packs_epi32)(highs[0], highs[1]),
@@ -107,7 +109,10 @@ inline void blend_along(const uint8_t* const* sources, const Taps& columns, int6
         const int16_t *high = columns.fixed + 2 * x * taps, *low = high + taps;
         const int64_t from = 3 * int64_t(columns.first[x]);
         __m256i highs[R], lows[R];
-        for (int r = 0; r < R; ++r) highs[r] = lows[r] = _mm256_setzero_si256();
+        for (int r = 0; r < R; ++r) {
+            highs[r] = _mm256_setzero_si256();
+            lows[r] = _mm256_set1_epi32(1 << (FIXED_BITS - 2));  // a half, together with the other 128 bits
+        }
         for (int64_t t = 0; t < taps; t += 4) {
             const __m256i high_weights = four_weights(high + t), low_weights = four_weights(low + t);
             for (int r = 0; r < R; ++r) {
@@ -117,13 +122,15 @@ inline void blend_along(const uint8_t* const* sources, const Taps& columns, int6
                 lows[r] = _mm256_add_epi32(lows[r], _mm256_madd_epi16(pixels, low_weights));
             }
         }
-        for (int r = 0; r < R; ++r) {
-            const __m256i sums = _mm256_add_epi32(_mm256_slli_epi32(highs[r], LOW_BITS), lows[r]);
-            __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-            sum = _mm_srai_epi32(_mm_add_epi32(sum, _mm_set1_epi32(1 << (FIXED_BITS - 1))), FIXED_BITS);
-            sum = _mm_packs_epi32(sum, sum);
-            const int32_t pixel = _mm_cvtsi128_si32(_mm_packus_epi16(sum, sum));
-            std::memcpy(out[r] + 3 * x, &pixel, 4);
+        for (int r = 0; r < R; ++r) lows[r] = _mm256_add_epi32(_mm256_slli_epi32(highs[r], LOW_BITS), lows[r]);
+        for (int r = 0; r < R; r += 2) {  // two rows at once: each half added to the other, a row in each half
+            const __m256i one = lows[r], two = lows[r + 1 < R ? r + 1 : r];
+            const __m256i sums = _mm256_add_epi32(_mm256_permute2x128_si256(one, two, 0x20),
+                                                  _mm256_permute2x128_si256(one, two, 0x31));
+            const __m256i words = _mm256_srai_epi32(sums, FIXED_BITS);
+            const __m256i packed = _mm256_packus_epi16(_mm256_packs_epi32(words, words), words);
+            const int32_t pixels[2] = {_mm256_extract_epi32(packed, 0), _mm256_extract_epi32(packed, 4)};
+            for (int k = 0; k < 2 && r + k < R; ++k) std::memcpy(out[r + k] + 3 * x, &pixels[k], 4);
         }
     }
 #else
@@ -179,7 +186,7 @@ void pack_columns_first(const PatchRows& job) {
             out[r] = job.ring + r * job.ring_pitch;
         }
         blend_along(sources, *job.columns, job.grid_width * job.patch_size, out, count);
-        for (int64_t r = 0; r < count; ++r) store_line<uint8_t, T>(job, out[r], y + r);
+        for (int64_t r = 0; r < count; ++r) store_line<uint8_t, T>(job, out[r], y + r, true);
     }
 }
 
@@ -209,7 +216,8 @@ void pack(const PatchRows& job) {
             const int16_t* high = rows.fixed + 2 * y * fixed_taps(taps);
             blend_down(job.pointers, high, high + fixed_taps(taps), taps, values, job.rounded);
         }
-        store_line<uint8_t, T>(job, rows.copies ? job.pointers[0] : job.rounded, y);
+        const bool in_place = rows.copies && columns.copies;
+        store_line<uint8_t, T>(job, rows.copies ? job.pointers[0] : job.rounded, y, !in_place);
     }
 }
 
