@@ -125,7 +125,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        RUNS[sys.argv[1]](os.environ.get("GRANVIT_BENCH_DEVICE", "cuda"))
+        for name in sys.argv[1:]:
+            RUNS[name](os.environ.get("GRANVIT_BENCH_DEVICE", "cuda"))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         print("done")
