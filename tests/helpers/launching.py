@@ -2,6 +2,7 @@
 everything, which takes seconds a rank otherwise."""
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -52,10 +52,32 @@ def output_of(process: subprocess.Popen, seconds: float) -> str:
         pytest.fail(f"not over after {seconds} s: {process.args}\n{process.communicate()[0]}")
 
 
+def forked(work: Callable[..., None], *arguments: Any, output: Path) -> multiprocessing.Process:
+    """A process, started, that runs work(*arguments), of a helper's top level, and prints to a file."""
+    with patch.dict(os.environ, environment()):
+        process = server().Process(target=_printing, args=(output, work, arguments))
+        process.start()
+    return process
+
+
+def _printing(output: Path, work: Callable[..., None], arguments: tuple) -> None:
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        work(*arguments)
+
+
+def server() -> multiprocessing.context.BaseContext:
+    """Forks processes off one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["checkpointing", "ranks"])
+    return context
+
+
 def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = 400) -> None:
     """work(world, *arguments), of a helper's top level, in that many processes. Raises what one of them raises; fails
     where they take longer, with the stacks of all."""
-    set_forkserver_preload(["checkpointing", "ranks"])
+    server()
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, environment()):
         ends = time.monotonic() + seconds
         context = mp.start_processes(

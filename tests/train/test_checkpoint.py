@@ -1,8 +1,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +8,7 @@ from pathlib import Path
 import checkpointing
 import pytest
 import torch
-from launching import run_ranks
+from launching import forked, run_ranks
 from safetensors.torch import load_file
 
 from granvit.train import checkpoint
@@ -30,16 +28,6 @@ def saved(folder: Path, step: int = 1, tensors: dict | None = None, values: dict
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def in_own_process(work: str, folder: Path) -> subprocess.Popen:
-    """checkpointing.WORK(folder) in a process of its own, its output a pipe."""
-    code = f"import sys, pathlib; sys.path[:] = {sys.path!r}; import checkpointing; "
-    code += f"checkpointing.{work}(pathlib.Path({str(folder)!r}))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path):
@@ -170,13 +158,16 @@ def test_training_is_not_held_up_by_the_writing(tmp_path, monkeypatch):
         assert torch.equal(got["model.w"], torch.full((3,), first))
 
 
-def test_a_killed_writer_leaves_the_previous_one(tmp_path):
-    process = in_own_process("hang_while_writing", tmp_path)
+def test_a_killed_writer_leaves_the_previous_one(tmp_path, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output") / "lines"
+    process = forked(checkpointing.hang_while_writing, tmp_path, output=output)
     try:
-        assert process.stdout.readline() == "writing\n"
+        while process.is_alive() and not (output.exists() and output.read_text()):
+            time.sleep(0.02)
+        assert output.read_text() == "writing\n"
     finally:
         process.kill()
-        process.wait()
+        process.join()
     assert names(tmp_path) == [".adapt-0000002.tmp", "adapt-0000001"]
     checkpoints = Checkpoints(tmp_path, keep=2)
     got = {"w": torch.zeros(1000)}
@@ -186,10 +177,12 @@ def test_a_killed_writer_leaves_the_previous_one(tmp_path):
     assert names(tmp_path) == ["adapt-0000001", "adapt-0000003"]
 
 
-def test_a_full_disk_is_counted_and_outlived(tmp_path):
-    process = in_own_process("fill_the_disk", tmp_path)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+def test_a_full_disk_is_counted_and_outlived(tmp_path, tmp_path_factory):
+    file = tmp_path_factory.mktemp("output") / "lines"
+    process = forked(checkpointing.fill_the_disk, tmp_path, output=file)
+    process.join(300)
+    output = file.read_text()
+    assert process.exitcode == 0, output
     assert output.count("adapt-0000002 could not be written, the one before it stands: ") == 2
     assert "File too large" in output
 
