@@ -1,8 +1,5 @@
 """region_attention: the reference against torch's own attention, the C++ kernel against the reference."""
 
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import passes_with
 from torch import Tensor
 
 from granvit_kernels import PackedLayout, native, region_attention
@@ -367,21 +365,8 @@ def test_equal_bits_over_runs_and_threads(dtype, shared, backend, threads, monke
 @needs_native
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    """In its own process, because the choice is made once: some of this file's tests of the kernel."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k"]
-    chosen = (
-        "error_rule_on_a_real_size or (error_rule and (1-33 or 4-64 or 7-72)) or equal_bits or does_not_leak"
-    )
-    environment = {**os.environ, "GRANVIT_KERNELS_ISA": isa}
-    probe = subprocess.run(
-        [sys.executable, "-c", "from granvit_kernels import native; print(native.why_not())"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    if "lacks" in probe.stdout:
-        pytest.skip(f"this machine lacks {isa}")
-    done = subprocess.run([*command, chosen], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    error_rule = "error_rule_on_a_real_size or (error_rule and (1-33 or 4-64 or 7-72))"
+    passes_with(isa, __file__, f"{error_rule} or equal_bits or does_not_leak")
 
 
 # ---- how it meets torch ----

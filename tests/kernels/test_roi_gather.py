@@ -1,9 +1,6 @@
 """roi_gather: torchvision's numbers, the C++ kernel against the reference, what torch asks of an operator."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import passes_with
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -105,18 +103,7 @@ def test_kernel_error_at_most_twice_plain_torchs(dtype, channels, sampling_ratio
 @needs_library
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    probe = "from granvit_kernels import native; print(native.why_not() or native.library().isa())"
-    environment = {**os.environ, "GRANVIT_KERNELS_ISA": isa}
-    found = subprocess.run(
-        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
-    )
-    if "this machine lacks it" in found.stdout:
-        pytest.skip(found.stdout.strip())
-    assert found.stdout.strip() == isa
-    names = "test_equals_torchvision or test_kernel_error"
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
-    result = subprocess.run(run, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout
+    passes_with(isa, __file__, "test_equals_torchvision or test_kernel_error")
 
 
 @needs_library
