@@ -18,7 +18,7 @@ from granvit.train.parallel.distributed import World
 from granvit.train.presets import TrainConfig, load_config
 from granvit.train.run import Run
 
-STEPS = 20
+STEPS = {"warmup": 3, "pretrain": 20, "adapt": 5}
 
 
 # Who has what: for each step the four portions of its batch, each a list of (row, how many questions, with regions).
@@ -94,7 +94,7 @@ def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> 
 
     run = run_of(whole, "whole")
     for stage in (whole.warmup, whole.pretrain, whole.adapt):
-        cases[f"{stage.name} steps"] = through_loader(run, stage, world, 3 if stage is whole.warmup else STEPS)
+        cases[f"{stage.name} steps"] = through_loader(run, stage, world, STEPS[stage.name])
         cases[f"{stage.name} splits"] = through_splits(run, stage, world)
     captions = replace(whole.pretrain, tasks=(GLOBAL_CAPTION,))
     cases["no region question"] = through_loader(run, captions, world, 3)
