@@ -12,6 +12,7 @@
 #include "cpu/pack_patches.h"
 #include "cpu/plan_packing.h"
 #include "cpu/region_attention.h"
+#include "cpu/region_pool.h"
 #include "cpu/roi_gather.h"
 #include "cuda/pack_patches.h"
 
@@ -98,6 +99,35 @@ void bind_region_attention(py::module_& m) {
     }, Release());
 }
 
+void bind_region_pool(py::module_& m) {
+    using granvit::RegionPool;
+    using Sizes = std::array<int64_t, 6>;
+    using Strides = std::array<int64_t, 2>;
+    // sizes: B, R, K, H, D, T. strides, in elements: of the value's tokens and heads.
+    const auto problem = [](int dtype, Sizes sizes, Strides strides, Address logits, Address value, Address grids,
+                            Address cu_seqlens, Address output, Address lse) {
+        RegionPool p{};
+        p.dtype = granvit::Dtype(dtype);
+        p.images = sizes[0], p.regions = sizes[1], p.queries = sizes[2], p.heads = sizes[3], p.size = sizes[4];
+        p.tokens = sizes[5];
+        p.value_token_stride = strides[0], p.value_head_stride = strides[1];
+        p.logits = at<float>(logits), p.value = at<void>(value);
+        p.grids = at<int32_t>(grids), p.cu_seqlens = at<int32_t>(cu_seqlens);
+        p.output = at<void>(output), p.lse = at<float>(lse);
+        return p;
+    };
+    py::class_<RegionPool>(m, "RegionPool", py::module_local()).def(py::init(problem));
+    m.def("region_pool_forward", [](const RegionPool& p, Address boxes, Address image, bool coverage, int threads) {
+        granvit::region_pool_forward(p, at<float>(boxes), at<int64_t>(image), coverage, threads);
+    }, Release());
+    m.def("region_pool_backward", [](RegionPool p, Address boxes, Address image, bool coverage, int threads,
+                                     Address grad_output, Address grad_lse, Address grad_logits, Address grad_value) {
+        p.grad_output = at<void>(grad_output), p.grad_lse = at<float>(grad_lse);
+        p.grad_logits = at<float>(grad_logits), p.grad_value = at<void>(grad_value);
+        granvit::region_pool_backward(p, at<float>(boxes), at<int64_t>(image), coverage, threads);
+    }, Release());
+}
+
 void bind_roi_gather(py::module_& m) {
     using granvit::RoiGather;
     const auto problem = [](int dtype, Address grids, Address cu_seqlens, Address boxes, Address image, int64_t images,
@@ -129,5 +159,6 @@ PYBIND11_MODULE(_native, m) {
     bind_pack_patches(m);
     bind_plan_packing(m);
     bind_region_attention(m);
+    bind_region_pool(m);
     bind_roi_gather(m);
 }

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  before the library, so that both share one OpenMP runtime
 
-INTERFACE = 4
+INTERFACE = 5
 """Of csrc/bindings.cpp: raise it with every change there that callers can tell. CMake reads this line and compiles the
 number in, so that a library built from other sources is told apart here instead of failing somewhere in a call."""
 

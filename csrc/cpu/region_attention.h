@@ -5,15 +5,9 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "cpu/regions.h"
 
 namespace granvit {
-
-// A region's cells: rows [row0, row1) and columns [column0, column1) of its image; none when row0 == row1.
-// row_bias[row - row0] + column_bias[column - column0] is a cell's log coverage; both null without coverage.
-struct RegionCells {
-    int64_t image, row0, row1, column0, column1;
-    const float *row_bias, *column_bias;
-};
 
 struct RegionAttention {
     Dtype dtype;
@@ -23,9 +17,7 @@ struct RegionAttention {
     int64_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;  // the last dimension has stride 1
     const void *query, *key, *value;
     const int32_t *grids, *cu_seqlens;  // [B, 2] (h, w), [B + 1]
-    const RegionCells* cells;           // [R]
-    const int64_t *order, *first;       // regions of image i: order[first[i]:first[i + 1]], ascending
-    int64_t most_regions;               // of any image
+    Regions table;                      // worked out by the two functions below
 
     void* output;  // [R, K, H, D]
     float* lse;    // [R, K, H]; -inf where a region meets no cell
@@ -37,8 +29,8 @@ struct RegionAttention {
     void *grad_key, *grad_value;  // [T, H, D]
 };
 
-// Fill in output and lse, or the gradients. boxes float32 [R, 4]; image_index int64 [R]. The problem's fields from `cells` to
-// `most_regions` are worked out here. A region whose box or index is invalid meets no cell.
+// Fill in output and lse, or the gradients. boxes float32 [R, 4]; image_index int64 [R]. A region whose box or
+// index is invalid meets no cell.
 void region_attention_forward(RegionAttention problem, const float* boxes, const int64_t* image_index, bool coverage,
                               int threads);
 void region_attention_backward(RegionAttention problem, const float* boxes, const int64_t* image_index, bool coverage,

@@ -16,12 +16,12 @@ sys.exit(native.why_not() or pytest.main(sys.argv[1:]))
 """
 
 
-def passes_with(isa: str, file: str, tests: str) -> None:
-    """Runs the chosen tests (pytest's -k) of a file in a process of its own, because the choice is made once. Skips
+def passes_with(isa: str, tests: str, *files: str) -> None:
+    """Runs the chosen tests (pytest's -k) of files in a process of its own, because the choice is made once. Skips
     where this machine lacks the instruction set, and where all tests of this process run with it anyway."""
     if native.library().isa() == isa:
         pytest.skip(f"{isa} is what the other tests run with")
-    command = [sys.executable, "-c", TESTING, "-q", "-x", "-p", "no:cacheprovider", file, "-k", tests]
+    command = [sys.executable, "-c", TESTING, "-q", "-x", "-p", "no:cacheprovider", *files, "-k", tests]
     environment = {**os.environ, "GRANVIT_KERNELS_ISA": isa}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "this machine lacks it" in done.stderr:

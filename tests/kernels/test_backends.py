@@ -65,7 +65,7 @@ def test_nothing_is_said_of_meta():
     assert backends.choose("thing", candidates, **problem) is candidates["reference"]
 
 
-@pytest.mark.parametrize("operator", ["pack_patches", "region_attention", "roi_gather"])
+@pytest.mark.parametrize("operator", ["pack_patches", "region_attention", "region_pool", "roi_gather"])
 def test_accelerators_without_kernels_are_named(operator):
     backends._warn.cache_clear()
     candidates = backends.operators()[operator]

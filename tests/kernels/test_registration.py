@@ -4,7 +4,7 @@ operator's own tests."""
 import pytest
 import torch
 
-from granvit_kernels import PackedLayout, region_attention, roi_gather
+from granvit_kernels import PackedLayout, region_attention, region_pool, roi_gather
 
 LAYOUT = PackedLayout.from_grids([(4, 5), (3, 2)])
 WHERE = LAYOUT, torch.tensor([[0.2, 0.4, 3.1, 2.0], [0, 0, 2, 3], [1, 1, 5, 4]]), torch.tensor([0, 1, 0])
@@ -24,9 +24,13 @@ def attend_shared(x):
     return region_attention(x[:3].reshape(3, 2, 4), key, 2 * key, *WHERE, return_lse=True)[1]
 
 
+def pool(x):
+    return region_pool(x[:, :6].view(26, 3, 2), x[:, None], *WHERE, coverage=True)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.* is deprecated")
 @pytest.mark.parametrize("needs_grad", [False, True])
-@pytest.mark.parametrize("run", [gather, attend, attend_shared])
+@pytest.mark.parametrize("run", [gather, attend, attend_shared, pool])
 def test_a_trace_computes_anew(run, needs_grad):
     x = torch.randn(26, 8, generator=torch.Generator().manual_seed(0), requires_grad=needs_grad)
     traced = torch.jit.trace(run, x)

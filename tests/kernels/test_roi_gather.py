@@ -103,7 +103,7 @@ def test_kernel_error_at_most_twice_plain_torchs(dtype, channels, sampling_ratio
 @needs_library
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    passes_with(isa, __file__, "test_equals_torchvision or test_kernel_error")
+    passes_with(isa, "test_equals_torchvision or test_kernel_error", __file__)
 
 
 @needs_library

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ... import backends, checks
 from ...registration import Operator
-from . import reference, triton_launch
+from . import cpu, reference, triton_launch
 
-CANDIDATES = {"region_pool": {"triton": triton_launch, "reference": reference}}
+CANDIDATES = {"region_pool": {"triton": triton_launch, "cpu": cpu, "reference": reference}}
 
 
 def _backend(value: Tensor) -> Any:

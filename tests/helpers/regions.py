@@ -1,0 +1,73 @@
+"""Boxes of every kind, and which cells they meet by definition: for the tests of the operators on regions."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from granvit_kernels import PackedLayout
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EVERY_KIND = [
+    [0.5, 0.5, 2.2, 2.0],  # parts of cells
+    [-5.0, -1e30, 1e30, 9.0],  # far larger than its image
+    [1.0, 1.0, 2.0, 2.0],  # exactly one cell
+    [1.25, 0.5, 1.5, 0.75],  # inside one cell
+    [0.0, 0.0, 3.0, 2.0],  # overlaps the first
+    [2.0, 2.0, 1.0, 1.0],  # inverted
+    [1.0, 0.0, 1.0, 3.0],  # no width
+    [-3.0, -3.0, 0.0, 0.0],  # touches the image's corner from outside
+    [50.0, 50.0, 60.0, 60.0],  # outside
+]
+MEETS_NOTHING = slice(5, 9)
+
+
+def overlaps(layout: PackedLayout, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three of [R, T]: how far each box overlaps each token's cell down and across, and whether it is of its image."""
+    (y, x), (x1, y1, x2, y2) = layout.positions().to(boxes.dtype).T, boxes.T[:, :, None]
+    down = torch.minimum(y2, y + 1) - torch.maximum(y1, y)
+    across = torch.minimum(x2, x + 1) - torch.maximum(x1, x)
+    return down, across, layout.image_ids() == image_index[:, None]
+
+
+def meets(layout: PackedLayout, boxes: Tensor, image_index: Tensor) -> Tensor:
+    """[R, T]: which tokens' cells each box meets with positive area, by its definition."""
+    down, across, own = overlaps(layout, boxes, image_index)
+    return (down > 0) & (across > 0) & own
+
+
+def shares(layout: PackedLayout, boxes: Tensor, image_index: Tensor) -> Tensor:
+    """float64 [R, T]: which share of a token's cell each box covers."""
+    down, across, own = overlaps(layout, boxes.double(), image_index)
+    return down.clamp(min=0) * across.clamp(min=0) * own
+
+
+@st.composite
+def drawn_regions(draw) -> tuple[list, list, list]:
+    """(grids, boxes, image_index) of up to four images, and of boxes anywhere, mostly with an area."""
+    images = draw(st.integers(0, 4))
+    grids = [(draw(st.integers(1, 20)), draw(st.integers(1, 20))) for _ in range(images)]
+    coordinate = st.one_of(
+        st.floats(-3, 24, width=32),
+        st.integers(-1, 21).map(float),
+        st.sampled_from([0.0, -0.0, 1e-38, -1e38, 1e38, 1e-45]),
+    )
+    regions = draw(st.integers(0, 6)) if images else 0
+    boxes = [[draw(coordinate) for _ in range(4)] for _ in range(regions)]
+    if draw(st.booleans()):
+        boxes = [[min(a, c), min(b, d), max(a, c), max(b, d)] for a, b, c, d in boxes]
+    return grids, boxes, [draw(st.integers(0, images - 1)) for _ in boxes]
+
+
+def check_error_rule(name: str, ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, eps_allowed=1) -> None:
+    """Error at most twice that of plain PyTorch, plus eps_allowed times eps(dtype) of the largest exact value."""
+    assert ours.dtype == plain.dtype and ours.shape == plain.shape, name
+    assert torch.equal(ours == -torch.inf, exact == -torch.inf), name
+    ours, plain, exact = (t.double().nan_to_num(neginf=0.0) for t in (ours, plain, exact))
+    if exact.numel():
+        allowed = 2 * (plain - exact).abs().max() + eps_allowed * torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed, name
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Equal, bit for bit."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
