@@ -34,8 +34,9 @@ PARTS = ("encoder", "teacher", "projector", "llm", "output")
 class Sizes:
     """What the operations of a model depend on: weights of its matrices, a of its attention, parameters of its groups.
 
-    cells, geometry: what embeds the places of image tokens and of boxes. region_keys: the region prompt's, of every
-    patch; region: its projector. output: the LLM's output table; locations: the rows of location tokens. adapters: the
+    cells, geometry: what embeds the places of image tokens and of boxes. region_logits: the region prompt's, of every
+    patch; region_values: of its queries' means; region: its projector. (Its queries are folded into W_key once a step,
+    which is not counted.) output: the LLM's output table; locations: the rows of location tokens. adapters: the
     LLM's (LoRA), counted apart from its own weights, which never learn under them.
     """
 
@@ -45,7 +46,8 @@ class Sizes:
     projector: int
     cells: int
     geometry: int
-    region_keys: int
+    region_logits: int
+    region_values: int
     region: int
     region_attention: int
     llm: int
@@ -71,9 +73,11 @@ class Sizes:
             projector=_weights(model.projector),
             cells=0 if model.cell_positions is None else _weights(model.cell_positions),
             geometry=_weights(prompt.geometry),
-            region_keys=_weights(prompt.key) + _weights(prompt.value),
+            region_logits=prompt.queries.shape[:2].numel() * vision.hidden_size,
+            region_values=_weights(prompt.value),
             region=_weights(prompt.projector),
-            region_attention=vision.hidden_size,
+            # One product a pair and not two, but of each head with all channels: means of features, not of values.
+            region_attention=prompt.queries.shape[1] * vision.hidden_size // 2,
             llm=_weights(llm.get_decoder()) - added,
             llm_attention=text.num_hidden_layers * text.num_attention_heads * head,
             output=llm.get_output_embeddings().weight.numel(),
@@ -275,7 +279,8 @@ def operations(sizes: Sizes, counts: Counts, train: Iterable[str]) -> Operations
             "projector": matrices(sizes.projector, counts.image_tokens, projector, ours)
             + matrices(sizes.cells, counts.image_tokens, projector, False)
             + matrices(sizes.geometry, counts.prompts, projector, False)
-            + (matrices(sizes.region_keys, counts.patches, projector, encoder) if counts.prompts else 0)
+            + (matrices(sizes.region_logits, counts.patches, projector, encoder) if counts.prompts else 0)
+            + matrices(sizes.region_values, counts.prompts, projector, ours)
             + matrices(sizes.region, counts.prompts, projector, ours)
             + attention(sizes.region_attention, counts.prompt_pairs, ours),
             "llm": matrices(sizes.llm, counts.tokens, whole_llm, into_llm)

@@ -332,7 +332,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
 
         >>> tokens = model.region_embeds(features, layout, torch.tensor([[0.1, 0.2, 0.6, 0.9]]), torch.tensor([0]))
         """
-        if not len(boxes):  # keys and values of every patch would be computed for nobody
+        if not len(boxes):  # logits of every patch would be computed for nobody
             features, layout = features[:0], PackedLayout.from_grids([], device=features.device)
         with record_function("granvit.region_prompt"):
             return self.region_prompt(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
-from granvit_kernels import PackedLayout, region_attention
+from granvit_kernels import PackedLayout, region_pool
 
 from .projector import Projector
 
@@ -40,18 +41,32 @@ class RegionPrompt(nn.Module):
         self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor
     ) -> torch.Tensor:
         """features [T, C] and boxes [R, 4], relative xyxy, of the images image_index [R] -> [R, K, D]."""
-        shape = (len(features), *self.queries.shape[1:])
-        seen = region_attention(
-            self.queries,
-            self.key(features).view(shape),
-            self.value(features).view(shape),
-            layout,
-            layout.to_grid(boxes, image_index),
-            image_index,
-            coverage=True,
-        )
+        seen = self.attend(features, layout, layout.to_grid(boxes, image_index), image_index)
         where = self.geometry(box_features(boxes).to(features.dtype))
         return self.projector(seen.flatten(2) + where[:, None])
+
+    def attend(
+        self, features: torch.Tensor, layout: PackedLayout, boxes: torch.Tensor, image_index: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of the queries to the features under each box, [R, K, H, C / H]; boxes [R, 4] in patch units.
+
+        Keys W_key x + b and values W_value x of T tokens are never made. The queries are the same everywhere, so
+        query . (W_key x + b) is (W_key^T query) . x and a constant, which softmax does not see. And W_value of a mean
+        is the mean of W_value x: it is applied to R means in place of T features.
+        """
+        tokens, heads, size = self.queries.shape
+        key, value = (layer.weight.unflatten(0, (heads, size)) for layer in (self.key, self.value))
+        dtype = torch.promote_types(features.dtype, torch.float32)  # half-precision logits cost accuracy
+        with nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False):
+            queries = torch.einsum("khd,hdc->khc", self.queries.to(dtype) * size**-0.5, key.to(dtype))
+            logits = nn.functional.linear(features.to(dtype), queries.flatten(0, 1)).unflatten(1, (tokens, heads))
+        pooled, lse = region_pool(
+            logits, features[:, None], layout, boxes, image_index, coverage=True, return_lse=True
+        )
+        seen = torch.einsum("rkhc,hdc->rkhd", pooled, value)
+        # Weights sum to 1, so each mean has the bias once; a box that meets no cell has no mean.
+        bias = self.value.bias.unflatten(0, (heads, size)) * lse.isfinite()[..., None]
+        return seen + bias.to(seen.dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

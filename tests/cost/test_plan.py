@@ -16,8 +16,8 @@ from granvit.train.presets import PRESETS, Model
 
 STAGE_1, STAGE_2 = ("encoder", "projector"), ("projector", "llm")
 ROUND = Sizes(
-    patch=0, encoder=100, encoder_attention=2, projector=0, cells=0, geometry=0, region_keys=0, region=0,
-    region_attention=0, llm=50, llm_attention=3, output=0, locations=0,
+    patch=0, encoder=100, encoder_attention=2, projector=0, cells=0, geometry=0, region_logits=0, region_values=0,
+    region=0, region_attention=0, llm=50, llm_attention=3, output=0, locations=0,
     parameters={"encoder": 100, "projector": 10, "llm": 60},
 )  # fmt: skip
 IMAGE = Picture(patches=10, tokens=10, asked=(Asked(tokens=5, answers=2),) * 6, crops=6, head=0)
