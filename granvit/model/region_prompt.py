@@ -51,18 +51,19 @@ class RegionPrompt(nn.Module):
         """Attention of the queries to the features under each box, [R, K, H, C / H]; boxes [R, 4] in patch units.
 
         Keys W_key x + b and values W_value x of T tokens are never made. The queries are the same everywhere, so
-        query . (W_key x + b) is (W_key^T query) . x and a constant, which softmax does not see. And W_value of a mean
-        is the mean of W_value x: it is applied to R means in place of T features.
+        query . (W_key x + b) is (W_key^T query) . x + query . b, one linear layer to K * H logits. And W_value of a
+        mean is the mean of W_value x: it is applied to R means in place of T features.
         """
         tokens, heads, size = self.queries.shape
+        values = features[:, None]  # first: so autograd adds what comes back of it to the logits' share in place
         key, value = (layer.weight.unflatten(0, (heads, size)) for layer in (self.key, self.value))
         dtype = torch.promote_types(features.dtype, torch.float32)  # half-precision logits cost accuracy
         with nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False):
-            queries = torch.einsum("khd,hdc->khc", self.queries.to(dtype) * size**-0.5, key.to(dtype))
-            logits = nn.functional.linear(features.to(dtype), queries.flatten(0, 1)).unflatten(1, (tokens, heads))
-        pooled, lse = region_pool(
-            logits, features[:, None], layout, boxes, image_index, coverage=True, return_lse=True
-        )
+            queries = self.queries.to(dtype) * size**-0.5
+            weight = torch.einsum("khd,hdc->khc", queries, key.to(dtype)).flatten(0, 1)
+            bias = (queries * self.key.bias.to(dtype).unflatten(0, (heads, size))).sum(-1).flatten()
+            logits = nn.functional.linear(features.to(dtype), weight, bias).unflatten(1, (tokens, heads))
+        pooled, lse = region_pool(logits, values, layout, boxes, image_index, coverage=True, return_lse=True)
         seen = torch.einsum("rkhc,hdc->rkhd", pooled, value)
         # Weights sum to 1, so each mean has the bias once; a box that meets no cell has no mean.
         bias = self.value.bias.unflatten(0, (heads, size)) * lse.isfinite()[..., None]
