@@ -11,6 +11,8 @@ from peers import Group, groups
 from torch import Tensor, nn
 from workloads import Regions, cell_shares
 
+from granvit_kernels import region_attention
+
 
 def region_attention_peers(
     regions: Regions, query: Tensor, key: Tensor, value: Tensor, coverage: bool = False
@@ -143,11 +145,16 @@ def flex_attention_peers(
     return {"FlexAttention": flex, "FlexAttention's block mask": lambda: lambda *_: block_mask() and None}
 
 
-def with_projections(
-    peers: dict[str, Callable], features: Tensor, query: Tensor, key: nn.Linear, value: nn.Linear
+def region_prompt_peers(
+    peers_of: Callable, regions: Regions, features: Tensor, query: Tensor, key: nn.Linear, value: nn.Linear
 ) -> dict[str, Callable]:
-    """A region prompt of each: keys and values of every token are made first. Of functions of nothing that give
-    [R, K, C]; features [T, C]."""
+    """Region prompts that make keys and values of every token, and attend by our own region_attention or by those of
+    peers_of, with coverage: of functions of nothing that give [R, K, C]. features [T, C], query [K, H, C / H]."""
+
+    def own() -> Callable:
+        return lambda *tensors: region_attention(
+            *tensors, regions.layout, regions.boxes, regions.image_index, coverage=True
+        )
 
     def prompt(make: Callable) -> Callable:
         attend = make()
@@ -159,4 +166,6 @@ def with_projections(
 
         return run
 
+    like = features.detach().unflatten(1, query.shape[1:])
+    peers = {"region_attention, keys and values": own, **peers_of(regions, query, like, like, coverage=True)}
     return {name: partial(prompt, make) for name, make in peers.items()}

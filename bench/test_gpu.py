@@ -15,7 +15,7 @@ from functools import partial
 import expected
 import pytest
 import torch
-from attention_peers import flex_attention_peers, region_attention_peers, with_projections
+from attention_peers import flex_attention_peers, region_attention_peers, region_prompt_peers
 from comparison import compare, near, near_pictures
 from gpu_clock import DEVICE, DRY, DeviceClock, bandwidth, replay
 from peers import HALF, pack_patches_peers, roi_align_loop_peers, roi_gather_peers
@@ -188,19 +188,15 @@ def test_flex_attention(measure, workload):
 
 def prompt(measure, peers_of: Callable) -> None:
     """The model's region prompt of workload A with so400m (one query, 16 heads of 72, coverage), from features to
-    projected vectors, forward and backward: beside attention of peers_of and the projections that it needs."""
+    projected vectors, forward and backward, beside keys and values of every token and attention of peers_of."""
     heads, size = (2, 18) if DRY else (16, 72)
     made, width = regions("A", DEVICE, **FEW), heads * size
     torch.manual_seed(8)
     module = RegionPrompt(width, heads, tokens=1, outputs=width).to(DEVICE, DTYPE)
-    nn.init.zeros_(module.geometry.weight)
     nn.init.normal_(module.value.bias)
-    module.projector = nn.Identity()  # what comes after is the same whoever pools
     features = randn(made.layout.num_tokens, width, dtype=DTYPE, device=DEVICE, seed=5).requires_grad_()
     leaves = features, module.queries, module.key.weight, module.value.weight, module.value.bias
     upstream = randn(len(made.boxes), 1, width, dtype=DTYPE, device=DEVICE, seed=7)
-    sides = torch.tensor(made.grids, device=DEVICE)[made.image_index].flip(1).repeat(1, 2)
-    relative = made.boxes / sides
 
     def both_ways(run: Callable) -> Callable:
         def forward_and_backward() -> tuple[Tensor, ...] | None:
@@ -212,11 +208,9 @@ def prompt(measure, peers_of: Callable) -> None:
         return forward_and_backward
 
     def ours() -> Tensor:
-        return module(features, made.layout, relative, made.image_index)
+        return module.attend(features, made.layout, made.boxes, made.image_index).flatten(2)
 
-    shape = made.layout.num_tokens, heads, size
-    like = module.queries, features.detach().view(shape), features.detach().view(shape)
-    peers = with_projections(peers_of(made, *like, coverage=True), features, module.queries, module.key, module.value)
+    peers = region_prompt_peers(peers_of, made, features, module.queries, module.key, module.value)
     nbytes = (3 * features.numel() + 4 * upstream.numel() + 4 * width**2) * features.itemsize
     exact = expected.region_prompt(made, features, module.queries, module.key, module.value, upstream)
     measure(

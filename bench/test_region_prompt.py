@@ -1,4 +1,5 @@
-"""The model's region prompt beside attention to keys and values of every token, forward and backward, on a CPU.
+"""The model's region prompt beside attention to keys and values of every token, by our own region_attention and by
+torch's, forward and backward, on a CPU.
 
 16 images of 32x32 tokens, 768 channels, 12 heads, 6 boxes an image, coverage; from features and queries to projected
 means, before the box's geometry and the projector. Both sides have the same parameters.
@@ -7,12 +8,12 @@ means, before the box's geometry and the projector. Both sides have the same par
 import expected
 import pytest
 import torch
+from attention_peers import region_attention_peers, region_prompt_peers
 from comparison import near
 from torch import nn
 from workloads import make_regions, randn
 
 from granvit.model.region_prompt import RegionPrompt
-from granvit_kernels import region_attention
 
 IMAGES, SIDE, HEADS, WIDTH, BOXES = 16, 32, 12, 768, 6
 
@@ -30,21 +31,17 @@ def test_region_prompt(compare, queries, aim):
 
     def both_ways(attend):
         def forward_and_backward():
-            output = attend().flatten(2)
+            output = attend()
             return output.detach(), *torch.autograd.grad(output, leaves, upstream)
 
         return forward_and_backward
 
-    def by_keys_and_values():
-        shape = len(features), HEADS, WIDTH // HEADS
-        keys, values = prompt.key(features).view(shape), prompt.value(features).view(shape)
-        return region_attention(prompt.queries, keys, values, *place, coverage=True)
-
-    peer = "keys and values, then region_attention"
+    peers = region_prompt_peers(region_attention_peers, made, features, prompt.queries, prompt.key, prompt.value)
     compare(
         "region_prompt", "forward+backward, float32",
         f"{IMAGES} images of {SIDE}x{SIDE} tokens, {HEADS}x{WIDTH // HEADS}, {BOXES} boxes, K = {queries}, coverage",
-        both_ways(lambda: prompt.attend(features, *place)), {peer: lambda: both_ways(by_keys_and_values)},
+        both_ways(lambda: prompt.attend(features, *place).flatten(2)),
+        {name: lambda make=make: both_ways(make()) for name, make in peers.items()},
         check=near(*expected.region_prompt(made, features, prompt.queries, prompt.key, prompt.value, upstream)),
-        aims={peer: ("ratio", aim)}, rounds=11,
+        aims={"region_attention, keys and values": ("ratio", aim)}, rounds=11,
     )  # fmt: skip
