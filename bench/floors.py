@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 import trips
-from parts import DTYPE, Part, launched, pack_copy, pack_kernels, pack_resample
+from parts import DTYPE, VALUES, Part, launched, pack_copy, pack_kernels, pack_resample, pack_weights
 from rows import commit_of_this_run, results_folder
 from workloads import BINS, DESCRIPTIONS, PATCH, picture_sizes, regions
 
@@ -85,7 +85,11 @@ def pack_rows(workload: str) -> list[dict[str, Any]]:
     rows = []
     for mode in ("as it is", "resized"):
         sizes, grids = picture_sizes(workload, mode == "resized")
-        parts = list(pack_resample(sizes, grids) if mode == "resized" else pack_copy(grids))
+        if mode == "resized":
+            counts = trips.resampled(sizes, grids, VALUES)
+            parts = [*pack_weights(counts), *pack_resample(counts)]
+        else:
+            parts = list(pack_copy(grids))
         pixels = sum(height * width for height, width in sizes)
         moved = 3 * pixels + 3 * PATCH**2 * ITEM * sum(height * width for height, width in grids)
         rows.append(row("pack_patches", mode, workload, f"patches of {PATCH}", parts, moved))

@@ -137,7 +137,7 @@ def _functions(cubin: bytes) -> dict[str, sass.Region]:
 
 @cache
 def pack_kernels() -> tuple[str, dict[str, sass.Region]]:
-    """nvcc's release, and {"copy", "resample": the code that workloads of PATCH pixels and order "hwc" run}."""
+    """nvcc's release, and {"copy", "weights", "resample": the code that bilinear calls without rounding run}."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("pack_patches is compiled by nvcc, and there is none on PATH")
@@ -147,19 +147,19 @@ def pack_kernels() -> tuple[str, dict[str, sass.Region]]:
         command = [nvcc, "-cubin", "-arch=sm_90a", "-std=c++17", "-O3", "-lineinfo", f"-I{trips.CSRC.parent}"]
         subprocess.run([*command, str(trips.CSRC / "pack_patches.cu"), "-o", str(cubin)], check=True)
         listing = sass.disassemble(cubin.read_bytes())
-    wanted = re.compile("(copy)_kernelI.*Bfloat16E|(resample)_kernelI.*Bfloat16ELi8E")
+    wanted = re.compile("(copy)_kernelI.*Bfloat16E|(weights)_kernel|(resample)_kernelI.*Bfloat16ELi2ELb0E")
     code = sass.functions(listing, wanted.search)
-    return release, {wanted.search(name)[1] or wanted.search(name)[2]: region for name, region in code.items()}
+    return release, {wanted.search(name)[wanted.search(name).lastindex]: region for name, region in code.items()}
 
 
-LOAD, STORE = r"LDG\.E\.128.*", r"STG\.E\.128"
+LOAD, STORE = r"LDGSTS\.E.*128.*", r"STG\.E\.128"
 
 
 def pack_copy(grids: list[tuple[int, int]]) -> Iterator[Part]:
     code, named = pack_kernels()[1]["copy"], trips.constants()
     counts, warps = trips.copied(grids, VALUES), named["COPY_THREADS"] // trips.WARP
-    setup = code.loop("STS.*", "shared.tile = copy_tile(")
-    rows, slots = code.loop(LOAD, "load_image(reinterpret_cast"), code.loop(STORE, "each(tile.slots.divisor")
+    setup = code.loop("STS.*", "shared.tile = copy_tile<T>(")
+    rows, slots = code.loop(LOAD, "load_shared(to, reinterpret_cast"), code.loop(STORE, "each(tile.slots.divisor")
     values = code.loop(r"STS\.64", "copy_values<4, PLANES>(job", "copy_values<false>(job")
     (search,) = setup.loops
     yield part("copy", "once a tile", code.through(setup, rows, values, slots), counts["blocks"] * warps)
@@ -171,20 +171,54 @@ def pack_copy(grids: list[tuple[int, int]]) -> Iterator[Part]:
     yield part("copy", "16 bytes out", slots.doing(1, STORE), counts["slots"])
 
 
-def pack_resample(sizes: list[tuple[int, int]], grids: list[tuple[int, int]]) -> Iterator[Part]:
-    code, named = pack_kernels()[1]["resample"], trips.constants()
-    counts, warps = trips.resampled(sizes, grids, VALUES), named["THREADS"] // trips.WARP
-    search, weights = code.loop("LDC.*", "job.first_block[middle]"), code.loop("STS", "shared.share[slot] = 1 / sum")
-    blend, columns = code.loop("STS", "shared.blended[r * 3"), code.loop("STS", "value[c] = (chunk == begin")
-    store = code.loop("LDS.*", "shared.values[r * 3 * TILE_COLUMNS", "fetch(r, v, pixels)")
-    (chunk,) = [loop for loop in code.loops if blend in loop.loops]
-    yield part("resample", "once a tile", code.through(search, weights, chunk, store), counts["blocks"] * warps)
-    yield part("resample", "search for its crop", search.through(), counts["searched"] * warps)
-    yield part("resample", "a chunk of pixels", chunk.through(blend, columns), counts["chunks"] * warps)
-    for taps, count in sorted(counts["weights"].items()):
-        yield part("resample", f"weights of {taps} taps", weights.doing(taps, "FFMA", "sum += triangle("), count)
-    for taps, count in sorted(counts["blend"].items()):
-        yield part("resample", f"4 bytes of {taps} rows", blend.doing(taps, r"LDG\.E"), count)
-    for taps, count in sorted(counts["columns"].items()):
-        yield part("resample", f"a pixel of {taps} columns", columns.doing(3 * taps, "FFMA", "sum[c] += weight"), count)
-    yield part("resample", f"{VALUES} values out", store.doing(1, STORE), counts["store"])
+def pack_weights(counts: dict[str, Any]) -> Iterator[Part]:
+    code, weights = pack_kernels()[1]["weights"], counts["weights"]
+    summed, made = ("DMUL", "sum += unscaled(t)"), (r"F2I\.F64.*", "fixed_weight(unscaled(")
+    row, column = "make_row_weights(rows", "make_column_weights(columns"
+    column_sum, column_groups = code.loop(*summed, column), code.loop(*made, column)
+    later_sum, later_store = code.loop(*summed, "Blend later", row), code.loop(*made, "later.weight(source)", row)
+    (outer,), (later,) = code.loops, [loop for loop in code if later_sum in loop.loops]
+    (row_sum,) = [loop for loop in outer.loops if loop.holds(*summed, row)]
+    for (axis, taps), count in sorted(weights.items()):
+        if axis == "column":
+            way = outer.through(column_sum, column_groups) + taps * column_sum.doing(1, *summed)
+            for four in range(0, taps, 4):
+                way += column_groups.doing(min(taps - four, 4), *made)
+        else:  # that shrinks: each source row has two weights
+            both = later.through(later_sum, later_store) + taps * later_sum.doing(1, *summed)
+            both += taps // 2 * later_store.doing(1, *made)
+            way = outer.through(row_sum, later) + taps * row_sum.doing(1, *summed) + 2 * both
+        yield part("weights", f"an output {axis} of {taps} taps", way, count)
+
+
+def pack_resample(counts: dict[str, Any]) -> Iterator[Part]:
+    """counts: trips.resampled's."""
+    code, warps = pack_kernels()[1]["resample"], trips.constants()["TILE_COLUMNS"] // trips.WARP
+    search = code.loop("LDC.*", "job.crop[middle]")
+    (setup,) = [loop for loop in code.loops if search in loop.loops]
+    loads, runs = code.loop(LOAD, "load_shared(to, reinterpret_cast"), code.loop(r"STS\.64", "shared.to[run] = run_to(")
+    slots = code.loop(STORE, "store_slot(shared.values + run")
+    walk = {
+        "shrink": code.loop("FFMA", "sum[k][c] += weights.at[k] * pixel[c]"),
+        "grow": code.loop("I2F.*", "walk.blend(strip", "walk_rows(By<Way::grows>"),
+    }
+    done = {
+        "shrunk": code.loop("STS.U16", "shared.values[walk.to", "walk_rows(By<Way::shrinks>"),
+        "grown": code.loop("STS.U16", "shared.values[walk.to", "walk_rows(By<Way::grows>"),
+    }
+    (chunk,) = [loop for loop in code if loads in loop.loops]
+    (band,) = [loop for loop in code if chunk in loop.loops]
+    yield part("resample", "once a strip", code.through(setup, band), counts["strips"] * warps)
+    yield part("resample", "its place, one warp", setup.through(search), counts["strips"])
+    yield part("resample", "search for its crop", search.through(), counts["searched"])
+    yield part("resample", "once a band", band.through(chunk, runs, slots), counts["bands"] * warps)
+    yield part("resample", "some source rows", chunk.through(loads), counts["chunks"] * warps)
+    yield part("resample", "16 bytes in", loads.doing(1, LOAD), counts["loads"])
+    read = r"SHF\.R\.W.*", "funnel(from[k], from[k + 1]"
+    for (way, groups), count in sorted(counts["walked"].items()):
+        code_of_row = walk[way].doing(3 * groups, *read)
+        yield part("resample", f"a source row to {way}, {4 * groups} pixels", code_of_row, count)
+    for way, loop in done.items():
+        yield part("resample", f"an output row {way}", loop.doing(3, "STS.U16"), counts.get(way, 0))
+    yield part("resample", "places of runs", runs.through(), counts["runs"])
+    yield part("resample", f"{VALUES} values out", slots.doing(1, STORE), counts["slots"])

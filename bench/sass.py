@@ -93,10 +93,14 @@ class Region:
             raise ValueError(f"the code's loops are not {depth}, one inside the other: they are not what is counted")
         return loops
 
+    def holds(self, opcode: str, *texts: str) -> bool:
+        """Whether an instruction of its own is_a(opcode, *texts)."""
+        return any(it.is_a(opcode, *texts) for it in self.instructions)
+
     def loop(self, opcode: str, *texts: str) -> Region:
         """The only loop with an instruction of its own that is_a(opcode, *texts). Raises ValueError where there are
         none or several."""
-        loops = [loop for loop in self if loop is not self and any(it.is_a(opcode, *texts) for it in loop.instructions)]
+        loops = [loop for loop in self if loop is not self and loop.holds(opcode, *texts)]
         if len(loops) != 1:
             raise ValueError(f"{len(loops)} loops have {opcode} from lines with {', '.join(texts)}, not one")
         return loops[0]

@@ -148,7 +148,7 @@ def attention_tokens(regions: Regions, tile: int, queries: int, block: int) -> d
 def constants() -> dict[str, int]:
     """The numbers that csrc/cuda names: COPY_PIXELS, TILE_ROWS and so on; MOST (crops of a launch) as of CUDA 12.1."""
     text = "".join(path.read_text() for path in sorted(CSRC.glob("pack_patches.cu")) + sorted(CSRC.glob("*.h")))
-    lines = re.findall(r"^constexpr int ([^;]+);", text, re.MULTILINE)
+    lines = re.findall(r"^constexpr int(?:64_t)? ([^;]+);", text, re.MULTILINE)
     return {name: int(value) for line in reversed(lines) for name, value in re.findall(r"(\w+) = (\d+)", line)}
 
 
@@ -181,39 +181,51 @@ def copied(grids: list[tuple[int, int]], values: int) -> dict[str, int]:
 
 
 def resampled(sizes: list[tuple[int, int]], grids: list[tuple[int, int]], values: int) -> dict[str, Any]:
-    """Blocks of threads, steps of their searches, chunks of source pixels, and trips through the loops: those whose
-    length is the taps' as {taps: trips}. values: of 16 bytes.
+    """Strips, bands and chunks of source rows that blocks make, steps of their searches, and trips through the loops:
+    16 bytes in, source rows ("walked", by whether the crop shrinks or grows downwards and by groups of four pixels),
+    output rows ("shrunk", "grown"), runs' places, values out; and of the weights' kernel {(axis, taps): outputs}.
 
-    sizes: of the images in pixels; all are resampled, and start at a multiple of 4 bytes. The arithmetic is
-    csrc/common/resample.h's.
+    sizes: of the images in pixels; all are resampled, bilinear. values: of 16 bytes. The arithmetic is
+    csrc/common/resample.h's and csrc/cuda/pack_strip.h's.
     """
     named = constants()
-    rows, columns, chunk = named["TILE_ROWS"], named["TILE_COLUMNS"], named["CHUNK"]
-    counts, weights, blend, across = Counter(), Counter(), Counter(), Counter()
-    tiles = []
-    for (source_height, source_width), (height, width) in zip(sizes, grids, strict=True):
+    across, lines = named["TILE_COLUMNS"] // PATCH, named["TILE_ROWS"] // PATCH
+    columns = across * PATCH
+    shapes = list(zip(sizes, grids, strict=True))
+    bands = sum(blocks(h, lines) * blocks(w, across) for _, (h, w) in shapes)
+    bands_a_strip = min(max(bands // named["ENOUGH_BLOCKS"], 1), named["MOST_BANDS"])
+    counts = Counter(bands=bands, runs=bands * blocks(lines * across, WARP))
+    strips, weights, walked = [], Counter(), Counter()
+    for (source_height, source_width), (height, width) in shapes:
         out_height, out_width = height * PATCH, width * PATCH
-        row_taps, column_taps = _taps(source_height, out_height), _taps(source_width, out_width)
-        tall = [min(rows, out_height - top) for top in range(0, out_height, rows)]
-        lefts = range(0, out_width, columns)
-        tiles.append(len(tall) * len(lefts))
-        for left in lefts:
+        rows, grows = bands_a_strip * lines * PATCH, out_height > source_height
+        groups = blocks(_taps(source_width, out_width), 4)
+        tops = range(0, out_height, rows)
+        strips.append(len(tops) * blocks(width, across))
+        for axis, source, outputs in (("row", source_height, out_height), ("column", source_width, out_width)):
+            weights[axis, _taps(source, outputs)] += blocks(outputs, WARP)
+        for left in range(0, out_width, columns):
             wide = min(columns, out_width - left)
             begin = _first_tap(source_width, out_width, left)
-            end = _first_tap(source_width, out_width, left + wide - 1) + column_taps
-            starts = range(begin, end, chunk)
-            counts["chunks"] += len(tall) * len(starts)
-            for start in starts:
-                lead = 3 * start % 4 if 3 * source_width % 4 == 0 else 0
-                units = blocks(lead + 3 * min(chunk, end - start), 4)
-                blend[row_taps] += sum(blocks(high * units, WARP) for high in tall)
-            pixels = sum(blocks(high * wide, WARP) for high in tall)
-            across[column_taps] += pixels  # a column's taps lie in one chunk, nearly always
-            across[0] += pixels * (len(starts) - 1)
-            weights[column_taps] += sum(blocks(high + wide, WARP) for high in tall)
-            counts["store"] += sum(blocks(high * 3 * wide // values, WARP) for high in tall)
-    counts["blocks"], counts["searched"] = sum(tiles), searched(tiles)
-    return {**counts, "weights": weights, "blend": blend, "columns": across}
+            read = 3 * (_first_tap(source_width, out_width, left + wide - 1) + _taps(source_width, out_width) - begin)
+            pitch = (15 + read + 4 + 15) // 16 * 16
+            warps = blocks(wide, WARP)
+            for top in tops:
+                done = _first_tap(source_height, out_height, top)
+                for band in range(top, min(top + rows, out_height), lines * PATCH):
+                    high = min(lines * PATCH, out_height - band)
+                    last = _last_tap(source_height, out_height, band + high - 1)
+                    while done <= last:
+                        taken = min(last + 1 - done, named["RAW_BYTES"] // pitch)
+                        counts["chunks"] += 1
+                        counts["loads"] += blocks(taken * (pitch // 16), WARP)
+                        walked["grow" if grows else "shrink", groups] += taken * warps
+                        done += taken
+                    counts["grown" if grows else "shrunk"] += high * warps
+                    slots = (3 * PATCH**2 + 2 * values - 2) // values
+                    counts["slots"] += blocks(high // PATCH * (wide // PATCH) * slots, WARP)
+    counts["strips"], counts["searched"] = sum(strips), searched(strips)
+    return {**counts, "weights": weights, "walked": walked}
 
 
 def _taps(source: int, outputs: int) -> int:
@@ -224,3 +236,8 @@ def _first_tap(source: int, outputs: int, i: int) -> int:
     step = source / outputs
     first = math.floor((i + 0.5) * step - max(step, 1.0) - 0.5) + 1
     return min(max(first, 0), source - _taps(source, outputs))
+
+
+def _last_tap(source: int, outputs: int, i: int) -> int:
+    step = source / outputs
+    return min(math.ceil((i + 0.5) * step + max(step, 1.0) - 0.5) - 1, source - 1)

@@ -41,11 +41,14 @@ void bind_pack_patches(py::module_& m) {
     };
     py::class_<PackPatches>(m, "PackPatches", py::module_local()).def(py::init(job));
     m.def("pack_patches", [](const PackPatches& all, int threads) { granvit::pack_patches(all, threads); }, Release());
-    // As PackPatches, and where the layout goes: its grids and cu_seqlens.
+    // As PackPatches, and where the layout goes: its grids and cu_seqlens. A workspace of so many bytes has to be lent.
     const auto cuda = [](const PackPatches& all, Address layout_grids, Address cu_seqlens) {
-        return PackPatchesCuda{all, at<int32_t>(layout_grids), at<int32_t>(cu_seqlens)};
+        return PackPatchesCuda{all, at<int32_t>(layout_grids), at<int32_t>(cu_seqlens), nullptr};
     };
-    py::class_<PackPatchesCuda>(m, "PackPatchesCuda", py::module_local()).def(py::init(cuda));
+    py::class_<PackPatchesCuda>(m, "PackPatchesCuda", py::module_local())
+        .def(py::init(cuda))
+        .def_property_readonly("workspace_bytes", &PackPatchesCuda::workspace_bytes)
+        .def("lend", [](PackPatchesCuda& all, Address workspace) { all.workspace = at<int32_t>(workspace); });
     m.def("pack_patches_emulated", [](const PackPatchesCuda& all, bool backwards) {
         granvit::pack_patches_emulated(all, backwards);
     }, Release());

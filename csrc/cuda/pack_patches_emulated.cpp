@@ -1,3 +1,4 @@
+#include <array>
 #include <cstring>
 #include <memory>
 
@@ -13,6 +14,15 @@ struct HostEach {
     void operator()(int count, const Body& body) const {
         for (int i = 0; i < count; ++i) body(backwards ? count - 1 - i : i);
     }
+    template <typename Body>
+    void loading(int count, const Body& body) const {
+        (*this)(count, body);
+    }
+    template <typename State>
+    struct Kept {
+        std::array<State, TILE_COLUMNS> states;
+        State& operator()(int i) { return states[i]; }
+    };
 };
 
 // Shared memory that a block has to write before it reads: 0xff is NaN.
@@ -26,15 +36,22 @@ Shared& poisoned(Shared& shared) {
 
 void pack_patches_emulated(const PackPatchesCuda& all, bool backwards) {
     const HostEach each{backwards};
-    by_type(all, [&](auto type, auto vector) {
+    constexpr int N = 3;  // crops of a launch
+    for_each_weights_launch<N>(all, [&](const auto& job, int64_t blocks) {
+        for (int block = 0; block < blocks; ++block) weights_block(job, block, each);
+    });
+    by_type(all.dtype, [&](auto type) {
         using T = decltype(type);
         const auto copying = std::make_unique<CopyShared<T>>();
-        const auto resampling = std::make_unique<PackShared>();
-        for_each_launch<3>(all, [&](const PackJob<3>& job, int64_t blocks, bool copy) {
-            for (int block = 0; block < blocks; ++block) {
-                if (copy) copy_block<T>(job, block, poisoned(*copying), each);
-                else resample_block<T, decltype(vector)::value>(job, block, poisoned(*resampling), each);
-            }
+        for_each_copy_launch<N>(all, [&](const auto& job, int64_t blocks) {
+            for (int block = 0; block < blocks; ++block) copy_block<T>(job, block, poisoned(*copying), each);
+        });
+        const auto resampling = std::make_unique<ResampleShared<T>>();
+        by_filter(all, [&](auto taps, auto rounded) {
+            for_each_resample_launch<N>(all, [&](const auto& job, int64_t blocks) {
+                for (int block = 0; block < blocks; ++block)
+                    resample_block<T, taps.value, rounded.value>(job, block, poisoned(*resampling), each);
+            });
         });
     });
 }

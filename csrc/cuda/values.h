@@ -1,8 +1,16 @@
 // The types that the CUDA kernels store, and how they move.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "common/convert.h"
+
+// Before a loop that is run seldom: its steps side by side would cost registers that others need.
+#if defined(__CUDACC__)
+#define GRANVIT_NOT_UNROLLED _Pragma("unroll 1")
+#else
+#define GRANVIT_NOT_UNROLLED
+#endif
 
 namespace granvit {
 
@@ -73,14 +81,81 @@ GRANVIT_HOST_DEVICE inline void store_shared(T* to, const Vector<T, COUNT>& valu
 #endif
 }
 
-// A chunk of an image. Its address comes through shared memory, so the compiler can't see that it is global.
-GRANVIT_HOST_DEVICE inline Chunk load_image(const void* from) {
+// 16 bytes of an image into shared memory, both at multiples of 16 bytes. The thread goes on before they have arrived:
+// `each.loading` waits for them.
+GRANVIT_HOST_DEVICE inline void load_shared(void* to, const void* from) {
 #if defined(__CUDA_ARCH__)
-    const uint4 four = __ldg(static_cast<const uint4*>(from));
-    return {{four.x, four.y, four.z, four.w}};
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :: "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)) : "memory");
 #else
-    return *static_cast<const Chunk*>(from);
+    *static_cast<Chunk*>(to) = *static_cast<const Chunk*>(from);
 #endif
+}
+
+// Elements that nothing writes while the kernel runs, as one access.
+template <typename T, int COUNT>
+GRANVIT_HOST_DEVICE inline Vector<T, COUNT> load_global(const Vector<T, COUNT>* from) {
+#if defined(__CUDA_ARCH__)
+    static_assert(sizeof(*from) == 8 || sizeof(*from) == 16, "one access");
+    using Words = std::conditional_t<sizeof(*from) == 8, uint2, uint4>;
+    const Words words = __ldg(reinterpret_cast<const Words*>(from));
+    Vector<T, COUNT> elements;
+    memcpy(&elements, &words, sizeof(elements));
+    return elements;
+#else
+    return *from;
+#endif
+}
+GRANVIT_HOST_DEVICE inline int32_t load_global(const int32_t* from) {
+#if defined(__CUDA_ARCH__)
+    return __ldg(from);
+#else
+    return *from;
+#endif
+}
+
+// ---- arithmetic on the four bytes of a word ----
+
+// The bytes of (low, high), numbered 0 to 7, that the four hexadecimal digits of `which` name, the lowest first.
+GRANVIT_HOST_DEVICE inline uint32_t permute(uint32_t low, uint32_t high, uint32_t which) {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(low, high, which);
+#else
+    const uint64_t both = uint64_t(high) << 32 | low;
+    uint32_t out = 0;
+    for (int k = 0; k < 4; ++k) out |= uint32_t(both >> 8 * (which >> 4 * k & 7) & 255) << 8 * k;
+    return out;
+#endif
+}
+
+// The word that starts `bits` % 32 bits into (low, high).
+GRANVIT_HOST_DEVICE inline uint32_t funnel(uint32_t low, uint32_t high, uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    return __funnelshift_r(low, high, bits);
+#else
+    return uint32_t((uint64_t(high) << 32 | low) >> (bits & 31));
+#endif
+}
+
+// sum + the products of two halves of 16 bits and two bytes: the lower two of `bytes`, or the upper two.
+template <bool UPPER>
+GRANVIT_HOST_DEVICE inline uint32_t dot_halves(uint32_t halves, uint32_t bytes, uint32_t sum) {
+#if defined(__CUDA_ARCH__)
+    return UPPER ? __dp2a_hi(halves, bytes, sum) : __dp2a_lo(halves, bytes, sum);
+#else
+    bytes >>= UPPER ? 16 : 0;
+    return sum + (halves & 0xffff) * (bytes & 255) + (halves >> 16) * (bytes >> 8 & 255);
+#endif
+}
+
+// sum + the products of four signed bytes and four unsigned ones.
+GRANVIT_HOST_DEVICE inline uint32_t dot_bytes(uint32_t signed_bytes, uint32_t bytes, uint32_t sum) {
+#if defined(__CUDA_ARCH__)
+    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(signed_bytes));
+#else
+    for (int k = 0; k < 4; ++k) sum += uint32_t(int8_t(signed_bytes >> 8 * k & 255) * int32_t(bytes >> 8 * k & 255));
+#endif
+    return sum;
 }
 
 }  // namespace granvit

@@ -210,13 +210,29 @@ def test_trips_of_pack_patches():
     assert 64 * 768 <= counts["slots"] * trips.WARP * parts.VALUES < 64 * 768 * 1.1
     partial = trips.copied([(3, 3)], parts.VALUES)  # tiles that are not full
     assert partial["blocks"] == 3 and partial["searched"] == 0 and partial["values"] * trips.WARP * 12 == 9 * 768
-    resampled = trips.resampled([(614, 614)] * 3, [(32, 32)] * 3, parts.VALUES)
-    assert resampled["blocks"] == resampled["chunks"] == 3 * (512 // 16) * (512 // 64)
-    assert resampled["columns"] == {3: 3 * 512 * 512 // trips.WARP, 0: 0}
-    assert resampled["store"] * trips.WARP * parts.VALUES == 3 * 512 * 512 * 3
-    # 64 columns need 155 source pixels, and a chunk has 128.
-    wide = trips.resampled([(512, 1228)], [(32, 32)], parts.VALUES)
-    assert wide["chunks"] == 2 * wide["blocks"] and list(wide["blend"]) == [2]
+
+
+def test_trips_of_resampling():
+    """Three pictures of 614 x 614 to 512 x 512: a block makes a band, of 4 patches, and reads some 20 rows for it."""
+    counts = trips.resampled([(614, 614)] * 3, [(32, 32)] * 3, parts.VALUES)
+    assert counts["strips"] == counts["bands"] == counts["chunks"] == 3 * 32 * 8
+    assert counts["shrunk"] * trips.WARP == 3 * 512 * 512 and "grown" not in counts
+    ((way, groups), rows), = counts["walked"].items()  # fmt: skip
+    assert (way, groups) == ("shrink", 1)
+    source, warps = 614 / 512 * 16, 3 * 32 * 8 * 2
+    assert warps * source < rows <= warps * (source + 4)
+    assert counts["loads"] * trips.WARP * 16 > 3 * 614 * 614 * 3
+    assert 3 * 32 * 32 * 768 <= counts["slots"] * trips.WARP * parts.VALUES < 3 * 32 * 32 * 768 * 1.1
+    assert counts["weights"] == {("row", 3): 3 * 16, ("column", 3): 3 * 16}
+    # 1228 columns of 5 taps take two groups of pixels each; a window of 64 columns is wider than 16 rows fit in.
+    wide = trips.resampled([(512, 5000)], [(32, 32)], parts.VALUES)
+    assert wide["chunks"] > 2 * wide["bands"] and [groups for _, groups in wide["walked"]] == [5]
+    grown = trips.resampled([(100, 100)], [(32, 32)], parts.VALUES)
+    assert grown["grown"] * trips.WARP == 512 * 512 and list(grown["walked"]) == [("grow", 1)]
+    # Many pictures: a block makes several bands, and reads the rows between them once.
+    many = trips.resampled([(614, 614)] * 256, [(32, 32)] * 256, parts.VALUES)
+    assert many["bands"] == 256 * 32 * 8 == 8 * many["strips"]
+    assert sum(many["walked"].values()) < 256 / 3 * rows
 
 
 # ---- the record ----

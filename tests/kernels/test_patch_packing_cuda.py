@@ -103,25 +103,35 @@ def test_copies_any_crops(data):
     check(images, p, crops, grids, dtype, order, data.draw(st.integers(0, 8)))
 
 
+RESAMPLES = {
+    "bilinear": {},
+    "bicubic": {"resample": "bicubic"},
+    "rounded": {"resample": "bicubic", "round": "pil"},
+    "rounded, columns first": {"round": "pil13"},
+}
+
+
 @needs_native
-@pytest.mark.parametrize("kernel", ["copies", "resamples"])
-@pytest.mark.parametrize("order", ["hwc", "chw"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ["copies", *RESAMPLES])
+@pytest.mark.parametrize(("dtype", "order"), list(zip(DTYPES, ["hwc", "chw", "chw"], strict=True)), ids=str)
 def test_touches_nothing_but_images_and_outputs(dtype, order, kernel):
-    """Each lies right before or after a page that ends the process, and is written wholly."""
+    """Each lies right before or after a page that ends the process, and is written wholly; the workspace too."""
 
     def pack(p, at_end):
         images = [guarded((2 * p + 1, 3 * p + 2, 3), torch.uint8, at_end), guarded((p, p, 3), torch.uint8, at_end)]
         crops = [(0, 0, 0, 3 * p, 2 * p), (0, 2, 1, 3 * p + 2, 2 * p + 1), (1, 0, 0, p, p)]
         grids = [(2, 3), (2, 3), (1, 1)]
-        if kernel == "resamples":
-            crops.append((0, 0.5, 0, 3 * p + 2, 2 * p + 1))
-            grids[1:] = [(3, 2), (2, 1), (1, 2)]
-        job = check_packing(images, p, MEAN, STD, crops, grids, dtype, order)
+        if kernel != "copies":
+            crops += [(0, 0.5, 0, 3 * p + 2, 2 * p + 1), (2, 0, 0, p, 4 * p + 3), (3, 0, 0, 9001, 2)]
+            images += [guarded((4 * p + 3, p, 3), torch.uint8, at_end), guarded((2, 9001, 3), torch.uint8, at_end)]
+            grids[1:] = [(3, 2), (2, 1), (1, 2), (1, 1), (1, 1)]
+        job = check_packing(images, p, MEAN, STD, crops, grids, dtype, order, **RESAMPLES.get(kernel, {}))
         patches = guarded(job.shape, dtype, at_end)
         layout = SimpleNamespace(grids=guarded((len(grids), 2), torch.int32, at_end))
         layout.cu_seqlens = guarded((len(grids) + 1,), torch.int32, at_end)
-        task, (rows, _) = cuda.problem(job, patches, layout)
+        task, (rows, *_) = cuda.problem(job, patches, layout)
+        workspace = guarded((task.workspace_bytes,), torch.uint8, at_end)
+        task.lend(workspace.data_ptr())
         assert all(a.data_ptr() == b.data_ptr() for a, b in zip(rows, images, strict=True))
         native.library().pack_patches_emulated(task, False)
         assert not patches.isnan().any() and layout.grids.tolist() == list(map(list, grids))
@@ -208,9 +218,8 @@ def test_builds_with_an_older_nvcc_what_it_knows(release, codes, tmp_path):
     assert found == codes and ("the CUDA kernels are left out" in told) == (not codes)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+@pytest.mark.parametrize("arch", ["90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "100"))])
 def test_compiles_without_spills(arch, tmp_path):
     """Also: registers and shared memory leave an SM the threads that the kernels' launch bounds promise."""
     result = subprocess.run(
@@ -220,11 +229,13 @@ def test_compiles_without_spills(arch, tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    pattern = r"Compiling entry function '\w*?(copy|resample)_kernel.*?(\d+) bytes stack frame, "
-    pattern += r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers.*?(\d+) bytes smem"
-    kernels = re.findall(pattern, result.stderr, re.DOTALL)
-    assert sorted(name for name, *_ in kernels) == ["copy"] * 3 + ["resample"] * 9
-    for name, *numbers in kernels:
-        frame, stored, loaded, registers, shared = map(int, numbers)
-        assert (frame, stored, loaded) == (0, 0, 0)
-        assert registers <= {"copy": 51, "resample": 85}[name] and shared <= 38 * 1024
+    pattern = r"Compiling entry function '\w*?(copy|weights|resample)_kernel.*?(\d+) bytes stack frame, "
+    pattern += r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers[^\n]*"
+    kernels = list(re.finditer(pattern, result.stderr, re.DOTALL))
+    assert sorted(kernel[1] for kernel in kernels) == ["copy"] * 3 + ["resample"] * 12 + ["weights"]
+    for kernel in kernels:
+        frame, stored, loaded, registers = map(int, kernel.groups()[1:])
+        assert (frame, stored, loaded) == (0, 0, 0), kernel[0]
+        assert registers <= {"copy": 51, "resample": 96, "weights": 80}[kernel[1]], kernel[0]
+        shared = re.search(r"(\d+) bytes smem", kernel[0])
+        assert int(shared[1] if shared else 0) <= 38 * 1024

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulated_packing import Emulated
 from PIL import Image
 
 from granvit_kernels import backends, native
+from granvit_kernels.ops.patch_packing import CANDIDATES
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))  # bench/*.py import one another
@@ -27,8 +29,10 @@ def pictures():
     return [Image.open(files[name]).convert("RGB").resize(size) for name, size in SIZES.items()]
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=needs_native), "reference"])
+@pytest.fixture(params=[*(pytest.param(name, marks=needs_native) for name in ("cpu", "cuda")), "reference"])
 def backend(request, monkeypatch):
+    """Each backend; the CUDA kernel emulated."""
+    monkeypatch.setitem(CANDIDATES["pack_patches"], "cuda", Emulated())
     monkeypatch.setenv(backends.VARIABLE, f"pack_patches={request.param}")
     return request.param
 

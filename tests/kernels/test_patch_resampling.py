@@ -7,13 +7,14 @@ import PIL
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated_packing import Emulated
 from guard_pages import exit_code, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from granvit_kernels import backends, native, pack_patches, unpack_patches
-from granvit_kernels.ops.patch_packing import cpu
+from granvit_kernels.ops.patch_packing import CANDIDATES, cpu
 from granvit_kernels.ops.patch_packing.arguments import check_packing
 
 PILLOW = int(PIL.__version__.split(".")[0])
@@ -25,9 +26,18 @@ ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=needs_native), "reference"])
+BACKENDS = [*(pytest.param(name, marks=needs_native) for name in ("cpu", "cuda")), "reference"]
+"""The CUDA kernel emulated."""
+
+
+def force(name, monkeypatch):
+    monkeypatch.setitem(CANDIDATES["pack_patches"], "cuda", Emulated())
+    monkeypatch.setenv(backends.VARIABLE, f"pack_patches={name}")
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    monkeypatch.setenv(backends.VARIABLE, f"pack_patches={request.param}")
+    force(request.param, monkeypatch)
     return request.param
 
 
@@ -83,11 +93,11 @@ def resizes(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(case=resizes(), order=st.sampled_from(["hwc", "chw"]), round=st.sampled_from(ROUNDS))
-@pytest.mark.parametrize("name", [pytest.param("cpu", marks=needs_native), "reference"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_rounded_pixels_are_pillows_bit_for_bit(name, case, order, round):
     image, p, merge, box, grid, resample = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(backends.VARIABLE, f"pack_patches={name}")
+        force(name, patch)
         options = dict(order=order, merge=merge, resample=resample, round=round)
         pixels = pixels_of(image, p, crops=[(0, *box)], grids=[grid], **options)
     assert (pixels.round() - pixels).abs().max() < 1e-4
@@ -219,3 +229,16 @@ def test_the_cpu_kernel_reads_nothing_but_images(at_end):
                 cpu.forward(job)
 
     assert exit_code(pack_all) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("round", [None, "pil", "pil13"])
+@pytest.mark.parametrize("resample", RESAMPLES)
+def test_resamples_on_a_gpu(resample, round):
+    problem = rounded_problem() | dict(resample=resample, round=round, dtype=torch.float32)
+    expected = pack_patches(**problem)[0]
+    patches = pack_patches(**problem | {"images": [image.cuda() for image in problem["images"]]})[0].cpu()
+    if round is None:
+        assert (patches - expected).abs().max() * 255 < 0.01
+    else:
+        assert (patches - expected).abs().max() < 1e-6  # of float32's rounding: pixels are equal

@@ -1,6 +1,7 @@
-"""pack_patches by the CUDA kernel (csrc/cuda/pack_patches.cu): one launch for some 500 crops, nothing copied before.
+"""pack_patches by CUDA kernels (csrc/cuda/pack_patches.cu): one copies the crops that keep their size; for the others
+one makes the weights and another one the patches. A launch takes some 500 crops, and nothing is copied before.
 
-Crops, grids and addresses travel in the launch's parameters, and the kernel writes the layout too: so no call waits
+Crops, grids and addresses travel in the launch's parameters, and the kernels write the layout too: so no call waits
 for the device, and a CUDA graph can capture it (with its images, crops and grids; replays read the pixels anew).
 """
 
@@ -57,7 +58,8 @@ def empty(job: Packing) -> tuple[Tensor, PackedLayout]:
 
 def problem(job: Packing, patches: Tensor, layout: PackedLayout) -> tuple:
     """(csrc/bindings.cpp's PackPatchesCuda, what has to live until the kernel was launched)."""
-    if (job.resample, job.round, job.merge) != ("bilinear", None, 1) or job.frames[:, 2:].any():
-        raise NotImplementedError("the CUDA kernel packs bilinear, unrounded, unmerged patches of whole crops only")
     problem, keep = job.native(patches)
-    return native.library().PackPatchesCuda(problem, layout.grids.data_ptr(), layout.cu_seqlens.data_ptr()), keep
+    task = native.library().PackPatchesCuda(problem, layout.grids.data_ptr(), layout.cu_seqlens.data_ptr())
+    workspace = torch.empty(task.workspace_bytes, dtype=torch.uint8, device=patches.device)
+    task.lend(workspace.data_ptr())
+    return task, (*keep, workspace)
