@@ -57,9 +57,15 @@ def pack(device: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
     images = [torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).to(device) for size in sizes]
     half = (0.5, 0.5, 0.5)
     resized = [(max(h * 2 // 3, 1), max(w - 1, 1)) for h, w in GRIDS]
+
+    def patches(**options) -> list[Tensor]:
+        return [pack_patches(images, 16, half, half, dtype=dtype, **options)[0]]
+
     return {
-        "as it is": [pack_patches(images, 16, half, half, dtype=dtype)[0]],
-        "resized": [pack_patches(images, 16, half, half, grids=resized, dtype=dtype)[0]],
+        "as it is": patches(),
+        "resized": patches(grids=resized),
+        "bicubic": patches(grids=resized, resample="bicubic"),
+        "bicubic, rounded": patches(grids=resized, resample="bicubic", round="pil"),
     }
 
 

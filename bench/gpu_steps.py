@@ -104,6 +104,7 @@ def training(output: str, results: Path, commit: str) -> list[str]:
 TESTS = (
     "tests/kernels/test_layout.py", "tests/train/test_meta.py", "tests/kernels/test_gpu.py",
     "tests/kernels/test_patch_packing.py", "tests/kernels/test_patch_packing_cuda.py",
+    "tests/kernels/test_patch_resampling.py",
     "tests/model/test_question_attention.py", "tests/model/test_vision.py",
 )  # fmt: skip
 """The files that have tests marked "gpu"."""
@@ -132,8 +133,12 @@ STEPS = (
         partial(operators, chosen=lambda row: row["workload"].startswith("A,") and "Flex" in row["provider"]),
     ),
     Step(
-        "workloads-BCD", (*BENCH, "not workload_A and not flex and not compiled"), 70, 130,
+        "workloads-BCD", (*BENCH, "not workload_A and not flex and not compiled and not processors"), 70, 130,
         partial(operators, chosen=lambda row: row["workload"][0] in "BCD" and not compiled(row)),
+    ),
+    Step(
+        "processors", (*BENCH, "processors"), 20, 80,
+        partial(operators, chosen=lambda row: row["mode"].endswith("processor")),
     ),
     Step("sanitizer", ("bench/sanitize.py",), 15, 90),
     Step(

@@ -65,13 +65,21 @@ def run_region_attention(device: str) -> None:
         region_attention(query, key, key, *place, coverage=coverage).sum().backward()
 
 
+PACKINGS = (
+    (16, "hwc", "bfloat16", {}),
+    (16, "chw", "float32", {"resample": "bicubic"}),
+    (7, "hwc", "float16", {"resample": "bicubic", "round": "pil"}),
+    (16, "chw", "bfloat16", {"round": "pil13"}),
+)
+
+
 def run_pack_patches(device: str) -> None:
     images = [torch.randint(0, 256, size, dtype=torch.uint8, device=device) for size in ((37, 91, 3), (32, 48, 3))]
-    crops = [(0, 0.5, 1, 90.25, 36), (1, 0, 0, 48, 32), (0, 3, 2, 35, 34)]
-    for patch, order, dtype in ((16, "hwc", "bfloat16"), (16, "chw", "float32"), (7, "hwc", "float16")):
+    crops = [(0, 0.5, 1, 90.25, 36), (1, 0, 0, 48, 32), (0, 3, 2, 35, 34), (1, 1, 0, 17, 32)]
+    for patch, order, dtype, options in PACKINGS:
         half = (0.5, 0.5, 0.5)
-        grids = [(2, 3), (32 // patch, 48 // patch), (32 // patch, 32 // patch)]
-        pack_patches(images, patch, half, half, crops, grids, getattr(torch, dtype), order)
+        grids = [(2, 3), (32 // patch, 48 // patch), (32 // patch, 32 // patch), (1, 1)]
+        pack_patches(images, patch, half, half, crops, grids, getattr(torch, dtype), order, **options)
 
 
 RUNS = {"roi_gather": run_roi_gather, "region_attention": run_region_attention, "pack_patches": run_pack_patches}

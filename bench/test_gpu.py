@@ -19,6 +19,7 @@ from attention_peers import flex_attention_peers, region_attention_peers, region
 from comparison import compare, near, near_pictures
 from gpu_clock import DEVICE, DRY, DeviceClock, bandwidth, replay
 from peers import HALF, pack_patches_peers, roi_align_loop_peers, roi_gather_peers
+from processors import FAMILIES
 from rows import Rows, gpu_file, gpu_name, provenance
 from torch import Tensor, nn
 from workloads import BINS, DESCRIPTIONS, GRAPH, PATCH, aims, cell_shares, pictures, randn, regions
@@ -253,3 +254,34 @@ def test_pack_patches(measure, workload, mode):
 @MODES
 def test_compiled_torchvision_of_workload_A(measure, mode):
     pack(measure, "A", mode, compiled=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_processors(measure, name):
+    """Workload A as a family's processor makes it, resized and rounded as Pillow does it; beside the family's processor
+    that uses torchvision, on the GPU too."""
+    family, made = FAMILIES[name], pictures("A", True, DEVICE, *((2, 16) if DRY else ()))
+    planes = [image.permute(2, 0, 1).contiguous() for image in made.images]
+    few = made.images[:4]
+    exact = family.pack([image.cpu() for image in few], round="pil").to(DEVICE)
+
+    def ours() -> Tensor:
+        return family.pack(made.images, DTYPE, round="pil")
+
+    def theirs() -> Callable:
+        process = family.processor(pillow=False)
+        return lambda: process(planes, return_tensors="pt", device=str(DEVICE))
+
+    def check(output: Tensor, tolerance: float) -> None:
+        patches = output if tolerance == 1 else family.patches(output)
+        apart = (patches[: len(exact)].float() - exact).abs()
+        rounding = torch.finfo(DTYPE).eps * exact.abs() + 1e-5
+        if tolerance == 1:
+            assert (apart <= rounding).all(), f"it is off by {float(apart.max()):.5f}"
+        else:  # its weights have 15 bits, and overshoots are clipped elsewhere
+            assert apart.mean() < 1 / 127.5, f"it is off by {float(apart.mean()):.5f} on average"
+
+    nbytes = sum(image.numel() for image in made.images) + ours().numel() * DTYPE.itemsize
+    workload = f"A, patches of {family.patch}"
+    peers = {"transformers' processor": theirs}
+    measure("pack_patches", f"as {name}'s processor", workload, nbytes, ours, peers, check)
