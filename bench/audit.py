@@ -33,16 +33,16 @@ SHARE = 0.1
 
 def areas(checked: list[Checked], wrong: set[tuple[int, int]]) -> dict[str, dict[str, Any]]:
     """Areas of the score and its parts, and how many regions there are: over all and by kind."""
-    found = {}
+    kinds = {}
     for kind in ("all", "natural", "ocr"):
         mine = [one for one in checked if kind in ("all", one.region.kind)]
         parts = [[one for one in mine if ((one.row, one.place) in wrong) is planted] for planted in (True, False)]
         measures = {"score": lambda one: one.score} | {name: lambda one, name=name: one.parts[name] for name in PARTS}
-        found[kind] = {"planted": len(parts[0]), "right": len(parts[1])} | {
+        kinds[kind] = {"planted": len(parts[0]), "right": len(parts[1])} | {
             name: round(auc(*([measure(one) for one in part] for part in parts)), 4)
             for name, measure in measures.items()
         }
-    return found
+    return kinds
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def trained(stage: Stage) -> dict[str, Stage]:
 
 def smoke() -> dict:
     """FLOPs and bytes kept, of a step of each stage."""
-    found = {}
+    steps = {}
     with tempfile.TemporaryDirectory() as folder:
         build_sample(Path(folder) / "data", images=200, seed=0, workers=1)
         data = GranDataset(Path(folder) / "data", "train")
@@ -63,8 +63,8 @@ def smoke() -> dict:
             loader = PackLoader(data, processor, tasks, capacity=SMOKE.data.capacity, packs=PACKS, workers=0)
             batch = next(iter(loader))
             for name, one in trained(stage).items():
-                found[f"{stage.name}, {name}"] = smoke_step(model.train(), batch, one)
-    return found
+                steps[f"{stage.name}, {name}"] = smoke_step(model.train(), batch, one)
+    return steps
 
 
 def smoke_step(model: GranViT, batch, stage: Stage) -> dict[str, int]:
@@ -88,7 +88,7 @@ def smoke_step(model: GranViT, batch, stage: Stage) -> dict[str, int]:
 
 def paper() -> dict:
     """FLOPs of stage 2, for two encoders and both pixel shuffles."""
-    found = {}
+    steps = {}
     for name, shape in NAMES.items():
         for factor in (1, 2):
             with torch.device("meta"):
@@ -102,8 +102,8 @@ def paper() -> dict:
                 llm = AutoModelForCausalLM.from_config(text, attn_implementation="sdpa")
                 model = GranViT(config, VisionEncoder(vision), llm).train()
             for state, stage in trained(PAPER.adapt).items():
-                found[f"{name}, pixel shuffle {factor}, {state}"] = paper_step(model, stage, factor)
-    return found
+                steps[f"{name}, pixel shuffle {factor}, {state}"] = paper_step(model, stage, factor)
+    return steps
 
 
 def paper_step(model: GranViT, stage: Stage, factor: int) -> int:

@@ -75,7 +75,7 @@ def step_seconds(folder: Path) -> dict[str, float]:
     for line in lines(folder):
         if "evaluation" not in line:
             seconds.setdefault(line["stage"], []).append(line["seconds"])
-    return {name: float(np.median(found[len(found) // 2 :])) for name, found in seconds.items()}
+    return {name: float(np.median(taken[len(taken) // 2 :])) for name, taken in seconds.items()}
 
 
 def rows_of(folder: Path, steps: dict[str, int]) -> list[dict[str, Any]]:

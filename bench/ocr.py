@@ -131,11 +131,11 @@ def _compare(kind: dict[str, Any], truths: list[dict[str, Any]], answers: list[d
 
 
 def _rates(kind: dict[str, Any]) -> dict[str, Any]:
-    truths, answers, found = kind["truths"], kind["answers"], kind["found"]
-    pairs = [(truth, answer) for truth, answer, there in zip(truths, answers, found, strict=True) if there]
+    truths, answers, hits = kind["truths"], kind["answers"], kind["found"]
+    pairs = [(truth, answer) for truth, answer, there in zip(truths, answers, hits, strict=True) if there]
     return {
         "lines": len(truths),
-        "recall": round(sum(found) / len(found), 4),
+        "recall": round(sum(hits) / len(hits), 4),
         "precision": round(len(pairs) / max(len(pairs) + kind["extra"], 1), 4),
         "mean_iou_of_found": round(float(np.mean(kind["overlaps"])), 4) if pairs else None,
         "cer": round(cer(truths, answers), 4),

@@ -147,7 +147,7 @@ def _coverage(box: Sequence[float], rows: int, columns: int) -> Tensor:
 
 def _places(boxes: list, grids: list[tuple[int, int]], crop: tuple[int, int]) -> list[tuple[tuple, Tensor, Tensor]]:
     """RoIAlign's two samples a bin and axis, in grid_sample's coordinates, [regions of that grid, 2h, 2w, 2]."""
-    found = []
+    crops = []
     for grid in dict.fromkeys(grids):
         which = [i for i, other in enumerate(grids) if other == grid]
         theirs = torch.tensor([boxes[i] for i in which], dtype=torch.float32)
@@ -155,8 +155,8 @@ def _places(boxes: list, grids: list[tuple[int, int]], crop: tuple[int, int]) ->
         low, size = theirs[:, :2], theirs[:, 2:] - theirs[:, :2]
         xs = (low[:, :1] + x * size[:, :1])[:, None, :].expand(-1, len(y), -1)
         ys = (low[:, 1:] + y * size[:, 1:])[:, :, None].expand(-1, -1, len(x))
-        found.append((grid, torch.tensor(which), 2 * torch.stack([xs, ys], -1) - 1))
-    return found
+        crops.append((grid, torch.tensor(which), 2 * torch.stack([xs, ys], -1) - 1))
+    return crops
 
 
 class OneQuestion(nn.Module):
@@ -211,11 +211,11 @@ class OneQuestion(nn.Module):
         mask = torch.ones(count, length, dtype=torch.int64, device=batch.crops.device)
         shapes = torch.tensor([self.distill.crop_grid] * count, device=batch.crops.device)
         step = count if self.crops_at_once else 1
-        found = [
+        parts = [
             self._features(self.teacher, batch.crops[i : i + step], mask[i : i + step], shapes[i : i + step])
             for i in range(0, count, step)
         ]
-        return torch.cat(found).flatten(0, 1)
+        return torch.cat(parts).flatten(0, 1)
 
     def _regions(self, features: Tensor, batch: Samples) -> Tensor:
         """[n * h * w, C] of features [n, P, C]."""
@@ -236,9 +236,9 @@ class OneQuestion(nn.Module):
         heads, size = prompt.queries.shape[1:]
         key, value = (f(seen).unflatten(2, (heads, size)).transpose(1, 2) for f in (prompt.key, prompt.value))
         query = prompt.queries.transpose(0, 1).expand(len(seen), -1, -1, -1)
-        found = F.scaled_dot_product_attention(query, key, value, batch.coverage[:, None, None, :])
+        pooled = F.scaled_dot_product_attention(query, key, value, batch.coverage[:, None, None, :])
         where = prompt.geometry(box_features(batch.geometry).to(features.dtype))
-        return prompt.projector(found.transpose(1, 2).flatten(2)[:, 0] + where)
+        return prompt.projector(pooled.transpose(1, 2).flatten(2)[:, 0] + where)
 
 
 def trainer(

@@ -68,7 +68,7 @@ def main() -> None:
         "versions": {"numpy": np.__version__, "pillow": PIL.__version__},
         "distance": DISTANCE,
         "changed": len(rows),
-        "largest_change": {name: max(found) for name, found in moved.items()},
+        "largest_change": {name: max(distances) for name, distances in moved.items()},
         "pictures": len(every),
         "pairs": len(every) * (len(every) - 1) // 2,
         "nearest": int(nearest(every, None, FAR)[:, 2].min()),

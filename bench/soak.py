@@ -109,8 +109,8 @@ def children() -> list[int]:
 if __name__ == "__main__":
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else STEPS
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(Path(folder), steps)
-    found = {"commit": commit(), "device": device_name(), "torch": torch.__version__} | found
-    print(json.dumps(found, indent=1))
+        measured = soak(Path(folder), steps)
+    measured = {"commit": commit(), "device": device_name(), "torch": torch.__version__} | measured
+    print(json.dumps(measured, indent=1))
     if steps == STEPS:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(measured, indent=1) + "\n")

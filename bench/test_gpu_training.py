@@ -111,7 +111,7 @@ class Writer:
 def samples(images: int) -> list[Sample]:
     """Noise of 224 to 1536 pixels a side, each with a caption and five regions."""
     draw, noise = random.Random(0), torch.Generator().manual_seed(0)
-    found = []
+    drawn = []
     for number, (height, width) in enumerate(image_sizes("B", images)):
         if DRY:
             height, width = height // 8, width // 8
@@ -121,8 +121,8 @@ def samples(images: int) -> list[Sample]:
             x, y = draw.uniform(0, 0.5), draw.uniform(0, 0.5)
             box = (x, y, x + draw.uniform(0.15, 0.5), y + draw.uniform(0.15, 0.5))
             regions.append(Region(box, f"a thing {number} {region}", "natural"))
-        found.append(Sample(str(number), image, f"image {number}", tuple(regions), "noise", ""))
-    return found
+        drawn.append(Sample(str(number), image, f"image {number}", tuple(regions), "noise", ""))
+    return drawn
 
 
 # ---- a step of each recipe ----
@@ -193,10 +193,10 @@ def theirs(
     def losses():  # gradients of the whole step's mean losses, batch by batch
         for batch in batches:
             with autocast():
-                found = other.losses(batch)
-                loss = found["loss_caption"] * (len(batch.targets) / answers)
-                if "loss_distill" in found:
-                    loss = loss + stage.distill * found["loss_distill"] * (len(batch.crop_samples) / crops)
+                parts = other.losses(batch)
+                loss = parts["loss_caption"] * (len(batch.targets) / answers)
+                if "loss_distill" in parts:
+                    loss = loss + stage.distill * parts["loss_distill"] * (len(batch.crop_samples) / crops)
             yield loss
 
     step = trainer(other.groups(), stage, losses, other.encoder, other.teacher, DISTILL.alpha)

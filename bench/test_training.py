@@ -97,7 +97,7 @@ def test_training(compare, data: GranDataset, name: str, sizes: Callable):
     model, processor = build(SMOKE.model, data)
     samples, asked = sizes(data, processor, task)
     batch = collate(samples, asked, processor, SMOKE.data.capacity)
-    pairs = [(sample, question) for sample, found in zip(samples, asked, strict=True) for question in found]
+    pairs = [(sample, question) for sample, row in zip(samples, asked, strict=True) for question in row]
     random.Random(1).shuffle(pairs)  # as a loader would: one image's questions are not neighbours
     dtype = torch.float32
     theirs = prepare(pairs, model, processor, SMOKE.distill.crop_grid, dtype)
