@@ -94,7 +94,7 @@ def step(model, processor, samples, stage: Stage, capacity: int) -> Counter:
     teacher = Teacher(model.encoder, 0.9) if stage.distill else None
     trained = [parameter for name in stage.train for parameter in groups[name]]
     optimizer = make_optimizer(groups, stage)
-    with crossings() as found:
+    with crossings() as crossed:
         losses = stage_loss(model, teacher, batch, stage, SMOKE.distill)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(trained, stage.clip)
@@ -103,7 +103,7 @@ def step(model, processor, samples, stage: Stage, capacity: int) -> Counter:
             teacher.update(model.encoder)
     assert ("loss_distill" in losses) == (teacher is not None)
     assert all(parameter.grad.is_meta for parameter in trained if parameter.numel())
-    return found
+    return crossed
 
 
 @pytest.mark.usefixtures("fused_on_meta")
@@ -147,9 +147,9 @@ def test_crossings_are_seen_and_reads_raise():
         lambda: torch.arange(3).to(META),
         lambda: x + torch.ones(()),
     ):
-        with crossings() as found:
+        with crossings() as crossed:
             plant()
-        assert sum(found.values()) == 1
+        assert sum(crossed.values()) == 1
     for read in (x.tolist, x.cpu, x[0].item, lambda: bool(x[0] > 0), x.nonzero, lambda: x[x > 0]):
         with pytest.raises((RuntimeError, NotImplementedError)):
             read()

@@ -40,8 +40,8 @@ def training_lines(folder: Path) -> list[dict]:
 def weights_of(folder: Path, phase: str) -> dict[str, torch.Tensor]:
     """The model's tensors in a phase's final checkpoint, read as anybody would."""
     path = Checkpoints(folder / "checkpoints", 1).final(phase)
-    found = load_file(path / "rank-00000.safetensors")
-    return {name.removeprefix("model."): value for name, value in found.items()}
+    tensors = load_file(path / "rank-00000.safetensors")
+    return {name.removeprefix("model."): value for name, value in tensors.items()}
 
 
 def without_time(lines: list[dict]) -> list[dict]:

@@ -57,19 +57,19 @@ def together(config, tmp_path_factory, request):
 def test_losses_and_gradients_are_those_of_one_process(alone, together, parallel, case):
     """Losses to 1e-5; Adam's means of the gradients to 1e-4 of the largest; weights as far as Adam's steps, which
     are of one size for however small a gradient, let them be."""
-    found, expected = together[parallel][case], alone[case]
+    ours, expected = together[parallel][case], alone[case]
     for name in ("images", "regions"):
-        assert [line[name] for line in found["lines"]] == [line[name] for line in expected["lines"]]
-    for line, other in zip(found["lines"], expected["lines"], strict=True):
+        assert [line[name] for line in ours["lines"]] == [line[name] for line in expected["lines"]]
+    for line, other in zip(ours["lines"], expected["lines"], strict=True):
         assert line.keys() == other.keys() and ("loss" in line) == (line["images"] > 0)
         for name in ("loss", "loss_caption", "loss_distill"):
             assert line.get(name, 0) == pytest.approx(other.get(name, 0), abs=1e-5), (line, other)
         assert line.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=1e-4)
-    assert found["weights"].keys() == expected["weights"].keys()
+    assert ours["weights"].keys() == expected["weights"].keys()
     largest = max(float(v.abs().max()) for n, v in expected["weights"].items() if n.endswith("exp_avg") and v.numel())
     wrong = {}
     for name, value in expected["weights"].items():
-        off = (found["weights"][name] - value).abs().double().flatten()
+        off = (ours["weights"][name] - value).abs().double().flatten()
         most, mean = (float(off.max()), float(off.mean())) if off.numel() else (0.0, 0.0)
         limits = (1e-3, 1e-5)
         if name.endswith(".exp_avg"):

@@ -44,9 +44,9 @@ def step(model, batch, stage, autocast: bool = False) -> tuple[int, dict[str, to
     return kept.bytes, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+def assert_equal(grads: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert grads.keys() == expected.keys()
+    assert all(torch.equal(grads[name], grad) for name, grad in expected.items())
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
@@ -56,20 +56,20 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(parts, stage, aut
     checkpointed = copy.deepcopy(model)
     checkpoint_activations(checkpointed)
     kept, expected = step(model, batch, stage, autocast)
-    fewer, found = step(checkpointed, batch, stage, autocast)
-    assert_equal(found, expected)
+    fewer, again = step(checkpointed, batch, stage, autocast)
+    assert_equal(again, expected)
     assert fewer < 0.7 * kept
 
 
 @contextmanager
 def within(module, kept):
     """Yields a list that gets the storages which are kept while `module` runs."""
-    found, before = [], set()
+    storages, before = [], set()
     hooks = [
         module.register_forward_pre_hook(lambda *_: before.update(kept.storages)),
-        module.register_forward_hook(lambda *_: found.extend(set(kept.storages) - before)),
+        module.register_forward_hook(lambda *_: storages.extend(set(kept.storages) - before)),
     ]
-    yield found
+    yield storages
     for hook in hooks:
         hook.remove()
 
@@ -80,9 +80,9 @@ def test_a_frozen_encoder_keeps_nothing(parts, frozen):
     stage = SMOKE.adapt if frozen else replace(SMOKE.adapt, train=("encoder", "projector", "llm"))
     freeze(model.groups(), stage.train)
     kept = Kept(model)
-    with within(model.encoder, kept) as found, kept:
+    with within(model.encoder, kept) as storages, kept:
         stage_loss(model, None, batch, stage, SMOKE.distill)
-    assert bool(found) != frozen
+    assert bool(storages) != frozen
 
 
 @pytest.mark.parametrize("frozen", [True, False])
