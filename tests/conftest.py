@@ -33,17 +33,17 @@ CAPTIONS = ("a red striped circle", "the blue star on the left", "OPEN 24 HOURS"
 def make_sample(seed: int, height: int = 48, width: int = 64, regions: int = 3) -> SimpleNamespace:
     """A sample of noise with random boxes, of the attributes that questions and packing read."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    boxed = []
     for i in range(regions):
         x, y, w, h = torch.rand(4, generator=generator).tolist()
         box = (x * 0.5, y * 0.5, x * 0.5 + 0.1 + w * 0.4, y * 0.5 + 0.1 + h * 0.4)
         caption = f"{CAPTIONS[i % len(CAPTIONS)]} {seed}"
-        found.append(SimpleNamespace(box=box, caption=caption, kind="natural", score=None))
+        boxed.append(SimpleNamespace(box=box, caption=caption, kind="natural", score=None))
     image = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     caption = f"a scene with {regions} things"
     chat = (("how many things?", f"{regions} of them"), ("which one is left?", CAPTIONS[1]), ("sure?", "yes"))
     return SimpleNamespace(
-        id=f"sample-{seed}", image=image, caption=caption, regions=tuple(found), source="test",
+        id=f"sample-{seed}", image=image, caption=caption, regions=tuple(boxed), source="test",
         conversations=(chat, chat[1:])[: seed % 3],
     )  # fmt: skip
 

@@ -195,8 +195,8 @@ def test_log_likelihood_is_the_models_own_loss_question_by_question(tiny, sample
             for one in samples[i].regions:
                 asked.append((i, describe_box(one.box, f"{one.caption} {turn}", 0, **options)))
                 asked.append((i, find_box(one.caption, "<loc_1><loc_2><loc_3><loc_4>", 0)))
-    found = log_likelihood(model, processor, samples, asked, 16)
-    for value, (i, question) in list(zip(found, asked, strict=True))[::7]:
+    values = log_likelihood(model, processor, samples, asked, 16)
+    for value, (i, question) in list(zip(values, asked, strict=True))[::7]:
         batch = pack_questions([samples[i]], [[question]], processor, 4096)
         with torch.no_grad():
             loss = model(batch=batch).loss.item()

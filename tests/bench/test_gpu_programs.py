@@ -87,12 +87,12 @@ def test_the_sanitizer_watches_every_operator(load):
 
 
 @pytest.mark.parametrize(
-    ("found", "passes"), [(0.0, True), (1e-3, True), (0.05, False), (float("nan"), False), (float("inf"), False)]
+    ("error", "passes"), [(0.0, True), (1e-3, True), (0.05, False), (float("nan"), False), (float("inf"), False)]
 )
-def test_the_rule_of_accuracy(load, found, passes):
+def test_the_rule_of_accuracy(load, error, passes):
     exact = torch.linspace(-1, 1, 5, dtype=torch.float64)
     usual = exact + torch.tensor([0, 1e-3, 0, 0, 0])
-    share = load("accuracy").share_of_allowed(exact + found, usual, exact, torch.bfloat16)
+    share = load("accuracy").share_of_allowed(exact + error, usual, exact, torch.bfloat16)
     assert (share <= 1) == passes
 
 

@@ -83,12 +83,12 @@ def test_packs_are_the_trainer_s(small_config, sample_set):
     model, its = build(small_config.model, data)
     assert Sizes.of(on_meta(config)) == Sizes.of(model) and len(its.tokenizer) == len(processor.tokenizer)
     for stage in (small_config.pretrain, small_config.adapt):
-        found = measured_lengths(plan, stage, data, processor)
-        lengths = [sum(one.length for one in row) for row in found.rows]
+        measured = measured_lengths(plan, stage, data, processor)
+        lengths = [sum(one.length for one in row) for row in measured.rows]
         assert note == "" and max(lengths) <= small_config.data.capacity
         assert np.mean(lengths[:-1]) > 0.9 * small_config.data.capacity
-        assert (sum(one.crops for row in found.rows for one in row) > 0) == (stage.distill > 0)
-        both = compare(found.rows, (4, 4), 8, small_config.data.capacity)
+        assert (sum(one.crops for row in measured.rows for one in row) > 0) == (stage.distill > 0)
+        both = compare(measured.rows, (4, 4), 8, small_config.data.capacity)
         assert both.ours.questions == both.theirs.questions and both.ours.answers == both.theirs.answers
         assert both.theirs_padded.tokens > both.theirs.tokens > both.ours.tokens
 

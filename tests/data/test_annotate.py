@@ -142,16 +142,16 @@ def test_what_a_model_says_is_checked():
     image = Image.new("RGB", (100, 50))
     far, nan = (-50.0, -50.0, 500.0, 20.0), (float("nan"), 0, 10, 10)
     lines = [Line(far, " two\n words ", 0.9), Line(nan, "x", 0.9), Line((0, 0, 5, 5), " ", 0.9), Line(far, "x", 0.1)]
-    found = Annotator(ocr=Nonsense(lines))({"image": [image, b"no picture"]})
-    [region] = found["regions"][0]
+    row = Annotator(ocr=Nonsense(lines))({"image": [image, b"no picture"]})
+    [region] = row["regions"][0]
     assert region["caption"] == "two words" and region["box"] == [0, 0, 1, 0.4]
-    assert [line.partition(":")[0] for line in found["faults"][0].split("\n")] == ["box", "region_caption"]
-    assert found["dropped"][0] == "line under the least score"
-    assert (found["width"], found["height"]) == ([100, 0], [50, 0]) and found["faults"][1].startswith("image: ")
+    assert [line.partition(":")[0] for line in row["faults"][0].split("\n")] == ["box", "region_caption"]
+    assert row["dropped"][0] == "line under the least score"
+    assert (row["width"], row["height"]) == ([100, 0], [50, 0]) and row["faults"][1].startswith("image: ")
     objects = [Detection(nan, "a", 0.9), Detection((0, 0, 40, 40), "b", 0.9)]
-    found = Annotator(detector=Nonsense(objects), captioner=Nonsense(""))({"image": [image]})
-    assert found["regions"] == [[]]
-    assert found["dropped"] == ["object of less than 16 pixels\nobject without a sentence"]
+    row = Annotator(detector=Nonsense(objects), captioner=Nonsense(""))({"image": [image]})
+    assert row["regions"] == [[]]
+    assert row["dropped"] == ["object of less than 16 pixels\nobject without a sentence"]
     with pytest.raises(ValueError, match="<lambda>|function returned 0 results for 1 images"):
         Annotator(ocr=lambda images: [])({"image": [image]})
 
@@ -168,8 +168,8 @@ def test_what_a_model_says_is_checked():
     ],
 )
 def test_what_is_no_result_is_the_pictures_fault(models):
-    found = Annotator(**models)({"image": [Image.new("RGB", (100, 50))]})
-    assert found["regions"] == [[]] and found["faults"][0].startswith("model: Nonsense: ")
+    row = Annotator(**models)({"image": [Image.new("RGB", (100, 50))]})
+    assert row["regions"] == [[]] and row["faults"][0].startswith("model: Nonsense: ")
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_as_a_function_of_datasets_map(plugins, tmp_path):
     rows = rows.cast_column("image", datasets.Image())
     annotator = Annotate("", detector=f"{HERE}:Fussy", captioner=f"{HERE}:Sizes").annotator()
     features = datasets.Features({**rows.features, **COLUMNS})
-    found = rows.map(annotator, batched=True, batch_size=4, features=features, num_proc=2)
-    assert found[5]["regions"][0]["caption"] == "30 x 30" and found[5]["caption"] is None
+    annotated = rows.map(annotator, batched=True, batch_size=4, features=features, num_proc=2)
+    assert annotated[5]["regions"][0]["caption"] == "30 x 30" and annotated[5]["caption"] is None
 
 
 def test_killed_again_and_again(plugins, tmp_path):
@@ -301,13 +301,13 @@ def test_detectors_of_transformers(detectors, name):
 
     images = [noise(100, 80, 1), noise(60, 90, 2), noise(100, 80, 3)]
     detector = TransformersDetector(str(detectors / name), score=0.1)
-    found = detector(images)
-    assert all(found) and {d.label for objects in found for d in objects} <= {"LABEL_0", "LABEL_1", "LABEL_2"}
-    for image, objects in zip(images, found, strict=True):
+    detected = detector(images)
+    assert all(detected) and {d.label for objects in detected for d in objects} <= {"LABEL_0", "LABEL_1", "LABEL_2"}
+    for image, objects in zip(images, detected, strict=True):
         [alone] = detector([image])
         assert [d.box for d in alone] == [pytest.approx(d.box, abs=0.05) for d in objects]
     theirs = pipeline("object-detection", str(detectors / name), device="cpu")(images[1], threshold=0.1)
-    whole = [tuple(int(side) for side in d.box) for d in found[1]]
+    whole = [tuple(int(side) for side in d.box) for d in detected[1]]
     assert whole == [tuple(t["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")) for t in theirs]
 
 

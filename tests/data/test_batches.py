@@ -100,7 +100,7 @@ def test_stopped_and_gone_on_with_on_other_numbers_of_ranks(gran, processor):
     global order is that of one rank that was never stopped."""
     data = GranDataset(gran)
     whole = [seen(batch, processor) for batch in loader(data, processor, epochs=3)]
-    state, found = None, []
+    state, batches = None, []
     for ranks, steps, workers in ((1, 4, 0), (2, 9, 0), (4, 3, 0), (1, 100, 2)):
         parts, states = [], []
         for rank in range(ranks):
@@ -117,8 +117,8 @@ def test_stopped_and_gone_on_with_on_other_numbers_of_ranks(gran, processor):
         assert all(other == states[0] for other in states) and all(isinstance(states[0][k], int) for k in ("step",))
         state = states[0]
         for batch in zip(*parts, strict=True):
-            found.append(joined(list(batch)))
-    assert found == whole
+            batches.append(joined(list(batch)))
+    assert batches == whole
     rows = [name for batch in whole for sequence in batch for name, _ in sequence]
     assert sorted(rows) == sorted(list(gran["id"]) * 3)
     first = [name for batch in whole[: len(whole) // 3] for sequence in batch for name, _ in sequence]
@@ -194,8 +194,8 @@ def test_faults_are_counted_and_leave_their_slots_empty(processor, workers, capl
     kinds = broken(rows)
     data = GranDataset(datasets.Dataset.from_list(rows, features=FEATURES), fault_budget=0.1)
     one = loader(data, processor, workers=workers)
-    found = [seen(batch, processor) for batch in one]
-    assert {name for batch in found for row in batch for name, _ in row} == {row["id"] for row in rows} - set(kinds)
+    read = [seen(batch, processor) for batch in one]
+    assert {name for batch in read for row in batch for name, _ in row} == {row["id"] for row in rows} - set(kinds)
     counted = {kind: list(kinds.values()).count(kind) for kind in kinds.values()}
     counted["empty_row"] = 3  # those whose only region is at fault
     assert dict(one.faults.counts) == counted and len(one.faults.faulty) == 10

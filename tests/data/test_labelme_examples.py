@@ -33,7 +33,7 @@ def test_voc_says_what_labelme_says(tmp_path):
     summary, rows = convert(voc, tmp_path / "voc")
     assert summary.kept == 3 and summary.regions == 9 and not summary.faulty
     drawn, rows = by_picture(drawn), by_picture(rows)
-    assert {name: found for name, (_, found) in rows.items()} == {name: found for name, (_, found) in drawn.items()}
+    assert {name: row[1] for name, row in rows.items()} == {name: row[1] for name, row in drawn.items()}
 
 
 def test_coco_says_what_labelme_says(tmp_path):
@@ -45,10 +45,10 @@ def test_coco_says_what_labelme_says(tmp_path):
     assert summary.kept == 3 and summary.regions == 12 and not summary.faulty
     drawn, rows = by_picture(drawn), by_picture(rows)
     assert set(drawn) == set(rows)
-    for name, (row, found) in rows.items():
+    for name, (row, objects) in rows.items():
         _, expected = drawn[name]
-        assert [caption for caption, _ in found] == [caption for caption, _ in expected]
-        for (_, box), (_, other) in zip(found, expected, strict=True):
+        assert [caption for caption, _ in objects] == [caption for caption, _ in expected]
+        for (_, box), (_, other) in zip(objects, expected, strict=True):
             sides = (row["width"], row["height"]) * 2
             # The exporter paints the shape and boxes the painted pixels, whole: it rounds and adds the rim's pixel.
             assert [v * s for v, s in zip(box, sides, strict=True)] == pytest.approx(

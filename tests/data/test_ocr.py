@@ -18,10 +18,10 @@ def test_lines_are_found_and_read():
     spec = importlib.util.spec_from_file_location("bench_ocr", PATH)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    found = bench.measure(pages=3, seed=1)
+    measured = bench.measure(pages=3, seed=1)
     bounds = {"letter": (0.98, 0.01), "columns": (0.98, 0.01), "table": (0.92, 0.08), "sample pages": (0.95, 0.03)}
     for kind, (recall, errors) in bounds.items():
-        rates = found[kind]
+        rates = measured[kind]
         assert rates["lines"] >= 10
         assert rates["recall"] >= recall and rates["precision"] >= recall and rates["cer"] <= errors, kind
         assert rates["mean_iou_of_found"] >= 0.85, kind

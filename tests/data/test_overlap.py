@@ -92,9 +92,9 @@ def test_nearest_is_what_comparing_each_with_each_finds(monkeypatch, self):
     if self:
         distances[np.triu_indices(len(first))] = 999
     wanted = {i: row.min() for i, row in enumerate(distances) if row.min() <= 30}
-    found = nearest(codes[0], None if self else codes[1], 30)
-    assert {int(i): int(d) for i, _, d in found} == wanted and len(wanted) >= 3
-    assert all(distances[i, j] == d for i, j, d in found)
+    matches = nearest(codes[0], None if self else codes[1], 30)
+    assert {int(i): int(d) for i, _, d in matches} == wanted and len(wanted) >= 3
+    assert all(distances[i, j] == d for i, j, d in matches)
     assert nearest(codes[0][:0], codes[1], 30).shape == nearest(codes[0], codes[1][:0], 30).shape == (0, 3)
 
 
@@ -130,24 +130,24 @@ def two(tmp_path, pictures):
 
 
 def test_overlap_by_id_and_by_looks(two, tmp_path):
-    found = find_overlap(*two, workers=0)
-    assert [match.ids for match in found.matches] == [
+    overlap = find_overlap(*two, workers=0)
+    assert [match.ids for match in overlap.matches] == [
         ("leak", "<b>test</b>"), ("by id", "by id"), ("white with id", "white with id"), ("a\nb", "x")
     ]  # fmt: skip
-    assert [match.distance is None for match in found.matches] == [False, True, True, False]
-    assert dict(found.lines()) == {
+    assert [match.distance is None for match in overlap.matches] == [False, True, True, False]
+    assert dict(overlap.lines()) == {
         "pictures of the first": 7, "pictures of the second": 5, "of the first found in the second": 4, "by id": 2,
         "by looks": 2, "not compared: flat": 4, "not compared: image": 1,
     }  # fmt: skip
-    assert write_ids(found, tmp_path / "ids") == 1
+    assert write_ids(overlap, tmp_path / "ids") == 1
     assert (tmp_path / "ids").read_text() == "leak\nby id\nwhite with id\n"
 
 
 def test_a_split_against_itself(tmp_path, pictures):
     contents = [("a", encode(pictures[0])), ("b", encode(pictures[1])), ("c", encode(jpeg(pictures[0], 50)))]
     folder = save(tmp_path / "d", "train", [*contents, ("b", encode(pictures[5]))])
-    found = find_overlap(folder, folder, other_split="train", workers=0)
-    assert [match.ids for match in found.matches] == [("c", "a"), ("b", "b")]
+    overlap = find_overlap(folder, folder, other_split="train", workers=0)
+    assert [match.ids for match in overlap.matches] == [("c", "a"), ("b", "b")]
 
 
 def test_command_line_and_what_takes_its_ids(two, tmp_path, capsys):

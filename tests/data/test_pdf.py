@@ -75,13 +75,13 @@ def test_boxes_are_those_of_the_outlines_and_hold_the_ink():
     for text, place in lines.items():
         page.drawString(*place, text)
     page.save()
-    picture, found, _ = read(file)
-    assert list(found) == list(lines)
+    picture, box_of, _ = read(file)
+    assert list(box_of) == list(lines)
     ink = np.asarray(picture.convert("L")) < 250
     for text, (x, y) in lines.items():
         x1, y1, x2, y2 = outline_box(text)
-        assert found[text] == pytest.approx([x + x1, 300 - y - y2, x + x2, 300 - y - y1], abs=TOLERANCE)
-        left, top, right, bottom = found[text] * 2  # 144 dpi
+        assert box_of[text] == pytest.approx([x + x1, 300 - y - y2, x + x2, 300 - y - y1], abs=TOLERANCE)
+        left, top, right, bottom = box_of[text] * 2  # 144 dpi
         ink[int(top - 1) : int(bottom + 2), int(left - 1) : int(right + 2)] = False
     assert not ink.any()  # none anywhere else, a pixel of smoothing aside
 
@@ -147,8 +147,8 @@ def test_one_line_is_one_region_however_it_is_drawn():
     page.drawString(20, 100, "hyphen-")
     page.drawString(20, 86, "ated \ufb01ne")
     page.save()
-    _, found, _ = read(file)
-    assert set(found) == {"words drawn one by one", "E = mc2", "a cell", "another", "hyphen-", "ated fine"}
+    _, box_of, _ = read(file)
+    assert set(box_of) == {"words drawn one by one", "E = mc2", "a cell", "another", "hyphen-", "ated fine"}
 
 
 def test_columns_are_read_one_after_the_other():
@@ -182,8 +182,8 @@ def test_what_is_not_certain_is_left_out_and_counted():
     page.rotate(30)
     page.drawString(0, 0, "a watermark")
     page.save()
-    _, found, dropped = read(file)
-    assert list(found) == ["kept", "bullet"]
+    _, box_of, dropped = read(file)
+    assert list(box_of) == ["kept", "bullet"]
     assert dropped == {
         "line that leaves the page": 2,
         "line that can't be seen": 2,
@@ -217,10 +217,10 @@ def test_matplotlibs_type_3_fonts(tmp_path):
     figure = matplotlib.figure.Figure((4, 3))
     figure.text(0.1, 0.5, "drawn by procedures")
     figure.savefig(tmp_path / "a.pdf", format="pdf")
-    picture, found, _ = read(io.BytesIO((tmp_path / "a.pdf").read_bytes()))
+    picture, box_of, _ = read(io.BytesIO((tmp_path / "a.pdf").read_bytes()))
     ink = Image.fromarray((np.asarray(picture.convert("L")) < 128).astype(np.uint8)).getbbox()
-    assert list(found) == ["drawn by procedures"]
-    left, top, right, bottom = found["drawn by procedures"] * 2
+    assert list(box_of) == ["drawn by procedures"]
+    left, top, right, bottom = box_of["drawn by procedures"] * 2
     assert left <= ink[0] + 1 and top <= ink[1] + 1 and right >= ink[2] - 1 and bottom >= ink[3] - 1
 
 
@@ -310,8 +310,8 @@ def test_a_huge_page_is_rendered_smaller_and_no_sheet_is_a_fault():
     page.setFont("DejaVu", 1000)
     page.drawString(1000, 7000, "poster")
     page.save()
-    picture, found, _ = read(file, 600)
-    assert list(found) == ["poster"] and picture.width * picture.height <= 16_100_000
+    picture, box_of, _ = read(file, 600)
+    assert list(box_of) == ["poster"] and picture.width * picture.height <= 16_100_000
     page, file = canvas(14_000, 3)
     page.showPage()
     page.save()

@@ -117,11 +117,11 @@ def test_rows_fit_the_gran_schema():
 
 
 def test_pictures_are_the_splits_photographs_without_annotations():
-    found = list(pictures("test"))
-    assert [picture.size for picture in found] == [
+    held_out = list(pictures("test"))
+    assert [picture.size for picture in held_out] == [
         (row["width"], row["height"]) for row in photographs("test")
     ]
-    assert all(picture.mode == "RGB" for picture in found)
+    assert all(picture.mode == "RGB" for picture in held_out)
 
 
 @pytest.mark.parametrize("read", [photographs, pictures])

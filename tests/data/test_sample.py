@@ -69,10 +69,10 @@ def read(sentence: str) -> dict[str, str]:
             sentence = sentence.replace(phrase, "")
     words = sentence.split()
     for name, values in (("kind", KINDS), ("pattern", PATTERNS), ("colour", tuple(COLOURS))):
-        found = [word for word in words if word in values]
-        if found:
-            assert name not in said and len(found) == 1, sentence
-            said[name] = found[0]
+        values_said = [word for word in words if word in values]
+        if values_said:
+            assert name not in said and len(values_said) == 1, sentence
+            said[name] = values_said[0]
     said |= {word: word for word in words if word in ("large", "small", "left", "right", "top", "bottom")}
     rest = set(words) - set(said.values()) - {"a", "on", "at", "the"}
     assert not rest, sentence
@@ -149,7 +149,7 @@ def test_held_out_combinations_are_never_in_train(folder):
     assert len(seen) + len(held) == config.kinds * config.patterns * config.colours
     for values, place in ((PATTERNS[: config.patterns], 0), (COLOURS, 1), (KINDS[: config.kinds], 2)):
         assert {one[place] for one in seen} == set(values)
-    found = {"seen": 0, "held": 0}
+    counts = {"seen": 0, "held": 0}
     for split, row in every_row(folder):
         if not row["source"].startswith("scenes"):
             continue
@@ -158,8 +158,8 @@ def test_held_out_combinations_are_never_in_train(folder):
             is_held = bool({(said["kind"], said["colour"]), (said["pattern"], said["colour"])} & pairs)
             assert is_held == (row["source"] == "scenes-heldout")
             assert split == "test" or not is_held
-            found["held" if is_held else "seen"] += 1
-    assert min(found.values()) >= 30
+            counts["held" if is_held else "seen"] += 1
+    assert min(counts.values()) >= 30
 
 
 def test_no_text_of_test_is_in_train(folder):

@@ -184,8 +184,8 @@ def test_workers_change_nothing(tmp_path):
             Numbers(30, bad=(3,)), tmp_path / f"{workers} ?#%41", shard_rows=4, workers=workers, fault_budget=0.1
         )
         assert (summary.read, summary.kept, summary.regions, summary.faulty) == (30, 29, 29, 1)
-    found = [rows_of(tmp_path / f"{workers} ?#%41") for workers in (0, 2)]
-    assert found[0] == found[1] and [row["id"] for row in found[0]] == [f"n{n}" for n in range(30) if n != 3]
+    built = [rows_of(tmp_path / f"{workers} ?#%41") for workers in (0, 2)]
+    assert built[0] == built[1] and [row["id"] for row in built[0]] == [f"n{n}" for n in range(30) if n != 3]
 
 
 def test_another_command_in_the_folder_is_refused_with_the_difference(tmp_path):

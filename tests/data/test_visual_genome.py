@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def write(folder, *images) -> str:
-    return write_json(folder / "region_descriptions.json", [{"id": n, "regions": found} for n, found in images])
+    return write_json(folder / "region_descriptions.json", [{"id": n, "regions": described} for n, described in images])
 
 
 def test_boxes_are_exact_and_cut_to_the_picture(folder):

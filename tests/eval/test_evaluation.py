@@ -66,13 +66,13 @@ def colours(dataset):
 
 def test_an_oracle_is_right_everywhere(dataset):
     model = Scripted(lambda question, colour: question.answer)
-    found = evaluate(model, Processor(), dataset)
-    assert found.metrics["bbox2caption_exact"] == found.metrics["caption2bbox_acc50"] == 1
-    assert found.metrics["ocr_cer"] == 0 and found.metrics["caption2bbox_unparsed"] == 0
-    assert len([p for p in found.predictions if p["task"] == BBOX2CAPTION]) == 6
+    evaluation = evaluate(model, Processor(), dataset)
+    assert evaluation.metrics["bbox2caption_exact"] == evaluation.metrics["caption2bbox_acc50"] == 1
+    assert evaluation.metrics["ocr_cer"] == 0 and evaluation.metrics["caption2bbox_unparsed"] == 0
+    assert len([p for p in evaluation.predictions if p["task"] == BBOX2CAPTION]) == 6
     # "a bird" fits two regions of one image, so nobody is asked to find it
-    assert len([p for p in found.predictions if p["task"] == CAPTION2BBOX]) == 4
-    one = next(p for p in found.predictions if p["caption"] == "a dog" and p["task"] == CAPTION2BBOX)
+    assert len([p for p in evaluation.predictions if p["task"] == CAPTION2BBOX]) == 4
+    one = next(p for p in evaluation.predictions if p["caption"] == "a dog" and p["task"] == CAPTION2BBOX)
     assert one == {
         "id": "a",
         "source": "photos",
@@ -169,16 +169,16 @@ def test_ranks_share_the_questions_and_find_what_one_finds(dataset, ranks):
         evaluate(Scripted(answer), Processor(), dataset, rank=rank, ranks=ranks, gather=send)
     assert sum(map(len, parts)) == len(alone.predictions) and (ranks < 50 or [] in parts)
     for rank in range(ranks):
-        found = evaluate(Scripted(answer), Processor(), dataset, rank=rank, ranks=ranks, gather=lambda own: parts)
-        assert found == alone
+        joined = evaluate(Scripted(answer), Processor(), dataset, rank=rank, ranks=ranks, gather=lambda own: parts)
+        assert joined == alone
 
 
 def test_a_limit_and_faulty_rows(gran_rows):
     names = [str(i) if i != 4 else "broken" for i in range(10)]
     rows = gran_rows([(name, [(LEFT, f"thing {name}", "natural")]) for name in names])
     dataset = GranDataset(rows, fault_budget=0.5)
-    found = evaluate(Scripted(lambda q, _: q.answer), Processor(), dataset, limit=5)
-    assert sorted({p["id"] for p in found.predictions}) == ["0", "2", "6", "8"]
+    evaluation = evaluate(Scripted(lambda q, _: q.answer), Processor(), dataset, limit=5)
+    assert sorted({p["id"] for p in evaluation.predictions}) == ["0", "2", "6", "8"]
     assert dataset.faults.counts == {"image": 1}
 
 

@@ -27,7 +27,7 @@ def caption(truth, answer, kind="natural", source="scenes"):
     }
 
 
-def found(box, predicted, kind="natural", source="scenes"):
+def box_answer(box, predicted, kind="natural", source="scenes"):
     return caption("a cat", "", kind, source) | {
         "task": "caption2bbox",
         "box": box,
@@ -124,16 +124,16 @@ def test_box_iou_by_hand():
 
 def test_a_box_that_could_not_be_parsed_counts_as_wrong_and_is_counted():
     truth = [0.0, 0.0, 0.5, 0.5]
-    metrics = summarise([found(truth, None), found(truth, truth), found(truth, [0.0, 0.0, 0.5, 0.2])])
-    assert iou(found(truth, None)) == 0
+    metrics = summarise([box_answer(truth, None), box_answer(truth, truth), box_answer(truth, [0.0, 0.0, 0.5, 0.2])])
+    assert iou(box_answer(truth, None)) == 0
     assert metrics["caption2bbox_unparsed"] == pytest.approx(1 / 3)
     assert metrics["caption2bbox_acc50"] == pytest.approx(1 / 3)
     assert metrics["caption2bbox_miou"] == pytest.approx((0 + 1 + 0.4) / 3)
 
 
 def test_an_overlap_of_one_half_is_a_hit():
-    assert summarise([found([0, 0, 1, 1], [0, 0, 1, 0.5])])["caption2bbox_acc50"] == 1
-    assert summarise([found([0, 0, 1, 1], [0, 0, 1, 0.499])])["caption2bbox_acc50"] == 0
+    assert summarise([box_answer([0, 0, 1, 1], [0, 0, 1, 0.5])])["caption2bbox_acc50"] == 1
+    assert summarise([box_answer([0, 0, 1, 1], [0, 0, 1, 0.499])])["caption2bbox_acc50"] == 0
 
 
 def test_summarise_keeps_kinds_and_sources_apart():
@@ -141,7 +141,7 @@ def test_summarise_keeps_kinds_and_sources_apart():
         caption("a red circle", "a red circle"),
         caption("a blue square", "x", source="scenes-heldout"),
         caption("Total 12", "Total 21", kind="ocr", source="pages"),
-        found([0, 0, 1, 1], [0, 0, 1, 1], kind="ocr", source="pages"),
+        box_answer([0, 0, 1, 1], [0, 0, 1, 1], kind="ocr", source="pages"),
     ]
     metrics = summarise(predictions)
     assert metrics["bbox2caption_exact"] == pytest.approx(1 / 3)

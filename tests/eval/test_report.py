@@ -23,7 +23,7 @@ def caption(name, truth, answer, source="photos", kind="natural"):
     return base | {"task": "bbox2caption", "answer": answer, "predicted_box": None}
 
 
-def found(name, truth, box, source="photos", kind="natural"):
+def box_answer(name, truth, box, source="photos", kind="natural"):
     return caption(name, truth, "" if box else HOSTILE, source, kind) | {
         "task": "caption2bbox",
         "predicted_box": box,
@@ -37,9 +37,9 @@ PREDICTIONS = {
         caption("b", "Total 12", HOSTILE, "pages", "ocr"),
     ],
     "adapt": [
-        found("a", "a red circle", LEFT),
-        found("a", HOSTILE, RIGHT),
-        found("b", "Total 12", None, "pages", "ocr"),
+        box_answer("a", "a red circle", LEFT),
+        box_answer("a", HOSTILE, RIGHT),
+        box_answer("b", "Total 12", None, "pages", "ocr"),
     ],
 }
 

@@ -63,10 +63,10 @@ def test_the_fused_loss_is_taken_where_there_are_no_location_rows(scored, monkey
     monkeypatch.setattr(fused_loss, "liger_fused_linear_cross_entropy", fused)
     loss = model.answer_losses(batch, image, region)
     torch.testing.assert_close(loss, expected)
-    found = gradients(model, loss)
-    assert found.keys() == grads.keys()
+    ours = gradients(model, loss)
+    assert ours.keys() == grads.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(found[name], grad, msg=name)
+        torch.testing.assert_close(ours[name], grad, msg=name)
     assert len(calls) == (0 if len(model.locations.output) else 1)
 
 
@@ -98,5 +98,5 @@ def test_liger_s_own(trained, bias):
     torch.testing.assert_close(losses, expected)
     weights = torch.linspace(0, 1, 7, device=device)
     gradients = (torch.autograd.grad(one, leaves, weights) for one in (losses, expected))
-    for found, exact in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+    for gradient, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-5)

@@ -162,8 +162,8 @@ def test_mask_is_the_contracts(tiny, samples):
 
 def test_to_moves_every_tensor(tiny, samples):
     batch = pack(tiny()[1], samples).to("meta")
-    found = [*vars(batch).values(), *vars(batch.segments).values(), *batch.images]
-    tensors = [value for value in found if isinstance(value, torch.Tensor)]
+    fields = [*vars(batch).values(), *vars(batch.segments).values(), *batch.images]
+    tensors = [value for value in fields if isinstance(value, torch.Tensor)]
     assert len(tensors) == 20 and all(tensor.is_meta for tensor in tensors)
 
 
