@@ -8,7 +8,7 @@ install:  ## build the kernels and install everything that development needs
 	$(PYTHON) -m pip install $(CONSTRAINTS) -e '.[dev]'
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 lint:
 	$(PYTHON) -m ruff check .
