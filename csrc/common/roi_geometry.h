@@ -41,7 +41,7 @@ struct RoiAxis {
 
     // Writes the cells that bin `index` reads, rising, and their shares of the bin; returns how many, at most capacity().
     // Samples outside [-1, size] have no cell and count all the same. Samples at one position are visited once: a huge
-    // box has a great many. Tap: {int32_t cell; float weight}.
+    // box has a great many. Tap: {int32_t place; float weight}.
     template <typename Tap>
     int taps(int index, Tap* out) const;
     int64_t capacity() const {
@@ -64,7 +64,7 @@ int RoiAxis::taps(int index, Tap* out) const {
     const auto add = [&](int cell, double weight) {
         if (weight == 0.0) return;
         for (int back = count - 1; back >= 0 && back >= count - 2; --back) {
-            if (out[back].cell == cell) {
+            if (out[back].place == cell) {
                 out[back].weight = float(sums[back % 2] += weight);
                 return;
             }

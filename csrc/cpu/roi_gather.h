@@ -27,32 +27,34 @@ void roi_gather_forward(const RoiGather& p, const void* tokens, void* out);
 // A token's gradient adds its boxes in their order, whatever the threads: equal bits for any number of them.
 void roi_gather_backward(const RoiGather& p, const void* grad, void* grad_tokens);
 
-// A cell that a bin reads (or a bin that reads a cell), and its share.
+// What a list reads (a cell of a bin's list, or a bin of a cell's), and its share.
 struct RoiTap {
-    int32_t cell;
+    int32_t place;
     float weight;
 };
-
-// Range of one axis' lists: of bin i (forward) or cell first + i (backward), taps[begin[i]] to taps[begin[i + 1]].
+// Who owns a list (a bin, or a cell), and where its taps end; they begin where the list before ends.
+struct RoiList {
+    int32_t place;
+    int32_t end;
+};
+// One box: forward, every bin's cells; backward, the bins of every cell that one reads.
 struct RoiLists {
-    const int32_t* begin;
+    const RoiList* lists;
     const RoiTap* taps;
-    int32_t first;  // backward: the first cell
-    int32_t count;  // lists
+    int64_t count;  // lists
 };
 
 }  // namespace granvit
 
 GRANVIT_DECLARE_PER_ISA(
     // One box, channels [from, to): tokens is its image's first token. streaming: write past the caches.
-    void roi_gather_box(Dtype dtype, const void* tokens, void* out, int64_t channels, int64_t from, int64_t to, int width,
-                        RoiLists rows, RoiLists columns, bool streaming);
+    void roi_gather_box(Dtype dtype, const void* tokens, void* out, int64_t channels, int64_t from, int64_t to,
+                        RoiLists bins, bool streaming);
     // One box's gradient, channels [from, from + size), as float32 into packed [out_h * out_w, size].
     void roi_gather_pack(Dtype dtype, const void* grad, float* packed, int64_t channels, int64_t from, int64_t size,
-                         int bins);
-    // Adds a packed gradient to sum [h * width, size]. rows and columns: lists of a cell's bins.
-    void roi_gather_scatter(const float* packed, float* sum, int64_t size, int width, int out_w, RoiLists rows,
-                            RoiLists columns);
+                         int64_t bins);
+    // Adds a packed gradient to sum [h * width, size]. A cell's share is summed on its own and added once.
+    void roi_gather_scatter(const float* packed, float* sum, int64_t size, RoiLists cells);
     // sum [cells, size] -> channels [from, from + size) of grad_tokens [cells, channels].
     void roi_gather_unpack(Dtype dtype, const float* sum, void* grad_tokens, int64_t channels, int64_t from, int64_t size,
                            int64_t cells, bool streaming);
