@@ -19,7 +19,7 @@ from granvit.train.step import stage_loss
 
 SMOKE = PRESETS["smoke"]
 TASKS = ("global_caption", "bbox2caption", "caption2bbox")
-STEPS = 10
+STEPS = 20
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def run(model, teacher, one, stage) -> SimpleNamespace:
 
 
 def steps(tiny, stage, checkpointing: bool, backend: str | None) -> None:
-    """Ten different batches after a warm-up: as eager, and no graph more than after the warm-up."""
+    """Twenty different batches after a warm-up: as eager, and no graph more than after the warm-up."""
     model, processor = tiny()
     freeze(model.train().groups(), stage.train)
     plain = copy.deepcopy(model)
