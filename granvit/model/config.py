@@ -51,6 +51,8 @@ class GranViTConfig(PretrainedConfig):
         max_image_tokens: budget of encoder tokens an image (before the pixel shuffle); the grid is
             `fit_grid`'s, that is SigLIP2 NaFlex's rule: native aspect ratio, as large as the budget allows.
         image_mean, image_std: pixel normalisation, SigLIP2's by default.
+        image_resample, image_round: how images are resized, as of `granvit_kernels.pack_patches`. An encoder that was
+            trained on another processor's pixels may want them: SigLIP's are "bicubic" and "pil".
         text_vocab: how many rows of the LLM's tables are in use, i.e. its tokenizer's length before ours were
             added. Location token i has the id text_vocab + i; `<image>` and `<region>` follow. A table's
             padding rows above text_vocab are never used.
@@ -75,6 +77,8 @@ class GranViTConfig(PretrainedConfig):
         max_image_tokens: int = 256,
         image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         image_std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        image_resample: str = "bilinear",
+        image_round: str | None = None,
         text_vocab: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
@@ -106,6 +110,8 @@ class GranViTConfig(PretrainedConfig):
                 raise ValueError(f"{name}_token_id: got {value!r}, accepted is an integer of at least 0, or None")
         _three("image_mean", image_mean)
         _three("image_std", image_std, positive=True)
+        _one_of("image_resample", image_resample, ("bilinear", "bicubic"))
+        _one_of("image_round", image_round, (None, "pil", "pil13"))
         if vision_config.hidden_size % heads:
             raise ValueError(
                 f"region_heads: got {heads}, accepted is a divisor of the encoder's width "
@@ -123,6 +129,8 @@ class GranViTConfig(PretrainedConfig):
         self.max_image_tokens = max_image_tokens
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.image_resample = image_resample
+        self.image_round = image_round
         self.text_vocab = text_vocab
         kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
@@ -178,7 +186,7 @@ def _is_integer(value) -> bool:
 
 
 def _one_of(name: str, value, accepted: tuple) -> None:
-    if value not in accepted or type(value) is not type(accepted[0]):
+    if value not in accepted or type(value) not in map(type, accepted):
         raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}")
 
 

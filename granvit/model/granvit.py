@@ -226,7 +226,9 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         """Write the encoder with its image processor, for plain transformers: AutoModel and AutoImageProcessor, or
         pipeline("image-feature-extraction"), load the folder (see `VisionEncoder.save_siglip2`)."""
         config = self.config
-        self.encoder.save_siglip2(directory, config.max_image_tokens, config.image_mean, config.image_std)
+        self.encoder.save_siglip2(
+            directory, config.max_image_tokens, config.image_mean, config.image_std, config.image_resample
+        )
 
     @torch.no_grad()
     def match_llm_scale(self, reset_locations: bool = False) -> None:
@@ -302,6 +304,8 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
             crops=crops,
             grids=torch.as_tensor(grids, dtype=torch.int64).reshape(-1, 2),
             dtype=weight.dtype if weight.dtype != torch.float64 else torch.float32,
+            resample=self.config.image_resample,
+            round=self.config.image_round,
         )
         return self.encoder(patches.to(weight.dtype), layout.to(weight.device)), layout
 

@@ -206,12 +206,13 @@ class VisionEncoder(nn.Module):
         max_num_patches: int | None = None,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        image_resample: str = "bilinear",
     ) -> None:
         """Write a folder that plain transformers loads: Siglip2VisionModel.from_pretrained(directory).
 
         max_num_patches: patches an image that the encoder was trained on. With it AutoImageProcessor.from_pretrained
         and pipeline("image-feature-extraction") load the folder too, and prepare images as `GranViT.encode` does but
-        for rounding: they round pixels to 8 bits after resizing.
+        for rounding: they round pixels to 8 bits after resizing. image_resample: "bilinear" or "bicubic".
         """
         self.to_transformers().save_pretrained(directory)
         if max_num_patches is not None:
@@ -219,7 +220,7 @@ class VisionEncoder(nn.Module):
                 "image_processor_type": "Siglip2ImageProcessor",
                 "do_convert_rgb": True,
                 "do_resize": True,
-                "resample": int(Image.Resampling.BILINEAR),
+                "resample": int(Image.Resampling[image_resample.upper()]),
                 "do_rescale": True,
                 "rescale_factor": 1 / 255,
                 "do_normalize": True,

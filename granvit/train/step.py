@@ -66,6 +66,8 @@ def stage_loss(
             crops=crops,
             grids=torch.tensor(all_grids, dtype=torch.int32).reshape(-1, 2),
             dtype=next(model.encoder.parameters()).dtype,
+            resample=config.image_resample,
+            round=config.image_round,
         )
     layout = PackedLayout.from_grids(grids, device=patches.device)
     with record_function("granvit.encoder"), torch.set_grad_enabled("encoder" in stage.train):

@@ -79,6 +79,8 @@ def test_grids_are_naflex(height, width):
         ("eos_token_id", "<eos>"),
         ("pad_token_id", -1),
         ("image_mean", 0.5),
+        ("image_resample", "lanczos"),
+        ("image_round", True),
         ("image_mean", [0.5, 0.5]),
         ("image_std", [0.5, 0.5, 0.0]),
     ],

@@ -3,6 +3,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -321,6 +322,21 @@ def test_the_exported_encoder_brings_its_image_processor(tiny, size, tmp_path):
         "    assert (got - wanted).abs().max() < 0.1 * wanted.std(), (got - wanted).abs().max() / wanted.std()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@torch.no_grad()
+def test_an_encoder_sees_its_processors_pixels(tiny, tmp_path):
+    """Rounded as Pillow: features of encode and of the exported image processor's patches are equal."""
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    round = "pil13" if int(PIL.__version__.split(".")[0]) >= 13 else "pil"
+    model, _ = tiny(max_image_tokens=20, image_resample="bicubic", image_round=round)
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    features, layout = model.encode(pixels)
+    model.save_encoder(tmp_path)
+    patches = Siglip2ImageProcessorPil.from_pretrained(tmp_path)(pixels, return_tensors="pt")["pixel_values"][0]
+    expected = model.encoder(patches[: layout.num_tokens], layout)
+    assert (features - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.slow
