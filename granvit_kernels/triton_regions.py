@@ -1,4 +1,5 @@
-"""What the Triton kernels of region_attention and region_pool share: the cells under a box, and how much of each."""
+"""What the Triton kernels of region_attention and region_pool share: the cells under a box, how much of each it covers,
+and tiles of tokens."""
 
 from __future__ import annotations
 
@@ -64,6 +65,24 @@ def _side(low, high, first, last, COVERAGE: tl.constexpr):
 
 
 @triton.jit
+def area_cells(left, top, right, bottom):
+    """(first row, first column, columns, cells) of an area; columns at least 1."""
+    row0, column0 = top.to(tl.int32), left.to(tl.int32)
+    rows, columns = tl.ceil(bottom).to(tl.int32) - row0, tl.ceil(right).to(tl.int32) - column0
+    return row0, column0, tl.maximum(columns, 1), rows * columns
+
+
+@triton.jit
+def store_area(areas, region, left, top, right, bottom):
+    """As load_box reads it."""
+    areas += region.to(tl.int64) * 4
+    tl.store(areas, left)
+    tl.store(areas + 1, top)
+    tl.store(areas + 2, right)
+    tl.store(areas + 3, bottom)
+
+
+@triton.jit
 def share(low, high, cell):
     """The share of [cell, cell + 1] that [low, high] covers; 0 outside."""
     cell = cell.to(tl.float32)
@@ -76,3 +95,18 @@ def next_cells(y, x, columns, BLOCK: tl.constexpr):
     x += BLOCK % columns
     y += BLOCK // columns + (x >= columns).to(tl.int32)
     return y, tl.where(x >= columns, x - columns, x)
+
+
+@triton.jit
+def token_tile(grids, cu_seqlens, tile_token, image, tile, BLOCK_T: tl.constexpr):
+    """A tile of an image's tokens: (its first token, how many it has, their rows and columns, and its top, bottom, left
+    and right cell)."""
+    low = tl.load(tile_token + tile)
+    width = tl.load(grids + image * 2 + 1)
+    start, stop = tl.load(cu_seqlens + image), tl.load(cu_seqlens + image + 1)
+    cell = low - start + tl.arange(0, BLOCK_T)
+    last = tl.minimum(low + BLOCK_T, stop) - 1 - start
+    top, bottom = (low - start) // width, last // width
+    left = tl.where(top == bottom, (low - start) % width, 0)
+    right = tl.where(top == bottom, last % width, width - 1)
+    return low, stop - low, cell // width, cell % width, top, bottom, left, right

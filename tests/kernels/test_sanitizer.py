@@ -319,7 +319,7 @@ def test_leaves_the_interpreter_as_it_was():
 
 def test_sees_what_a_launcher_gets_wrong(monkeypatch):
     """In the operators' own kernels: too few programs, and a tensor that is one row short."""
-    from granvit_kernels.ops.region_attention import triton as attention
+    from granvit_kernels.ops.region_attention import triton_launch as attention
 
     layout = PackedLayout.from_grids([(9, 8)])
     query, key = torch.ones(2, 1, 8), torch.ones(layout.num_tokens, 1, 8)

@@ -12,7 +12,7 @@ from odd_boxes import BOXES, UNREADABLE, VIEWS, far_apart
 from torch.utils import deterministic
 
 from granvit_kernels import PackedLayout
-from granvit_kernels.ops.region_attention import reference, triton
+from granvit_kernels.ops.region_attention import reference, triton_launch
 
 pytest.importorskip("triton")
 from sanitizer import sanitized  # noqa: E402
@@ -66,7 +66,7 @@ def check(
         torch.randn(len(boxes), queries, heads, generator=generator),
     ]
     place = layout.grids, layout.cu_seqlens, boxes, torch.tensor(image_index, dtype=torch.int64)
-    results = sanitized(both_ways, triton, tensors, upstream, place, coverage)
+    results = sanitized(both_ways, triton_launch, tensors, upstream, place, coverage)
     plain = both_ways(reference, tensors, upstream, place, coverage)
     exact = both_ways(reference, [t.double() for t in tensors], [t.double() for t in upstream], place, coverage)
     assert results[1].dtype == torch.float32 and all(t.dtype == dtype for t in (results[0], *results[2:]))
@@ -100,16 +100,16 @@ def test_queries_and_head_sizes(queries, size):
 
 @pytest.mark.parametrize("coverage", [False, True])
 def test_a_box_shared_by_several_programs(coverage, monkeypatch):
-    monkeypatch.setattr(triton, "_splits", lambda *_: 3)
+    monkeypatch.setattr(triton_launch, "_splits", lambda *_: 3)
     for shared in (False, True):
         check([(9, 12), (2, 3)], [BOXES[1], BOXES[0], BOXES[5], [1.5, 0.2, 11.0, 8.7]], [0, 1, 0, 0], shared=shared,
               coverage=coverage)  # fmt: skip
 
 
 def test_few_regions_of_large_images_are_split_by_rule():
-    assert triton._splits(36864, 524288, 32, torch.device("cpu")) == 1
-    assert triton._splits(12, 4096, 32, torch.device("cpu")) > 1
-    assert triton._splits(1, 16, 32, torch.device("cpu")) == 1
+    assert triton_launch._splits(36864, 524288, 32, torch.device("cpu")) == 1
+    assert triton_launch._splits(12, 4096, 32, torch.device("cpu")) > 1
+    assert triton_launch._splits(1, 16, 32, torch.device("cpu")) == 1
 
 
 def test_unreadable_boxes_and_indices_give_zeros():
@@ -154,17 +154,18 @@ def test_logits_of_any_size():
     key = torch.linspace(-200, 200, 16)[:, None, None].expand(16, 1, 8).contiguous()
     query, value = torch.full((1, 1, 1, 8), 9.0), torch.ones(16, 1, 8)
     place = layout.grids, layout.cu_seqlens, torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([0])
-    output, lse = triton.forward(query, key, value, *place, 1.0, False)
+    output, lse = triton_launch.forward(query, key, value, *place, 1.0, False)
     assert torch.equal(output, torch.ones_like(output)) and lse.item() == pytest.approx(200 * 72, rel=1e-6)
 
 
 def test_the_interpreter_alone_takes_no_bfloat16(monkeypatch):
     """A user who debugs with TRITON_INTERPRET on a GPU has an interpreter that nobody mended."""
-    monkeypatch.setattr(triton.launch, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(triton_launch.launch, "why_not", lambda device, dtype: None)
     cuda = torch.device("cuda")
-    assert "bfloat16" in triton.why_not(cuda, torch.bfloat16) and triton.why_not(cuda, torch.float16) is None
-    monkeypatch.setattr(triton, "_interpreted", lambda: False)
-    assert triton.why_not(cuda, torch.bfloat16) is None
+    assert "bfloat16" in triton_launch.why_not(cuda, torch.bfloat16)
+    assert triton_launch.why_not(cuda, torch.float16) is None
+    monkeypatch.setattr(triton_launch.launch, "_interpreted", lambda: False)
+    assert triton_launch.why_not(cuda, torch.bfloat16) is None
 
 
 coordinate = st.one_of(
@@ -188,7 +189,7 @@ def any_problem(grids, boxes, queries, size, shared, coverage, dtype, view, spli
     image = st.integers(-1, len(grids))
     image_index = data.draw(st.lists(image, min_size=len(boxes), max_size=len(boxes)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_splits", lambda *_: splits)
+        patch.setattr(triton_launch, "_splits", lambda *_: splits)
         check(grids, boxes, image_index, queries, 2, size, shared, coverage, dtype, view)
 
 

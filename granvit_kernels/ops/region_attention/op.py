@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ... import backends, checks
 from ...registration import Operator
-from . import cpu, reference, triton
+from . import cpu, reference, triton_launch
 
-CANDIDATES = {"region_attention": {"triton": triton, "cpu": cpu, "reference": reference}}
+CANDIDATES = {"region_attention": {"triton": triton_launch, "cpu": cpu, "reference": reference}}
 
 
 def _backend(query: Tensor) -> Any:

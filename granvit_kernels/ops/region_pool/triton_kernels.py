@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ...triton_common import INDICES, load_box
-from ...triton_regions import exp, next_cells, region_area, share
+from ...triton_regions import area_cells, exp, next_cells, region_area, share, store_area, token_tile
 
 NUMBERS = ["images", "chunks"]
 """Triton makes a constant of a 1: of these it would only compile the same once more."""
@@ -26,14 +26,6 @@ def own_channels(row, channel, HEADS: tl.constexpr, SIZE: tl.constexpr):
 
 
 # ---- region-major: a program walks the cells under a region's box ----
-
-
-@triton.jit
-def _area_cells(left, top, right, bottom):
-    """(first row, first column, columns, cells) of an area; columns at least 1."""
-    row0, column0 = top.to(tl.int32), left.to(tl.int32)
-    rows, columns = tl.ceil(bottom).to(tl.int32) - row0, tl.ceil(right).to(tl.int32) - column0
-    return row0, column0, tl.maximum(columns, 1), rows * columns
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
@@ -50,7 +42,7 @@ def weigh(
     left, top, right, bottom, log_share, start, width = region_area(
         grids, cu_seqlens, boxes, image_index, region, images, COVERAGE
     )
-    row0, column0, columns, cells = _area_cells(left, top, right, bottom)
+    row0, column0, columns, cells = area_cells(left, top, right, bottom)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     lane = tl.arange(0, BLOCK_N)
     y, x = lane // columns, lane % columns
@@ -75,11 +67,7 @@ def weigh(
     tl.store(shift + at, log_sum, mask=row < ROWS)
     tl.store(lse + at, log_sum + log_share, mask=row < ROWS)
     if tl.program_id(1) == 0:
-        areas += region.to(tl.int64) * 4
-        tl.store(areas, left)
-        tl.store(areas + 1, top)
-        tl.store(areas + 2, right)
-        tl.store(areas + 3, bottom)
+        store_area(areas, region, left, top, right, bottom)
         tl.store(origins + region.to(tl.int64) * 2, start)
         tl.store(origins + region.to(tl.int64) * 2 + 1, width)
 
@@ -95,7 +83,7 @@ def pool(
     left, top, right, bottom = load_box(areas, region)
     start = tl.load(origins + region.to(tl.int64) * 2)
     width = tl.load(origins + region.to(tl.int64) * 2 + 1)
-    row0, column0, columns, cells = _area_cells(left, top, right, bottom)
+    row0, column0, columns, cells = area_cells(left, top, right, bottom)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_N)
@@ -146,21 +134,6 @@ def compare(
 
 
 @triton.jit
-def _tile(grids, cu_seqlens, tile_token, image, tile, BLOCK_T: tl.constexpr):
-    """A tile of an image's tokens: (its first token, how many it has, their rows and columns, and its top, bottom, left
-    and right cell)."""
-    low = tl.load(tile_token + tile)
-    width = tl.load(grids + image * 2 + 1)
-    start, stop = tl.load(cu_seqlens + image), tl.load(cu_seqlens + image + 1)
-    cell = low - start + tl.arange(0, BLOCK_T)
-    last = tl.minimum(low + BLOCK_T, stop) - 1 - start
-    top, bottom = (low - start) // width, last // width
-    left = tl.where(top == bottom, (low - start) % width, 0)
-    right = tl.where(top == bottom, last % width, width - 1)
-    return low, stop - low, cell // width, cell % width, top, bottom, left, right
-
-
-@triton.jit
 def _met_regions(areas, image_regions, begin, stop, top, bottom, left, right, LANES: tl.constexpr):
     """(regions, place, count) of the LANES regions from `begin` on: place numbers those that meet the tile, from 1 in
     their order, and is 0 for the rest."""
@@ -193,7 +166,7 @@ def _weights(logit, shift, delta, areas, region, row, y, x, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=INDICES)
 def backward_logits(
     grad_output, logits, value, shift, delta, areas, grids, cu_seqlens,
-    tile_image, tile_token, region_first, image_regions, grad_logits, value_token,
+    tile_image, tile_token, region_first, image_regions, grad_logits, value_token, chunks,
     ROWS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +175,7 @@ def backward_logits(
     image = tl.load(tile_image + tile)
     if image < 0:
         return
-    low, count, y, x, top, bottom, left, right = _tile(grids, cu_seqlens, tile_token, image, tile, BLOCK_T)
+    low, count, y, x, top, bottom, left, right = token_tile(grids, cu_seqlens, tile_token, image, tile, BLOCK_T)
     token = tl.arange(0, BLOCK_T)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (token < count)[:, None] & (row < ROWS)[None, :]
@@ -219,8 +192,8 @@ def backward_logits(
             p, met, change, finite = _weights(logit, shift, delta, areas, region, row, y, x, ROWS)
             gradient = grad_output + region.to(tl.int64) * (ROWS * SIZE)
             product = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-            for first in range(0, HEADS * SIZE, BLOCK_C):
-                channel = first + tl.arange(0, BLOCK_C)
+            for chunk in range(chunks):  # not known to the compiler, which would unroll it, and spill
+                channel = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
                 read = (met & (token < count))[:, None] & (channel < HEADS * SIZE)[None, :]
                 at = (token * (value_token * UNIT))[:, None] + channel[None, :]
                 values = tl.load(value + at, mask=read, other=0.0)
@@ -246,7 +219,7 @@ def backward_value(
     image = tl.load(tile_image + tile)
     if image < 0:
         return
-    low, count, y, x, top, bottom, left, right = _tile(grids, cu_seqlens, tile_token, image, tile, BLOCK_T)
+    low, count, y, x, top, bottom, left, right = token_tile(grids, cu_seqlens, tile_token, image, tile, BLOCK_T)
     token = tl.arange(0, BLOCK_T)
     logits += low.to(tl.int64) * ROWS
     grad_value += low.to(tl.int64) * (HEADS * SIZE)

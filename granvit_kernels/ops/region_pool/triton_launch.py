@@ -42,7 +42,7 @@ class Tiles:
     block_c: int
     warps: int
     stages: int
-    registers: int | None
+    registers: int
 
 
 ROWS = 16
@@ -71,18 +71,18 @@ def _pool(rows: int, heads: int, channels: int, dtype: torch.dtype) -> Pool:
 
 
 def _logits(rows: int, heads: int, channels: int, dtype: torch.dtype) -> Tiles:
-    """Three programs of these registers fit a multiprocessor, and ptxas, left alone, spills a few on Ampere."""
-    if dtype == torch.float32:
-        return Tiles(block_c=_fitting(channels, 64), warps=4, stages=1, registers=None)
-    return Tiles(block_c=_fitting(channels, 64), warps=4, stages=2, registers=168)
+    """Three programs of 168 registers fit a multiprocessor; ptxas, left alone, spills a few to fit four."""
+    stages, registers = 1 if dtype == torch.float32 else 2, 168 if heads == 1 else 255
+    return Tiles(block_c=_fitting(channels, 64), warps=4, stages=stages, registers=registers)
 
 
 def _value(rows: int, heads: int, channels: int, dtype: torch.dtype) -> Tiles:
-    """Half of a thread's registers accumulate; one program more fits than ptxas, left alone, would have. Values of many
-    heads need more for what is not finite, on Ampere."""
+    """Half of a thread's registers accumulate. With 128 of them four programs fit a multiprocessor, one more than
+    ptxas, left alone, would have; several blocks of rows, or heads with values of their own, need more on Ampere."""
     if dtype == torch.float32:
-        return Tiles(block_c=_fitting(channels, 64), warps=4, stages=1, registers=None)
-    return Tiles(block_c=_fitting(channels, 128), warps=4, stages=1, registers=128 if heads == 1 else 255)
+        return Tiles(block_c=_fitting(channels, 64), warps=4, stages=1, registers=255)
+    registers = 128 if heads == 1 and rows <= ROWS else 255
+    return Tiles(block_c=_fitting(channels, 128), warps=4, stages=1, registers=registers)
 
 
 def forward(
@@ -120,7 +120,7 @@ def backward(
 
     call, kernels = _Call(logits, value, grids, cu_seqlens, boxes, image_index, coverage), _kernels()
     grad_output = grad_output.contiguous()
-    delta, block_d = torch.empty_like(lse), min(power_of_two(call.size), 256)
+    delta, block_d = torch.empty_like(lse), min(power_of_two(call.size), 4096 // call.block_r)
     with torch.cuda.device_of(value):
         # Anew, not from lse: rounding that the logarithm of a tiny share brought would be in every weight.
         shift, areas, _ = call.weigh(kernels, torch.empty_like(lse))
@@ -137,9 +137,11 @@ def backward(
             **call.sizes, LANES=LANES, BLOCK_T=block_t, BLOCK_R=ROWS,
         )  # fmt: skip
         config, count = call.tuned("backward_logits", _logits), len(tiles.image)
+        chunks = -(-call.channels // config.block_c)
         kernels.backward_logits[(count, -(-call.rows // ROWS))](
             **common, value=call.value, value_token=call.value_token, UNIT=call.unit, grad_logits=grad_logits,
-            BLOCK_C=config.block_c, num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+            chunks=chunks, BLOCK_C=config.block_c,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
         config = call.tuned("backward_value", _value)
         chunks = -(-call.channels // config.block_c)

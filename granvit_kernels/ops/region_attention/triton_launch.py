@@ -18,16 +18,9 @@ from torch import Tensor
 
 from ... import launch
 from ...launch import power_of_two
+from ...launch import products_why_not as why_not
 
 __all__ = ["backward", "forward", "why_not"]
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """As launch.why_not."""
-    reason = launch.why_not(device, dtype)
-    if reason is None and dtype == torch.bfloat16 and _interpreted():
-        return "Triton's interpreter (TRITON_INTERPRET) multiplies bfloat16's bits as if they were integers"
-    return reason
 
 
 @dataclass(frozen=True)
@@ -76,6 +69,7 @@ PROGRAMS = 8
 
 MOST_SPLITS = 64
 
+
 def _registers(kernel: str, coverage: bool) -> int | None:
     """A thread's at most: all that it can have where ptxas, left alone, spills a few to fit one more program."""
     return 255 if kernel == "backward_tokens" or coverage else None
@@ -84,14 +78,7 @@ def _registers(kernel: str, coverage: bool) -> int | None:
 def _splits(programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
     """Programs that share one box: 1 where `programs` alone fill the chip. From what the host knows."""
     fitting = max(num_tokens // (4 * block_n), 1)  # a piece of fewer blocks is not worth a program
-    return max(min(PROGRAMS * _multiprocessors(device) // max(programs, 1), fitting, MOST_SPLITS), 1)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # the interpreter, or a compilation ahead of time
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return max(min(PROGRAMS * launch.multiprocessors(device) // max(programs, 1), fitting, MOST_SPLITS), 1)
 
 
 def forward(
@@ -117,14 +104,14 @@ def forward(
         kernels.forward_walk[grid](
             **call.tensors, **call.place, output=part, lse=part_sum, part_max=part_max,
             scale=scale, **call.counts, **call.strides, splits=splits,
-            **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n, SHORT=call.short,
+            **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n,
             COVERAGE=coverage, SPLIT=splits > 1, num_warps=walk.warps, num_stages=walk.stages,
         )  # fmt: skip
         if splits > 1:
             kernels.merge[call.grid(1)](
                 part=part, part_sum=part_sum, part_max=part_max, **call.place, output=output, lse=lse,
                 **call.counts, splits=splits,
-                SIZE=call.size, BLOCK_D=call.block_d, BLOCK_K=call.block_k, num_warps=4,
+                SIZE=call.size, BLOCK_D=call.block_d, BLOCK_K=call.block_k, COVERAGE=coverage, num_warps=4,
             )  # fmt: skip
     return output, lse
 
@@ -148,25 +135,25 @@ def backward(
     # What is added up over regions or splits is so in float32, in an order that never changes.
     summed = shared or splits > 1
     grad_query = query.new_empty((splits, *output.shape), dtype=torch.float32 if summed else query.dtype)
-    delta, covered = torch.empty_like(lse), boxes.new_empty(boxes.shape, dtype=torch.int32)
+    delta, areas, log_shares = torch.empty_like(lse), torch.empty_like(call.place["boxes"]), boxes.new_empty(len(boxes))
     kernels = _kernels()
     with torch.cuda.device_of(query):
         kernels.backward_walk[call.grid(splits)](
             grad_output=grad_output, grad_lse=grad_lse, **call.tensors, output=output, lse=lse, **call.place,
-            grad_query=grad_query, delta=delta, covered=covered,
+            grad_query=grad_query, delta=delta, areas=areas, log_shares=log_shares,
             scale=scale, **call.counts, **call.strides, splits=splits,
-            **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n, SHORT=call.short,
+            **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n,
             COVERAGE=coverage, num_warps=walk.warps, num_stages=walk.stages,
             maxnreg=_registers("backward_walk", coverage),
         )  # fmt: skip
         tiles = tile_tokens(call.place["cu_seqlens"], call.place["image_index"], key.shape[0], tokens.block_t)
         kernels.backward_tokens[(tiles.image.shape[0] * call.heads,)](
-            grad_output=grad_output, **call.tensors, lse=lse, delta=delta, covered=covered,
-            grids=call.place["grids"], cu_seqlens=call.place["cu_seqlens"], boxes=call.place["boxes"],
+            grad_output=grad_output, **call.tensors, lse=lse, delta=delta, areas=areas, log_shares=log_shares,
+            grids=call.place["grids"], cu_seqlens=call.place["cu_seqlens"],
             tile_image=tiles.image, tile_token=tiles.token, region_first=tiles.first, image_regions=tiles.regions,
             grad_key=grad_key, grad_value=grad_value,
             scale=scale, queries=call.queries, heads=call.heads, **call.strides,
-            **call.constants, BLOCK_T=tokens.block_t, BLOCK_M=tokens.block_m, COVERAGE=coverage,
+            **call.constants, BLOCK_T=tokens.block_t, BLOCK_M=tokens.block_m,
             num_warps=tokens.warps, num_stages=tokens.stages, maxnreg=_registers("backward_tokens", coverage),
         )  # fmt: skip
     if shared:
@@ -206,8 +193,6 @@ class _Call:
         self.block_k = min(max(power_of_two(self.queries), 16), most)
         self.block_d = max(power_of_two(self.size), 16)
         self.constants = dict(SIZE=self.size, BLOCK_D=self.block_d, UNIT=unit)
-        # Within a walk, where 64 bits would be a tenth of the instructions.
-        self.short = self.tokens * max(strides[0], strides[2]) + self.block_d < 2**31
 
     def grid(self, splits: int) -> tuple[int, int, int]:
         return self.regions * self.heads, splits, -(-self.queries // self.block_k)
@@ -227,10 +212,3 @@ def _kernels() -> SimpleNamespace:
     from . import triton_kernels
 
     return triton_kernels
-
-
-@functools.cache
-def _interpreted() -> bool:
-    import triton
-
-    return not isinstance(_kernels().forward_walk, triton.JITFunction)
