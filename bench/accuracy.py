@@ -15,7 +15,7 @@ from rows import DRY_RUN, Rows, gpu_file, gpu_name, provenance
 from torch import Tensor
 from workloads import make_regions
 
-from granvit_kernels import backends, ops, pack_patches, region_attention, roi_gather
+from granvit_kernels import backends, ops, pack_patches, region_attention, region_pool, roi_gather
 
 GRIDS = [(24, 17), (1, 1), (9, 32), (20, 20)]
 BOXES = 12
@@ -51,6 +51,21 @@ def attend(queries: int, heads: int, size: int, coverage: bool) -> Callable:
     return run
 
 
+def pool(queries: int, heads: int, size: int) -> Callable:
+    """Logits of queries and heads, and one value for all, with coverage."""
+
+    def run(device: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        made = make_regions(GRIDS, BOXES, device)
+        shapes = (queries, heads), (1, size)
+        drawn = [draw(made.layout.num_tokens, *shape, seed=seed) for seed, shape in enumerate(shapes)]
+        tensors = [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
+        output = region_pool(*tensors, made.layout, made.boxes, made.image_index, coverage=True)
+        gradients = torch.autograd.grad(output, tensors, draw(*output.shape, seed=3).to(device, dtype))
+        return {"forward": [output.detach()], "backward": list(gradients)}
+
+    return run
+
+
 def pack(device: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
     generator = torch.Generator().manual_seed(4)
     sizes = [(h * 16, w * 16, 3) for h, w in GRIDS]
@@ -73,6 +88,8 @@ CASES: list[tuple[str, str, Callable]] = [
     ("roi_gather", "768 channels", gather(768)),
     ("region_attention", "12 x 64, 4 queries", attend(4, 12, 64, False)),
     ("region_attention", "16 x 72, 1 query, coverage", attend(1, 16, 72, True)),
+    ("region_pool", "16 rows, 1152 channels, coverage", pool(1, 16, 1152)),
+    ("region_pool", "48 rows, 768 channels, coverage", pool(4, 12, 768)),
     ("pack_patches", "patches of 16", pack),
 ]
 
@@ -102,7 +119,7 @@ def backend(operator: str, device: str, dtype: torch.dtype) -> str:
     packages = {"pack_patches": ops.patch_packing}
     candidates = packages.get(operator, getattr(ops, operator, None)).CANDIDATES
     chosen = backends.choose(operator, candidates[operator], device=torch.device(device), dtype=dtype)
-    return chosen.__name__.rpartition(".")[2]
+    return next(name for name, module in candidates[operator].items() if module is chosen)
 
 
 def main() -> None:

@@ -37,6 +37,10 @@ class Case(NamedTuple):
         return " ".join([self.operator, self.dtype, *(f"{name}={value}" for name, value in self.options)])
 
 
+POOLED = ((1, 16, 1152), (4, 12, 768), (1, 1, 72))
+"""(queries, heads, channels) of region_pool with a value that all heads share."""
+
+
 def cases() -> list[Case]:
     """Everything that ships: the launchers' choices over the shapes that they tell apart."""
     every = [Case("roi_gather", "bfloat16", (("smallest", True),))]
@@ -49,6 +53,11 @@ def cases() -> list[Case]:
         for size in (32, 64, 72, 96, 128, 256):
             for queries in (4, 32, 64):
                 every.append(Case("region_attention", dtype, (("queries", queries), ("size", size))))
+    every.append(Case("region_pool", "bfloat16", (("smallest", True),)))
+    for dtype in ("float32", "bfloat16", "float16"):
+        for queries, heads, size in POOLED:
+            every.append(Case("region_pool", dtype, (("queries", queries), ("heads", heads), ("size", size))))
+        every.append(Case("region_pool", dtype, (("queries", 1), ("heads", 16), ("size", 72), ("own", True))))
     for option in ("coverage", "split"):
         every.append(Case("region_attention", "bfloat16", (("queries", 4), ("size", 64), (option, True))))
     return every
@@ -58,6 +67,7 @@ def choice() -> list[tuple[Case, int]]:
     """(case, architecture) for the ordinary test suite: each operator's main shape on all, the rest here and there."""
     by_name = {case.name: case for case in cases()}
     everywhere = ["roi_gather bfloat16 channels=768 sampling_ratio=2", "region_attention bfloat16 queries=4 size=64"]
+    everywhere.append("region_pool bfloat16 queries=1 heads=16 size=1152")
     once = [
         ("roi_gather bfloat16 smallest=True", 90),
         ("roi_gather bfloat16 channels=768 sampling_ratio=0", 90),
@@ -67,6 +77,10 @@ def choice() -> list[tuple[Case, int]]:
         ("region_attention float16 queries=64 size=128", 80),
         ("region_attention float32 queries=4 size=64", 90),
         ("region_attention bfloat16 queries=4 size=64 split=True", 90),
+        ("region_pool bfloat16 smallest=True", 90),
+        ("region_pool float16 queries=4 heads=12 size=768", 80),
+        ("region_pool float32 queries=1 heads=16 size=1152", 90),
+        ("region_pool bfloat16 queries=1 heads=16 size=72 own=True", 80),
     ]
     return [(by_name[name], arch) for name in everywhere for arch in ARCHITECTURES] + [
         (by_name[name], arch) for name, arch in once
@@ -187,7 +201,7 @@ def directions(case: Case, layout: Any, boxes: Any, image_index: Any) -> dict[st
     import torch
 
     dtype, options = getattr(torch, case.dtype), dict(case.options)
-    small = options.get("smallest", False)
+    small, wide = options.get("smallest", False), torch.float32
     place = (layout.grids, layout.cu_seqlens, boxes, image_index)
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -202,16 +216,27 @@ def directions(case: Case, layout: Any, boxes: Any, image_index: Any) -> dict[st
             "forward": lambda: triton.forward(tokens, *place, bins, bins, ratio),
             "backward": lambda: triton.backward(grad, *place, layout.num_tokens, ratio),
         }
-    from granvit_kernels.ops.region_attention import triton
-
     heads, size = (1, 1) if small else (options.get("heads", 12), options["size"])
+    if case.operator == "region_pool":
+        from granvit_kernels.ops.region_pool import triton_launch
+
+        logits = zeros(layout.num_tokens, options.get("queries", 1), heads)
+        value = zeros(layout.num_tokens, heads if options.get("own") else 1, size)
+        output, lse = zeros(len(boxes), *logits.shape[1:], size), zeros(len(boxes), *logits.shape[1:], dtype=wide)
+        coverage = options.get("coverage", True)
+        return {
+            "forward": lambda: triton_launch.forward(logits, value, *place, coverage),
+            "backward": lambda: triton_launch.backward(output, lse, logits, value, output, lse, *place, coverage),
+        }
+    from granvit_kernels.ops.region_attention import triton_launch
+
     query = zeros(options.get("queries", 1), heads, size)
     key, value = zeros(layout.num_tokens, heads, size), zeros(layout.num_tokens, heads, size)
-    output, lse = zeros(len(boxes), *query.shape), zeros(len(boxes), *query.shape[:2], dtype=torch.float32)
+    output, lse = zeros(len(boxes), *query.shape), zeros(len(boxes), *query.shape[:2], dtype=wide)
     rest = (0.125, options.get("coverage", False))
     return {
-        "forward": lambda: triton.forward(query, key, value, *place, *rest),
-        "backward": lambda: triton.backward(output, lse, query, key, value, output, lse, *place, *rest),
+        "forward": lambda: triton_launch.forward(query, key, value, *place, *rest),
+        "backward": lambda: triton_launch.backward(output, lse, query, key, value, output, lse, *place, *rest),
     }
 
 

@@ -31,8 +31,13 @@ CHANNELS = (768, 1152)
 PACKED = "ABD"  # workloads of pack_patches, as in test_gpu.py
 ATTENTION = {
     "12 x 64, K = 4": {"queries": 4, "heads": 12, "size": 64},
-    "16 x 72, K = 1, coverage": {"queries": 1, "heads": 16, "size": 72, "coverage": True},  # as the model asks
+    "16 x 72, K = 1, coverage": {"queries": 1, "heads": 16, "size": 72, "coverage": True},
 }
+POOLS = {
+    "16 rows, 1152 channels, coverage": {"queries": 1, "heads": 16, "size": 1152},  # as the model asks: 16 x 72, K = 1
+    "48 rows, 768 channels, coverage": {"queries": 4, "heads": 12, "size": 768},  # 12 x 64, K = 4
+}
+"""The region prompt's: rows are queries and heads, and all share a token's features."""
 
 
 # ---- rows ----
@@ -81,6 +86,21 @@ def attention_rows(workload: str) -> list[dict[str, Any]]:
     return rows
 
 
+def pool_rows(workload: str) -> list[dict[str, Any]]:
+    made = regions(workload, "cpu")
+    met, tokens, count = trips.met_tokens(made), made.layout.num_tokens, len(made.boxes)
+    rows = []
+    for shape, options in POOLS.items():
+        parts = launched("region_pool", options, made)
+        each, channels = options["queries"] * options["heads"], options["size"]
+        output, lse = count * each * channels, count * each * 4
+        read = (met * (channels + each) + output) * ITEM + lse  # values and logits that a box meets
+        rows.append(row("region_pool", "forward", workload, shape, parts["forward"], read))
+        moved = read + lse + (tokens * (channels + each) + output) * ITEM
+        rows.append(row("region_pool", "backward", workload, shape, parts["backward"], moved))
+    return rows
+
+
 def pack_rows(workload: str) -> list[dict[str, Any]]:
     rows = []
     for mode in ("as it is", "resized"):
@@ -119,6 +139,7 @@ def main() -> None:
         raise SystemExit("floors: TRITON_INTERPRET=1 keeps Triton from compiling; unset it")
     rows = [row for workload in DESCRIPTIONS for row in roi_rows(workload)]
     rows += [row for workload in DESCRIPTIONS for row in attention_rows(workload)]
+    rows += [row for workload in DESCRIPTIONS for row in pool_rows(workload)]
     rows += [row for workload in PACKED for row in pack_rows(workload)]
     head = {"assumptions": ASSUMPTIONS, "versions": {"triton": triton.__version__, "nvcc": pack_kernels()[0]}}
     head["commit"] = commit_of_this_run()

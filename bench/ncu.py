@@ -19,7 +19,7 @@ import torch
 from rows import Rows, gpu_file, gpu_name, provenance
 from workloads import pictures, randn, regions
 
-from granvit_kernels import pack_patches, region_attention, roi_gather
+from granvit_kernels import pack_patches, region_attention, region_pool, roi_gather
 
 METRICS = {
     "seconds": ("gpu__time_duration.sum", 1e-9),
@@ -69,15 +69,31 @@ def attend() -> Callable:
     return run
 
 
+def pool() -> Callable:
+    """As the model's region prompt: 16 rows of logits, features of 1152 channels, coverage."""
+    made = regions("A", DEVICE, *((2, 2) if DRY else ()))
+    tensors = [
+        randn(made.layout.num_tokens, *shape, dtype=DTYPE, device=DEVICE, seed=seed).requires_grad_()
+        for seed, shape in enumerate(((1, 16), (1, 1152)))
+    ]
+
+    def run() -> None:
+        output = region_pool(*tensors, made.layout, made.boxes, made.image_index, coverage=True)
+        torch.autograd.grad(output, tensors, output.detach())
+
+    return run
+
+
 def pack() -> Callable:
     made = pictures("A", False, DEVICE, *((2, 16) if DRY else ()))
     half = (0.5, 0.5, 0.5)
     return lambda: pack_patches(made.images, 16, half, half, grids=made.grids, dtype=DTYPE)
 
 
-OPERATORS = {"roi_gather": gather, "region_attention": attend, "pack_patches": pack}
+OPERATORS = {"roi_gather": gather, "region_attention": attend, "region_pool": pool, "pack_patches": pack}
 SHAPES = {
-    "roi_gather": "768 channels", "region_attention": "16 x 72, K = 1, coverage", "pack_patches": "patches of 16",
+    "roi_gather": "768 channels", "region_attention": "16 x 72, K = 1, coverage",
+    "region_pool": "16 rows, 1152 channels, coverage", "pack_patches": "patches of 16",
 }  # fmt: skip
 """Of those calls, as bench/results/floors.json has them."""
 

@@ -94,7 +94,50 @@ def attention_tokens(code: sass.Region, launch: aot.Launch, made: Regions) -> It
     yield "a block of columns", block.doing(products, PRODUCT), counts["computed"] * arguments["heads"]
 
 
+def pool_walk(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    (block,) = code.nested(1)
+    programs = math.prod(launch.grid)
+    walks = programs // len(made.boxes)  # of a box: chunks of channels, blocks of rows
+    yield "once a box" + " and chunk" * (walks > 1), code.through(block), programs
+    yield "a block of cells", block.through(), trips.walked_blocks(made, launch.arguments["BLOCK_N"]) * walks
+
+
+def pool_compare(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    programs, chunks = math.prod(launch.grid), trips.blocks(launch.arguments["SIZE"], launch.arguments["BLOCK_D"])
+    yield "once a box", code.through(*code.loops), programs
+    for block in code.loops:
+        yield "a block of channels", block.through(), programs * chunks
+
+
+def pool_logits(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    look, region, chunk = code.nested(3)
+    arguments, row_blocks = launch.arguments, launch.grid[1]
+    counts = trips.pool_tokens(made, arguments["BLOCK_T"], arguments["LANES"])
+    tiles = len(trips.TokenTiles(made, arguments["BLOCK_T"]))
+    yield "once a tile of tokens", code.through(look), tiles * row_blocks
+    yield "a look at 32 regions", look.through(region), counts["looks"] * row_blocks
+    yield "a region that meets the tile", region.through(chunk), counts["met"] * row_blocks
+    yield "a chunk of its channels", chunk.through(), counts["met"] * row_blocks * arguments["chunks"]
+
+
+def pool_value(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    chunk, look, region = code.nested(3)  # few blocks of rows are unrolled
+    arguments, slices = launch.arguments, launch.grid[1]
+    counts = trips.pool_tokens(made, arguments["BLOCK_T"], arguments["LANES"])
+    tiles, chunks = len(trips.TokenTiles(made, arguments["BLOCK_T"])), arguments["chunks"]
+    yield "once a tile of tokens", code.through(chunk), tiles * slices
+    yield "a chunk of its channels", chunk.through(look), tiles * chunks
+    yield "a look at 32 regions", look.through(region), counts["looks"] * chunks
+    yield "a region that meets the tile", region.through(), counts["met"] * chunks
+
+
 KERNELS = {
+    ("region_pool", "weigh"): pool_walk,
+    ("region_pool", "pool"): pool_walk,
+    ("region_pool", "compare"): pool_compare,
+    ("region_pool", "_tile_tokens"): tile_tokens,
+    ("region_pool", "backward_logits"): pool_logits,
+    ("region_pool", "backward_value"): pool_value,
     ("roi_gather", "forward"): roi_forward,
     ("roi_gather", "backward"): roi_backward,
     ("roi_gather", "_tile_tokens"): tile_tokens,

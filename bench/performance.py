@@ -90,6 +90,7 @@ def performance() -> list[str]:
             lines += [*markdown(head, table), "", f"{versions}; commits {commits}.", ""]
     record = json.loads((RESULTS / "aot.json").read_text())
     chosen = ["roi_gather bfloat16 channels=768 sampling_ratio=2", "region_attention bfloat16 queries=4 size=64"]
+    chosen.append("region_pool bfloat16 queries=1 heads=16 size=1152")
     rows = [row for row in record["kernels"] if row["case"] in (*chosen, "tiles")]
     lines += [
         "## What the compiler makes of the Triton kernels",

@@ -16,16 +16,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 from rows import Rows, gpu_file, gpu_name, provenance
 
-from granvit_kernels import PackedLayout, pack_patches, region_attention, roi_gather
+from granvit_kernels import PackedLayout, pack_patches, region_attention, region_pool, roi_gather
 
-OPERATORS = ("region_attention", "roi_gather", "pack_patches")
+OPERATORS = ("region_attention", "region_pool", "roi_gather", "pack_patches")
 CHECKS = {
     # Addresses: every kernel reads through offsets that boxes and layouts make.
     "memcheck": OPERATORS,
     # Memory that nothing wrote: kernels hand each other workspaces (tiles, partial sums, a table of crops).
     "initcheck": OPERATORS,
     # Shared memory without a barrier: roi_gather's programs are one warp and hold none; its tiles are attention's, too.
-    "racecheck": ("region_attention", "pack_patches"),
+    "racecheck": ("region_attention", "region_pool", "pack_patches"),
     # Barriers that not all threads reach: only pack_patches writes its own, the others' are Triton's.
     "synccheck": ("pack_patches",),
 }
@@ -38,6 +38,8 @@ ATTENTIONS = (
     (4, 64, "bfloat16", True), (3, 72, "float16", False), (64, 32, "bfloat16", False), (1, 20, "float32", True)
 )  # fmt: skip
 """(queries, size of a head, dtype, coverage) of region_attention."""
+POOLS = ((1, 16, 1, 144, "bfloat16"), (4, 12, 1, 40, "float16"), (2, 3, 3, 24, "bfloat16"), (1, 1, 1, 20, "float32"))
+"""(queries, heads, heads of the value, channels, dtype) of region_pool."""
 HEADS = 2
 LIMIT = 80
 """Seconds of one tool on one operator."""
@@ -65,6 +67,15 @@ def run_region_attention(device: str) -> None:
         region_attention(query, key, key, *place, coverage=coverage).sum().backward()
 
 
+def run_region_pool(device: str) -> None:
+    for queries, heads, values, size, dtype in POOLS:
+        place = where(device)
+        made = {"device": device, "dtype": getattr(torch, dtype), "requires_grad": True}
+        shapes = (queries, heads), (values, size)
+        logits, value = (torch.randn(place[0].num_tokens, *shape, **made) for shape in shapes)
+        region_pool(logits, value, *place, coverage=True).sum().backward()
+
+
 PACKINGS = (
     (16, "hwc", "bfloat16", {}),
     (16, "chw", "float32", {"resample": "bicubic"}),
@@ -82,7 +93,10 @@ def run_pack_patches(device: str) -> None:
         pack_patches(images, patch, half, half, crops, grids, getattr(torch, dtype), order, **options)
 
 
-RUNS = {"roi_gather": run_roi_gather, "region_attention": run_region_attention, "pack_patches": run_pack_patches}
+RUNS = {
+    "roi_gather": run_roi_gather, "region_attention": run_region_attention, "region_pool": run_region_pool,
+    "pack_patches": run_pack_patches,
+}  # fmt: skip
 
 
 def command(tool: str, operator: str) -> list[str]:

@@ -239,7 +239,10 @@ def with_loops(blocks: list[Block]) -> Region:
     for first, last in latches.items():
         members = _reached(last - {first}, lambda number, first=first: before[number] - {first})
         loops.append(Region(blocks, first, members | {first}, last))
-    whole = Region(blocks, 0, reached, {n for n in reached if not blocks[n].following})
+    ends = {n for n in reached if not blocks[n].following}
+    if not ends:  # it leaves from inside a loop
+        ends = {n for n in reached if blocks[n].instructions[-1].opcode == "EXIT"}
+    whole = Region(blocks, 0, reached, ends)
     for loop in sorted(loops, key=lambda loop: (-len(loop.members), loop.first)):
         [region for region in whole if loop.members <= region.members][-1].loops.append(loop)
     for region in whole:

@@ -114,7 +114,7 @@ def _bins(low: Tensor, high: Tensor, first: Tensor, last: Tensor, bins: int, siz
     return (end - begin).clamp(min=0).long()
 
 
-# ---- region_attention ----
+# ---- region_attention and region_pool ----
 
 
 def walked_blocks(regions: Regions, block: int) -> int:
@@ -126,19 +126,29 @@ def walked_blocks(regions: Regions, block: int) -> int:
 def attention_tokens(regions: Regions, tile: int, queries: int, block: int) -> dict[str, int]:
     """Over all tiles, for each head: blocks of `block` columns (queries of regions) that go by, and those of them that
     are computed, as one of their regions meets the tile."""
-    tiles = TokenTiles(regions, tile)
+    columns = _meets(regions, TokenTiles(regions, tile)).repeat_interleave(queries, 1)
+    columns = torch.nn.functional.pad(columns, (0, -columns.shape[1] % block)).unflatten(1, (-1, block))
+    return {"blocks": columns.shape[0] * columns.shape[1], "computed": int(columns.any(2).sum())}
+
+
+def pool_tokens(regions: Regions, tile: int, lanes: int) -> dict[str, int]:
+    """Over all tiles: times that a tile looks at `lanes` regions of its image, and pairs of a tile and a region that
+    meet."""
+    meets = _meets(regions, TokenTiles(regions, tile))
+    return {"looks": len(meets) * blocks(meets.shape[1], lanes), "met": int(meets.sum())}
+
+
+def _meets(regions: Regions, tiles: TokenTiles) -> Tensor:
+    """Which of its image's regions meet the rectangle around each tile, [tiles, boxes an image]."""
     x1, y1, x2, y2 = regions.boxes.T
     column0, row0, column1, row1 = x1.floor(), y1.floor(), x2.ceil(), y2.ceil()  # boxes lie inside their images
-    near = torch.stack(
+    return torch.stack(
         [
             (row0[n] <= tiles.bottom) & (row1[n] > tiles.top) & (column0[n] <= tiles.right) & (column1[n] > tiles.left)
             for n in tiles.regions(regions)
         ],
         1,
     )
-    columns = near.repeat_interleave(queries, 1)
-    columns = torch.nn.functional.pad(columns, (0, -columns.shape[1] % block)).unflatten(1, (-1, block))
-    return {"blocks": columns.shape[0] * columns.shape[1], "computed": int(columns.any(2).sum())}
 
 
 # ---- pack_patches, in warps' trips: a block's threads share a loop's items out ----

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from gpu_clock import DeviceClock
 from rows import DRY_RUN, gpu_file, gpu_name
-from warm import attention
+from warm import attention, pool
 from workloads import randn, regions
 
-from granvit_kernels import launch, region_attention, roi_gather
+from granvit_kernels import launch, region_attention, region_pool, roi_gather
 
 DTYPE = torch.bfloat16
 WORKLOADS = ("A", "C")
@@ -42,6 +42,9 @@ FIELDS: dict[str, dict[str, tuple]] = {
     "roi_gather_backward": {"block_c": (128, 256, 512), "tile": (1, 2, 4, 8), "warps": (1, 2)},
     "region_attention_forward": {"block_n": (16, 32, 64, 128), "warps": (1, 2, 4), "stages": (1, 2, 3)},
     "region_attention_backward_walk": {"block_n": (16, 32, 64), "warps": (1, 2, 4), "stages": (1, 2)},
+    "region_pool_forward": {"block_c": (128, 256), "block_n": (16, 32, 64), "warps": (4, 8), "stages": (2, 3)},
+    "region_pool_backward_logits": {"block_c": (64, 128), "warps": (4, 8), "stages": (1, 2), "registers": (128, 168)},
+    "region_pool_backward_value": {"block_c": (64, 128, 256), "warps": (4, 8), "registers": (128, 168)},
     "region_attention_backward_tokens": {"block_t": (32, 64, 128), "block_m": (16, 32, 64), "warps": (4, 8)},
 }
 
@@ -64,7 +67,8 @@ class Target(NamedTuple):
 def targets() -> list[Target]:
     gathers = [aot.Case("roi_gather", "bfloat16", (("channels", n), ("sampling_ratio", 2))) for n in (768, 1152)]
     attentions = [attention("bfloat16", 1, 16, 72, True), attention("bfloat16", 4, 12, 64, False)]
-    cases = {"roi_gather": gathers, "region_attention": attentions}
+    pools = [pool("bfloat16", 1, 16, 1152), pool("bfloat16", 4, 12, 768)]
+    cases = {"roi_gather": gathers, "region_attention": attentions, "region_pool": pools}
     return [Target(kernel, case) for kernel in FIELDS for name in cases if name in kernel for case in cases[name]]
 
 
@@ -90,6 +94,7 @@ def why_not(target: Target, fields: dict[str, Any], architecture: int) -> str | 
     torch.set_num_threads(1)
     launch.tuned = Trial(target.kernel, fields)
     kernel_name = target.kernel.removeprefix(target.case.operator + "_")
+    kernel_name = "pool" if target.kernel == "region_pool_forward" else kernel_name
     try:
         with aot.compile_only(architecture) as compiled:
             aot.launch(target.case)
@@ -133,6 +138,15 @@ def call(target: Target, workload: str) -> Callable:
 
         def forward() -> torch.Tensor:
             return roi_gather(*inputs, *place)
+    elif target.case.operator == "region_pool":
+        shapes = (options["queries"], options["heads"]), (1, options["size"])
+        inputs = [
+            randn(made.layout.num_tokens, *shape, dtype=DTYPE, device="cuda", seed=seed)
+            for seed, shape in enumerate(shapes)
+        ]
+
+        def forward() -> torch.Tensor:
+            return region_pool(*inputs, *place, coverage=True)
     else:
         lengths = (options["queries"], made.layout.num_tokens, made.layout.num_tokens)
         shape = options["heads"], options["size"]

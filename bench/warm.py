@@ -29,6 +29,10 @@ def cases() -> list[aot.Case]:
     cases += [attention("bfloat16", 4, 12, 64, False, split=True)]
     cases += [attention(dtype, queries, sanitize.HEADS, size, coverage)
               for queries, size, dtype, coverage in sanitize.ATTENTIONS]  # fmt: skip
+    cases += [pool("bfloat16", *shape) for shape in ((1, 16, 1152), (4, 12, 768), (1, 12, 768))]
+    cases += [pool("float32", *shape) for shape in ((1, 16, 1152), (4, 12, 768))]
+    cases += [pool(dtype, queries, heads, size, own=values > 1)
+              for queries, heads, values, size, dtype in sanitize.POOLS]  # fmt: skip
     gathers = (
         (768, 2, "bfloat16"), (1152, 2, "bfloat16"), (768, 0, "bfloat16"), (768, 2, "float32"), *sanitize.GATHERS
     )  # fmt: skip
@@ -40,6 +44,12 @@ def cases() -> list[aot.Case]:
 def attention(dtype: str, queries: int, heads: int, size: int, coverage: bool, **more: bool) -> aot.Case:
     options = {"queries": queries, "heads": heads, "size": size, "coverage": coverage, **more}
     return aot.Case("region_attention", dtype, tuple(options.items()))
+
+
+def pool(dtype: str, queries: int, heads: int, size: int, own: bool = False) -> aot.Case:
+    """own: each head has values of its own."""
+    options = {"queries": queries, "heads": heads, "size": size, "own": own}
+    return aot.Case("region_pool", dtype, tuple(options.items()))
 
 
 def compile_case(case: aot.Case, architecture: int, device: str) -> int:

@@ -8,7 +8,7 @@ import torch
 
 
 def keys(count: int, dtype_name: str, shared: bool, queries: int, heads: int, size: int) -> dict[str, int]:
-    """{kernel: keys that Triton's JIT makes} of both operators, both ways, over `count` random batches.
+    """{kernel: keys that Triton's JIT makes} of the three operators, both ways, over `count` random batches.
 
     Runs where Triton compiles, not in its interpreter. Nothing is computed: tensors hold what memory held. Their
     addresses are multiples of 16, as those of torch's CUDA allocator are; but what a user hands over may begin at any
@@ -18,7 +18,8 @@ def keys(count: int, dtype_name: str, shared: bool, queries: int, heads: int, si
     import aot
 
     from granvit_kernels import PackedLayout
-    from granvit_kernels.ops.region_attention import triton as attention
+    from granvit_kernels.ops.region_attention import triton_launch as attention
+    from granvit_kernels.ops.region_pool import triton_launch as pooling
     from granvit_kernels.ops.roi_gather import triton as gather
 
     dtype, draw = getattr(torch, dtype_name), random.Random(0)
@@ -46,4 +47,11 @@ def keys(count: int, dtype_name: str, shared: bool, queries: int, heads: int, si
             output, lse = attention.forward(*inputs, *place, 0.125, True)
             upstream = rows(regions, queries, heads, size), rows(regions, queries, heads, dtype=torch.float32)
             attention.backward(*upstream, *inputs, output, lse, *place, 0.125, True)
+
+            values = (heads, size) if shared else (1, heads * size)
+            logits, value = rows(layout.num_tokens, queries, heads), rows(layout.num_tokens, *values)
+            output, lse = pooling.forward(logits, value, *place, True)
+            shape = regions, *logits.shape[1:]
+            upstream = rows(*shape, values[1]), rows(*shape, dtype=torch.float32)
+            pooling.backward(*upstream, logits, value, output, lse, *place, True)
     return {kernel: len(keys) for kernel, keys in keys_of.items()}

@@ -41,7 +41,8 @@ def test_without_a_gpu_they_are_skipped_with_a_reason():
 
 
 def test_what_the_sanitizer_watches_runs():
-    command = [sys.executable, str(BENCH / "sanitize.py"), "roi_gather", "region_attention", "pack_patches"]
+    operators = ["roi_gather", "region_attention", "region_pool", "pack_patches"]
+    command = [sys.executable, str(BENCH / "sanitize.py"), *operators]
     assert subprocess.run(command, env=DRY, capture_output=True, text=True, check=True).stdout == "done\n"
 
 

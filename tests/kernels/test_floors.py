@@ -191,6 +191,23 @@ def test_trips_of_region_attention(made):
     assert loads["backward_tokens", "query"] == 2 * counts["computed"] > 0
 
 
+@interpreter
+def test_trips_of_region_pool(made):
+    case = aot.Case("region_pool", "float32", (("queries", 3), ("heads", 8), ("size", 40)))
+    with interpreted() as (launches, loads):
+        for direction in aot.directions(case, made.layout, made.boxes, made.image_index).values():
+            direction()
+    chunks, row_blocks = trips.blocks(40, launches["pool"]["BLOCK_C"]), 2
+    assert loads["weigh", "logits"] == 2 * trips.walked_blocks(made, launches["weigh"]["BLOCK_N"])  # both ways
+    assert loads["pool", "value"] == chunks * trips.walked_blocks(made, launches["pool"]["BLOCK_N"])
+    for kernel, chunks in (("backward_logits", 1), ("backward_value", launches["backward_value"]["chunks"])):
+        arguments = launches[kernel]
+        counts = trips.pool_tokens(made, arguments["BLOCK_T"], arguments["LANES"])
+        programs = row_blocks if kernel == "backward_logits" else 1
+        assert loads[kernel, "image_regions"] == programs * chunks * counts["looks"]
+        assert loads[kernel, "delta"] == row_blocks * chunks * counts["met"] > 0
+
+
 @pytest.mark.parametrize(("source", "outputs"), [(614, 512), (1228, 512), (76, 512), (37, 16), (512, 512)])
 def test_taps_of_resampling(source, outputs):
     """They hold every source pixel with a weight (design.md's formula), and not two more."""
@@ -240,7 +257,7 @@ def test_trips_of_resampling():
 
 def test_the_record_adds_up():
     assert Counter(row["operator"] for row in RECORD["rows"]) == {
-        "roi_gather": 16, "region_attention": 16, "pack_patches": 6,
+        "roi_gather": 16, "region_attention": 16, "region_pool": 16, "pack_patches": 6,
     }  # fmt: skip
     issues = {"H100": 132 * 4 * 1.83e9, "H200": 132 * 4 * 1.83e9}
     copies = {"H100": 3.0e12, "H200": 4.3e12}
@@ -263,7 +280,7 @@ def test_loops_issue_what_is_recorded():
     if triton.__version__ != RECORD["versions"]["triton"]:
         pytest.skip(f"recorded with triton {RECORD['versions']['triton']}, and this is {triton.__version__}")
     with aot.compilers(2) as pool:
-        compiled = [pool.submit(rows, "D") for rows in (floors.roi_rows, floors.attention_rows)]
+        compiled = [pool.submit(rows, "D") for rows in (floors.roi_rows, floors.attention_rows, floors.pool_rows)]
         rows = [row for future in compiled for row in future.result()]
 
     def issued_by_part(rows):

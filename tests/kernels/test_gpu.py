@@ -1,5 +1,5 @@
-"""roi_gather and region_attention on a CUDA device: against the float64 reference on the CPU, against what we did not
-write, and what a device asks of an operator. pack_patches' own are in test_patch_packing.py.
+"""roi_gather, region_attention and region_pool on a CUDA device: against the float64 reference on the CPU, against what
+we did not write, and what a device asks of an operator. pack_patches' own are in test_patch_packing.py.
 
 GRANVIT_TEST_DEVICE=cpu runs what can run on the CPU, to see that the tests themselves are whole.
 """
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils import deterministic
 
-from granvit_kernels import PackedLayout, region_attention, roi_gather
+from granvit_kernels import PackedLayout, region_attention, region_pool, roi_gather
 from granvit_kernels.ops.region_attention import reference as attention_reference
+from granvit_kernels.ops.region_pool import reference as pool_reference
 from granvit_kernels.ops.roi_gather import reference as gather_reference
 
 DEVICE = os.environ.get("GRANVIT_TEST_DEVICE", "cuda")
@@ -173,7 +174,43 @@ def test_region_attention_equals_masked_attention_of_torch():
     torch.testing.assert_close(region_attention(query, key, value, *where), expected, rtol=1e-4, atol=1e-5)
 
 
-# ---- both ----
+# ---- region_pool ----
+def pool_both_ways(logits, value, where, upstream):
+    leaves = [t.clone().requires_grad_() for t in (logits, value)]
+    output, lse = region_pool(*leaves, *where, coverage=True, return_lse=True)
+    return output.detach(), lse.detach(), *torch.autograd.grad((output, lse), leaves, upstream)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "values", "size"),
+    [(1, 16, 1, 1152), (4, 12, 1, 768), (1, 6, 1, 384), (9, 16, 1, 72), (1, 16, 16, 72), (3, 2, 2, 20)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_region_pool(dtype, queries, heads, values, size):
+    where = regions(queries + size)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (queries, heads), (values, size)
+    tensors = [torch.randn(where[0].num_tokens, *shape, generator=generator).to(dtype) for shape in shapes]
+    upstream = [torch.randn(len(where[1]), queries, heads, size, generator=generator).to(dtype)]
+    upstream.append(torch.randn(upstream[0].shape[:3], generator=generator))
+    there = *(t.to(DEVICE) for t in tensors), moved(*where), [t.to(DEVICE) for t in upstream]
+    found = pool_both_ways(*there)
+    for once, again in zip(found, pool_both_ways(*there), strict=True):
+        assert torch.equal(once, again)
+
+    def reference(logits, value, upstream):
+        if values == 1:  # as op.py hands it on
+            logits, upstream = logits.flatten(1).unsqueeze(2), [t.flatten(1, 2).unsqueeze(2) for t in upstream]
+        output, lse = pool_reference.forward(logits, value, *place(*where), True)
+        return output, lse, *pool_reference.backward(*upstream, logits, value, output, lse, *place(*where), True)
+
+    plain = reference(*tensors, upstream)
+    exact = reference(*(t.double() for t in tensors), [t.double() for t in upstream])
+    for ours, theirs, right in zip(found, plain, exact, strict=True):
+        within_rule(ours.view(right.shape), theirs, right, dtype)
+
+
+# ---- all ----
 def run_roi_gather(x, where):
     return roi_gather(x.flatten(1), *where)
 
@@ -182,7 +219,11 @@ def run_region_attention(x, where):
     return region_attention(x[:3], x, x, *where)
 
 
-RUNS = pytest.mark.parametrize("run", [run_roi_gather, run_region_attention])
+def run_region_pool(x, where):
+    return region_pool(x[:, :, :3].transpose(1, 2), x, *where)
+
+
+RUNS = pytest.mark.parametrize("run", [run_roi_gather, run_region_attention, run_region_pool])
 
 
 @on_cuda
