@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(WEIGHTS_THREADS) weights_kernel(const __grid_c
 
 // Blocks on a multiprocessor: as many as leave a thread registers for all that it keeps.
 template <typename T, int TAPS, bool ROUNDED>
-__global__ void __launch_bounds__(TILE_COLUMNS, TAPS == 2 ? 12 : 10)
+__global__ void __launch_bounds__(TILE_COLUMNS, TAPS == 2 && !ROUNDED ? 12 : 10)
     resample_kernel(const __grid_constant__ ResampleJob job) {
     __shared__ ResampleShared<T> shared;
     resample_block<T, TAPS, ROUNDED>(job, blockIdx.x, shared, DeviceEach<TILE_COLUMNS>{});
