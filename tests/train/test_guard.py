@@ -182,7 +182,7 @@ def test_skipped_steps_are_counted_and_too_many_leave_a_dump_that_shows_the_caus
     def poisoned(self, batches):
         if (self.stage.name, self.step) == ("pretrain", 3):
             with torch.no_grad():
-                self.model.llm.model.norm.weight.mul_(1e38)
+                self.model.llm.model.norm.weight.mul_(2e38)
         return take(self, batches)
 
     with monkeypatch.context() as patch:
