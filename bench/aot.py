@@ -208,9 +208,10 @@ def directions(case: Case, layout: Any, boxes: Any, image_index: Any) -> dict[st
         return torch.zeros(shape, dtype=dtype, device=boxes.device)
 
     if case.operator == "roi_gather":
-        from granvit_kernels.ops.roi_gather import triton
+        from granvit_kernels.ops.roi_gather import triton_launch as triton
 
-        bins, ratio, channels = 1 if small else 7, options.get("sampling_ratio", 2), options.get("channels", 1)
+        bins, channels = 1 if small else options.get("bins", 7), options.get("channels", 1)
+        ratio = options.get("sampling_ratio", 2)
         tokens, grad = zeros(layout.num_tokens, channels), zeros(len(boxes), bins, bins, channels)
         return {
             "forward": lambda: triton.forward(tokens, *place, bins, bins, ratio),

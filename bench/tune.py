@@ -38,8 +38,8 @@ COMPILING = 0.5
 """Of the time, at most."""
 
 FIELDS: dict[str, dict[str, tuple]] = {
-    "roi_gather_forward": {"block_c": (128, 256, 512, 1024), "warps": (1, 2, 4)},
-    "roi_gather_backward": {"block_c": (128, 256, 512), "tile": (1, 2, 4, 8), "warps": (1, 2)},
+    "roi_gather_forward": {"parts": (1, 2, 3), "block_c": (64, 128, 256)},
+    "roi_gather_backward": {"parts": (1, 2, 3), "block_c": (64, 128, 256), "tile": (2, 4, 8)},
     "region_attention_forward": {"block_n": (16, 32, 64, 128), "warps": (1, 2, 4), "stages": (1, 2, 3)},
     "region_attention_backward_walk": {"block_n": (16, 32, 64), "warps": (1, 2, 4), "stages": (1, 2)},
     "region_pool_forward": {"block_c": (128, 256), "block_n": (16, 32, 64), "warps": (4, 8), "stages": (2, 3)},

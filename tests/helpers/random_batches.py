@@ -20,7 +20,7 @@ def keys(count: int, dtype_name: str, shared: bool, queries: int, heads: int, si
     from granvit_kernels import PackedLayout
     from granvit_kernels.ops.region_attention import triton_launch as attention
     from granvit_kernels.ops.region_pool import triton_launch as pooling
-    from granvit_kernels.ops.roi_gather import triton as gather
+    from granvit_kernels.ops.roi_gather import triton_launch as gather
 
     dtype, draw = getattr(torch, dtype_name), random.Random(0)
 

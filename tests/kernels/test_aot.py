@@ -73,7 +73,8 @@ def test_triton_compiles_a_kernel_twice_at_most_whatever_the_batches():
     """A third form would be compiled in the middle of training or of a graph's capture, each rank at another step."""
     cases = [(300, dtype, shared, 4, 12, 64) for dtype in ("bfloat16", "float32") for shared in (True, False)]
     cases.append((300, "bfloat16", True, 1, 6, 64))  # the compact preset's: numbers of floats that 4 does not divide
-    kernels = {"forward", "backward", "_tile_tokens", "forward_walk", "merge", "backward_walk", "backward_tokens"}
+    kernels = {"forward", "place_regions", "backward", "_tile_tokens"}
+    kernels |= {"forward_walk", "merge", "backward_walk", "backward_tokens"}
     kernels |= {"weigh", "pool", "compare", "backward_logits", "backward_value"}
     with aot.compilers(2) as pool:
         for counts in pool.map(random_batches.keys, *zip(*cases, strict=True)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils import deterministic
 
 from granvit_kernels import PackedLayout
-from granvit_kernels.ops.roi_gather import reference, triton
+from granvit_kernels.ops.roi_gather import reference, triton_launch
 
 pytest.importorskip("triton")
 from sanitizer import sanitized  # noqa: E402
@@ -59,7 +59,7 @@ def check(layout, boxes, image_index, channels, size, ratio, dtype):
     place = layout.grids, layout.cu_seqlens, boxes, torch.tensor(image_index, dtype=torch.int64)
     tokens = torch.randn(layout.num_tokens, channels, generator=torch.Generator().manual_seed(0)).to(dtype)
     grad = torch.randn(len(boxes), *size, channels, generator=torch.Generator().manual_seed(1)).to(dtype)
-    results = sanitized(both_ways, triton, tokens, grad, place, size, ratio)
+    results = sanitized(both_ways, triton_launch, tokens, grad, place, size, ratio)
     plain = both_ways(reference, tokens, grad, place, size, ratio)
     exact = both_ways(reference, tokens.double(), grad.double(), place, size, ratio)
     for ours, theirs, right in zip(results, plain, exact, strict=True):

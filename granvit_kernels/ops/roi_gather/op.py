@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ... import backends, checks
 from ...registration import Operator
-from . import cpu, reference, triton
+from . import cpu, reference
+from . import triton_launch as triton
 
 CANDIDATES = {"roi_gather": {"triton": triton, "cpu": cpu, "reference": reference}}
 
