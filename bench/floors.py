@@ -12,6 +12,7 @@ import json
 import os
 from typing import Any
 
+import expected
 import trips
 from parts import DTYPE, VALUES, Part, launched, pack_copy, pack_kernels, pack_resample, pack_weights
 from rows import commit_of_this_run, results_folder
@@ -27,7 +28,13 @@ ASSUMPTIONS = {"dtype": DTYPE, "clock_hz": CLOCK, "schedulers": SCHEDULERS, "chi
 """SXM cards; what a large copy reaches, read and written, not the data sheet's bandwidth."""
 
 ITEM = 2  # bytes of a value of DTYPE
-CHANNELS = (768, 1152)
+GATHERS = {
+    "768 channels": (768, BINS, 2),
+    "1152 channels": (1152, BINS, 2),
+    "768 channels, 7x7, 1 samples": (768, BINS, 1),
+    "768 channels, 1x1, adaptive": (768, 1, 0),  # as region classifiers ask
+}
+"""{shape: (channels, bins a side, sampling ratio)}; shapes are named as in test_gpu.py."""
 PACKED = "ABD"  # workloads of pack_patches, as in test_gpu.py
 ATTENTION = {
     "12 x 64, K = 4": {"queries": 4, "heads": 12, "size": 64},
@@ -59,14 +66,15 @@ def row(operator: str, direction: str, workload: str, shape: str, parts: list[Pa
 
 def roi_rows(workload: str) -> list[dict[str, Any]]:
     made = regions(workload, "cpu")
-    pooled = len(made.boxes) * BINS**2
-    tokens = {"forward": trips.sampled_tokens(made), "backward": made.layout.num_tokens}
     rows = []
-    for channels in CHANNELS:
-        parts = launched("roi_gather", {"channels": channels, "sampling_ratio": 2}, made)
+    for shape, (channels, bins, ratio) in GATHERS.items():
+        options = {"channels": channels, "sampling_ratio": ratio} | ({} if bins == BINS else {"bins": bins})
+        parts = launched("roi_gather", options, made)
+        pooled = len(made.boxes) * bins**2
+        tokens = {"forward": expected.read_tokens(made, bins, ratio), "backward": made.layout.num_tokens}
         for direction, count in tokens.items():
             moved = (count + pooled) * channels * ITEM
-            rows.append(row("roi_gather", direction, workload, f"{channels} channels", parts[direction], moved))
+            rows.append(row("roi_gather", direction, workload, shape, parts[direction], moved))
     return rows
 
 

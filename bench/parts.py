@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import aot
+import roi_trips
 import sass
 import trips
-from workloads import BINS, Regions
+from workloads import Regions
 
 ARCHITECTURE = 90
 DTYPE = "bfloat16"
@@ -48,20 +49,83 @@ def part(kernel: str, name: str, code: list[sass.Instruction], count: int, steps
 
 def roi_forward(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
     (column,) = code.nested(1)
-    programs = math.prod(launch.grid)
+    programs, slices, arguments = math.prod(launch.grid), launch.grid[1], launch.arguments
+    counts = roi_trips.forward(made, arguments["out_h"], arguments["SAMPLES"])
+    added = arguments["PARTS"] * arguments["BLOCK_C"] // trips.WARP  # multiplications of a vector
+    rows, bare = 2 * arguments["SAMPLES"], column.through()  # rows: of a column, at most
     yield "once a row of bins", code.through(column), programs
-    yield "a bin", column.through(), programs * BINS
+    yield "a bin", bare, programs * arguments["out_w"]
+    # A column is loaded before it is known which of its rows count; what is loaded later belongs to the first of them.
+    early = next(n for n in range(1, rows * arguments["PARTS"] + 1) if column.exactly(FFMA=added, LDG=n))
+    for kind, loads in {"held": 0, "next": early, "anew": 2 * early}.items():
+        for name, sums in ((kind, 2), (f"{kind}, on", 1)):
+            sample = column.exactly(FFMA=sums * added, LDG=loads)
+            yield f"a sample, columns {name}", sass.without(sample, bare), counts[name] * slices
+    # Of a bin whose samples all want two columns anew, with all of their rows, against none of them.
+    samples, columns = arguments["SAMPLES"], 2 * arguments["SAMPLES"]
+    full = column.exactly(FFMA=(2 * samples + columns * rows) * added, LDG=columns * rows * arguments["PARTS"])
+    cells = sass.without(full, column.exactly(FFMA=2 * samples * added, LDG=columns * early))
+    yield "a cell of a column", cells, counts["cells"] * slices, columns * rows
+
+
+def roi_forward_any_ratio(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    (bin,) = code.loops
+    (columns,) = bin.loops
+    *column_search, rows = columns.loops
+    *row_search, column = rows.loops
+    (cell,) = column.loops
+    programs, slices, arguments = math.prod(launch.grid), launch.grid[1], launch.arguments
+    counts = roi_trips.forward_any_ratio(made, arguments["out_h"], arguments["ratio"], trips.WARP)
+    counts = {name: slices * count for name, count in counts.items()}
+    yield "once a row of bins", code.through(bin), programs
+    yield "a bin", bin.through(columns), programs * arguments["out_w"]
+    yield "32 columns of cells", columns.through(*columns.loops), counts["column blocks"]
+    yield from searched("columns", column_search, counts["column trips"])
+    yield "32 rows of cells", rows.through(*rows.loops), counts["row searches"]
+    yield "32 rows of cells, held", rows.through(column), counts["row blocks"] - counts["row searches"]
+    yield from searched("rows", row_search, counts["row trips"])
+    yield "a column of cells", column.through(cell), counts["columns of cells"]
+    yield "a cell", cell.through(), counts["cells"]
+
+
+def searched(what: str, loops: list[sass.Region], counts: Any) -> Iterator[tuple]:
+    """Of a search for shares: the loops that look for the first sample and the last, and that over the samples."""
+    first, last, samples = loops
+    for name, loop, count in zip(("the first sample", "the last"), (first, last), counts.tolist()[:2], strict=True):
+        yield f"{name} of {what}, a step", loop.through(), count
+    yield f"a sample of {what}", samples.through(), int(counts[2])
 
 
 def roi_backward(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
-    region, row, column = code.nested(3)
-    counts, slices = trips.roi_backward(made, launch.arguments["TILE"], BINS), launch.grid[1]
-    tiles = len(trips.TokenTiles(made, launch.arguments["TILE"]))
-    yield "once a tile of tokens", code.through(region), tiles * slices
-    yield "a region elsewhere", region.through(), (counts["pairs"] - counts["met"]) * slices
-    yield "a region that meets the tile", region.through(row), counts["met"] * slices
-    yield "a row of bins", row.through(column), counts["rows"] * slices
-    yield "a bin", column.through(), counts["bins"] * slices
+    (tile_row,) = code.loops
+    (group,) = tile_row.loops
+    (region,) = group.loops
+    (rows,) = region.loops
+    *row_search, columns = rows.loops
+    *column_search, column = columns.loops
+    (row,) = column.loops
+    arguments, slices = launch.arguments, launch.grid[1]
+    shape = arguments["TILE"], arguments["out_h"], arguments["SAMPLES"], trips.WARP
+    counts = {name: slices * count for name, count in roi_trips.backward(made, *shape).items()}
+    yield "once a tile of tokens", code.through(tile_row), slices * len(trips.TokenTiles(made, arguments["TILE"]))
+    yield "a row of the tile", tile_row.through(group), counts["tile rows"]
+    yield "32 regions elsewhere", group.through(), counts["idle"]
+    yield "32 regions", group.through(region), counts["groups"] - counts["idle"]
+    yield "a region without a row of bins", region.through(rows) + rows.through(*row_search), counts["rowless"]
+    each = region.through(rows) + rows.through(*rows.loops) + columns.through(*columns.loops)
+    yield "a region that touches", each, counts["touch"] - counts["rowless"]
+    if row_search:
+        yield from searched("rows", row_search, counts["row trips"])
+        yield from searched("columns", column_search, counts["column trips"])
+    yield "a column of bins", column.through(row), counts["columns"]
+    yield "a bin", row.through(), counts["bins"]
+
+
+def roi_places(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
+    each = code.through(*code.loops)
+    for loop in code.loops:  # along y, along x; a few bins are one trip
+        each = each + loop.through()
+    yield "once a region", each, launch.grid[0]
 
 
 def tile_tokens(code: sass.Region, launch: aot.Launch, made: Regions) -> Iterator[tuple]:
@@ -139,14 +203,16 @@ KERNELS = {
     ("region_pool", "backward_logits"): pool_logits,
     ("region_pool", "backward_value"): pool_value,
     ("roi_gather", "forward"): roi_forward,
+    ("roi_gather", "forward_any_ratio"): roi_forward_any_ratio,
     ("roi_gather", "backward"): roi_backward,
     ("roi_gather", "_tile_tokens"): tile_tokens,
+    ("roi_gather", "place_regions"): roi_places,
     ("region_attention", "forward_walk"): attention_walk,
     ("region_attention", "backward_walk"): attention_walk,
     ("region_attention", "_tile_tokens"): tile_tokens,
     ("region_attention", "backward_tokens"): attention_tokens,
 }
-"""How a kernel is counted: (code, launch, regions) -> (part, its instructions, trips of a program) each."""
+"""How a kernel is counted: (code, launch, regions) -> (part, its instructions, trips of a program[, steps]) each."""
 
 
 def launched(operator: str, options: dict[str, Any], made: Regions) -> dict[str, list[Part]]:
@@ -158,9 +224,9 @@ def launched(operator: str, options: dict[str, Any], made: Regions) -> dict[str,
         with aot.compile_only(ARCHITECTURE) as launches:
             call()
         parts[direction] = [
-            part(launch.name.lstrip("_"), name, code, count * launch.kernel.metadata.num_warps)
+            part(launch.name.lstrip("_"), name, code, count * launch.kernel.metadata.num_warps, *steps)
             for launch in launches
-            for name, code, count in KERNELS[operator, launch.name](_code(launch), launch, made)
+            for name, code, count, *steps in KERNELS[operator, launch.name](_code(launch), launch, made)
         ]
     return parts
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,33 @@ class Region:
                 return way
         raise ValueError(f"no way through the code has {count} {opcode} from lines with {', '.join(texts)}")
 
+    def exactly(self, **counts: int) -> list[Instruction] | None:
+        """The least that is issued from the first block to an end with so many instructions of each opcode that is
+        named (its first word), inner loops run as often as that takes. None where there is no such way."""
+
+        def advance(done: tuple[int, ...], number: int) -> tuple[int, ...]:
+            names = Counter(instruction.opcode.split(".")[0] for instruction in self.blocks[number].instructions)
+            return tuple(count + names[name] for count, name in zip(done, counts, strict=True))
+
+        return self._least(
+            lambda number: self.blocks[number].instructions, advance, tuple(counts.values()), tuple(0 for _ in counts)
+        )
+
     def _least(
-        self, weigh: Callable[[int], list[Instruction]], advance: Callable[[int, int], int], goal: int
+        self, weigh: Callable[[int], list[Instruction]], advance: Callable[[Any, int], Any], goal: Any, nothing: Any = 0
     ) -> list[Instruction] | None:
         """Dijkstra over (block, how much is done): from the first block to an end with `goal` done, never more. None
-        where there is no way."""
-        start = (self.first, advance(0, self.first))
-        came: dict[tuple[int, int], tuple[int, int] | None] = {}
+        where there is no way. Done is a number, or a tuple of several."""
+
+        def too_much(done: Any) -> bool:
+            return any(map(int.__gt__, done, goal)) if isinstance(goal, tuple) else done > goal
+
+        start = (self.first, advance(nothing, self.first))
+        came: dict[tuple, tuple | None] = {}
         heap = [(len(weigh(self.first)), start, None)]
         while heap:
             cost, state, before = heapq.heappop(heap)
-            if state in came or state[1] > goal:
+            if state in came or too_much(state[1]):
                 continue
             came[state] = before
             number, done = state
@@ -157,6 +174,12 @@ class Region:
             for after in self.blocks[number].following & self.members - {self.first}:
                 heapq.heappush(heap, (cost + len(weigh(after)), (after, advance(done, after)), state))
         return None
+
+
+def without(way: list[Instruction], part: list[Instruction]) -> list[Instruction]:
+    """What a way issues more than `part`, a way through the same code."""
+    known = {id(instruction) for instruction in part}
+    return [instruction for instruction in way if id(instruction) not in known]
 
 
 # ---- from a cubin to regions ----

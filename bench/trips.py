@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import corners
 from torch import Tensor
 from workloads import PATCH, Regions, cell_shares
 
@@ -28,12 +27,6 @@ def met_tokens(regions: Regions) -> int:
     boxes = regions.boxes.unflatten(0, (-1, regions.boxes_an_image))
     grids = zip(regions.grids, boxes, strict=True)
     return sum(int((cell_shares(those, height, width) > 0).any(0).sum()) for (height, width), those in grids)
-
-
-def sampled_tokens(regions: Regions) -> int:
-    """Tokens that roi_gather's samples read."""
-    index, weight = corners(regions)
-    return index[weight > 0].unique().numel()
 
 
 def blocks(items: int | Tensor, size: int) -> int | Tensor:
@@ -75,43 +68,6 @@ def tile_tokens(regions: Regions, size: int, block: int) -> list[int]:
     images = torch.arange(len(count))
     all_regions = len(count) * blocks(len(regions.boxes), block)
     return [int(blocks(images, block).sum()), int(blocks(written, block).sum()), all_regions, all_regions]
-
-
-# ---- roi_gather ----
-
-
-def roi_backward(regions: Regions, tile: int, bins: int) -> dict[str, int]:
-    """Over all tiles: pairs of a tile and a region of its image; those that meet, as far as the kernel tells; their
-    rows of bins; and their bins. The kernel's arithmetic (_near and _bins there), in float32 as there."""
-    tiles = TokenTiles(regions, tile)
-    height, width = regions.layout.grids.float()[tiles.image].T
-    counts = Counter(pairs=0, met=0, rows=0, bins=0)
-    for region in tiles.regions(regions):
-        x1, y1, x2, y2 = regions.boxes[region].T
-        near = _near(y1, y2, tiles.top, tiles.bottom) & _near(x1, x2, tiles.left, tiles.right)
-        rows = torch.where(near, _bins(y1, y2, tiles.top, tiles.bottom, bins, height), 0)
-        columns = torch.where(near, _bins(x1, x2, tiles.left, tiles.right, bins, width), 0)
-        met = (rows > 0) & (columns > 0)
-        counts["pairs"] += len(tiles)
-        counts["met"] += int(met.sum())
-        counts["rows"] += int(rows[met].sum())
-        counts["bins"] += int((rows * columns).sum())
-    return dict(counts)
-
-
-def _near(low: Tensor, high: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    slack = 1e-6 * low.abs() + 1e-6 * high.abs()
-    return (low.minimum(high) - slack <= last + 2.0) & (low.maximum(high) + slack >= first - 1.0)
-
-
-def _bins(low: Tensor, high: Tensor, first: Tensor, last: Tensor, bins: int, size: Tensor) -> Tensor:
-    """Bins along one axis that may read a cell in [first, last]; `size` of the image. Boxes have a positive extent."""
-    start = low - 0.5
-    step = ((high - 0.5) - start) / bins
-    slack = 1e-6 * (start.abs() + step.abs() * bins + size)
-    begin = ((first - 1.0 - slack - start) / step).clamp(0, bins).floor()
-    end = ((last + 1.0 + slack - start) / step).clamp(-1, bins - 1).floor() + 1
-    return (end - begin).clamp(min=0).long()
 
 
 # ---- region_attention and region_pool ----

@@ -19,9 +19,12 @@ sys.path.insert(0, str(BENCH))  # bench/*.py import one another
 import aot  # noqa: E402
 import floors  # noqa: E402
 import parts  # noqa: E402
+import roi_trips  # noqa: E402
 import sass  # noqa: E402
 import trips  # noqa: E402
 from workloads import make_regions  # noqa: E402
+
+from granvit_kernels.ops.roi_gather import triton_geometry as geometry  # noqa: E402
 
 RECORD = json.loads((BENCH / "results" / "floors.json").read_text())
 
@@ -164,17 +167,47 @@ def made():
 
 @interpreter
 def test_trips_of_roi_gather(made):
-    case = aot.Case("roi_gather", "float32", (("channels", 32), ("sampling_ratio", 2)))
+    samples = 2
+    case = aot.Case("roi_gather", "float32", (("channels", 80), ("sampling_ratio", samples), ("bins", 3)))
     with interpreted() as (launches, loads):
-        aot.directions(case, made.layout, made.boxes, made.image_index)["backward"]()
-    tile = launches["backward"]["TILE"]
-    counts = trips.roi_backward(made, tile, parts.BINS)
-    assert loads["backward", "boxes"] == 4 * counts["pairs"]  # a box's ends
-    assert loads["backward", "grad"] == counts["bins"] > 0
-    assert 0 < counts["met"] < counts["pairs"] and counts["met"] <= counts["rows"] < counts["bins"]
+        for direction in aot.directions(case, made.layout, made.boxes, made.image_index).values():
+            direction()
+    parts, tile = launches["forward"]["PARTS"], launches["backward"]["TILE"]
+    assert launches["backward"]["PARTS"] == parts and parts * launches["forward"]["BLOCK_C"] >= 80  # in one program
+    counts = roi_trips.forward(made, 3, samples)
+    columns = counts["next"] + counts["next, on"] + 2 * (counts["anew"] + counts["anew, on"])
+    assert loads["forward", "tokens"] == parts * 2 * samples * columns  # with rows that have no share
+    assert columns < counts["cells"] <= 2 * samples * columns
+    counts = roi_trips.backward(made, tile, 3, samples, trips.WARP)
+    assert loads["backward", "extents"] == 4 * counts["groups"]  # a region's first and last row and column
+    assert loads["backward", "regions"] == counts["touch"] > counts["rowless"]
+    assert loads["backward", "places"] == samples * (2 * counts["touch"] - counts["rowless"])
+    assert loads["backward", "grad"] == parts * counts["bins"] > 0
+    assert counts["tile rows"] > len(trips.TokenTiles(made, tile)) and 0 < counts["idle"] < counts["groups"]
     before, _, counted, written = trips.tile_tokens(made, tile, launches["_tile_tokens"]["BLOCK"])
     assert loads["_tile_tokens", "image_index"] == counted + written
     assert loads["_tile_tokens", "cu_seqlens"] == 2 * (before + len(made.grids))
+
+
+@interpreter
+def test_trips_of_adaptive_roi_gather(made):
+    """Each step of a search asks where a sample lies, and each of its last loop where two do; each span asks, too."""
+    case = aot.Case("roi_gather", "float32", (("channels", 32), ("sampling_ratio", 0), ("bins", 1)))
+    directions = aot.directions(case, made.layout, made.boxes, made.image_index)
+    positions = mock.Mock(side_effect=geometry._rising)
+    counts = roi_trips.forward_any_ratio(made, 1, 0, trips.WARP)
+    with interpreted() as (launches, loads), mock.patch.object(geometry, "_rising", positions):
+        directions["forward"]()
+        asked = positions.call_count
+        directions["backward"]()
+    asked = asked, positions.call_count - asked
+    steps = sum(int(n) for name in ("row trips", "column trips") for n in counts[name] * torch.tensor([1, 1, 2]))
+    assert loads["forward_any_ratio", "tokens"] == counts["cells"]
+    assert asked[0] == steps + 2 * 2 * len(made.boxes)  # spans of a row of bins, and of its bin
+    counts = roi_trips.backward(made, launches["backward"]["TILE"], 1, 0, trips.WARP)
+    assert loads["backward", "boxes"] == 4 * counts["touch"] and loads["backward", "grad"] == counts["bins"]
+    steps = sum(int(n) for name in ("row trips", "column trips") for n in counts[name] * torch.tensor([1, 1, 2]))
+    assert asked[1] == steps + 2 * 2 * len(made.boxes)  # spans of a region along y and x
 
 
 @interpreter
@@ -257,7 +290,7 @@ def test_trips_of_resampling():
 
 def test_the_record_adds_up():
     assert Counter(row["operator"] for row in RECORD["rows"]) == {
-        "roi_gather": 16, "region_attention": 16, "region_pool": 16, "pack_patches": 6,
+        "roi_gather": 32, "region_attention": 16, "region_pool": 16, "pack_patches": 6,
     }  # fmt: skip
     issues = {"H100": 132 * 4 * 1.83e9, "H200": 132 * 4 * 1.83e9}
     copies = {"H100": 3.0e12, "H200": 4.3e12}
