@@ -119,6 +119,12 @@ def test_roi_gather(measure, workload, channels, mode):
     gather(measure, workload, mode, channels, roi_gather_peers)
 
 
+@pytest.mark.parametrize(("bins", "ratio"), [(BINS, 1), (1, 0)], ids=["a sample a bin", "a vector a box"])
+@DIRECTIONS
+def test_other_bins_of_workload_A(measure, bins, ratio, mode):
+    gather(measure, "A", mode, 32 if DRY else 768, lambda *_: {}, bins, ratio)
+
+
 @pytest.mark.parametrize(("bins", "ratio"), [(1, 0), (16, 2)], ids=["a vector a box", "16 x 16 a box"])
 @DIRECTIONS
 def test_roi_gather_as_others_call_roi_align(measure, bins, ratio, mode):
