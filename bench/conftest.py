@@ -34,17 +34,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def compare(benchmark) -> Callable[..., None]:
-    """compare(operator, mode, workload, ours, peers={}, check=None, aims={}, count=None, rounds=15, **figures)
+    """compare(operator, mode, workload, ours, peers={}, check=None, aims={}, count=None, nbytes=None, rounds=15,
+    **figures)
 
     ours: a function of nothing; peers: {name: make}, make() giving such a function; the rest as in comparison.compare.
-    count: things that a call deals with; rows then have "per_second" of them. figures: kept in each row. Rows go to
-    cpu-OPERATOR.json among the results (rows.py), in place of older ones of equal KEY.
+    count: things that a call deals with; rows then have "per_second" of them. nbytes: what a call must read and write;
+    rows then have "bandwidth_share", how much of what a large copy reaches in the same run. figures: kept in each row.
+    Rows go to cpu-OPERATOR.json among the results (rows.py), in place of older ones of equal KEY.
     """
     from comparison import compare
+    from cpu_bandwidth import copy_bytes_per_second
     from rows import Rows, provenance, results_folder
 
-    def compare_on_cpu(operator, mode, workload, ours, peers=None, *, count=None, aims=None, check=None, rounds=15,
-                       **figures) -> None:  # fmt: skip
+    def compare_on_cpu(operator, mode, workload, ours, peers=None, *, count=None, nbytes=None, aims=None, check=None,
+                       rounds=15, **figures) -> None:  # fmt: skip
+        def derived(median: float) -> dict[str, float]:
+            made = {} if count is None else {"per_second": count / median}
+            if nbytes is not None:
+                made["bandwidth_share"] = nbytes / median / copy_bytes_per_second(THREADS)
+            return made
+
         compare(
             benchmark,
             Rows(results_folder() / f"cpu-{operator}.json", KEY),
@@ -53,7 +62,7 @@ def compare(benchmark) -> Callable[..., None]:
             peers or {},
             check=check,
             aims=aims,
-            derived=lambda median: {} if count is None else {"per_second": count / median},
+            derived=derived,
             rounds=rounds,
         )
 
