@@ -94,7 +94,7 @@ def forward_walk(
     d = tl.arange(0, BLOCK_D)
     inside = exists[:, None] & (d < SIZE)[None, :]
     q = tl.load(query + at[:, None] + d[None, :], mask=inside, other=0.0)
-    key_token, value_token = key_token.to(tl.int64) * UNIT, value_token.to(tl.int64) * UNIT
+    key_token, value_token = key_token * UNIT, value_token * UNIT  # int64 with the offsets they are multiplied by
     first_token = start.to(tl.int64) + row0 * width + column0
     key += first_token * key_token + head.to(tl.int64) * (key_head * UNIT)
     value += first_token * value_token + head.to(tl.int64) * (value_head * UNIT)
@@ -189,7 +189,7 @@ def backward_walk(
     d = tl.arange(0, BLOCK_D)
     inside = exists[:, None] & (d < SIZE)[None, :]
     q = tl.load(query + at[:, None] + d[None, :], mask=inside, other=0.0)
-    key_token, value_token = key_token.to(tl.int64) * UNIT, value_token.to(tl.int64) * UNIT
+    key_token, value_token = key_token * UNIT, value_token * UNIT  # int64 with the offsets they are multiplied by
     first_token = start.to(tl.int64) + row0 * width + column0
     key += first_token * key_token + head.to(tl.int64) * (key_head * UNIT)
     value += first_token * value_token + head.to(tl.int64) * (value_head * UNIT)
