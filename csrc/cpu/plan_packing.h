@@ -1,4 +1,4 @@
-// Best-fit decreasing bin packing; granvit_kernels/ops/patch_packing/planning.py specifies it.
+// Best-fit decreasing bin packing; granvit_kernels/ops/patch_packing/planning/reference.py specifies it.
 #pragma once
 #include <cstdint>
 
