@@ -62,9 +62,12 @@ globals().update((name, getattr(sys.modules["{id}"], name)) for name in __all__)
 def write(output: Path) -> None:
     """Write the kernel's folder, in place of an earlier one; a reader sees the old or the new one.
 
-    Raises FileExistsError where `output` is a file, or holds something that this did not write.
+    Raises FileExistsError where `output` is a file, holds something that this did not write, is the root folder or
+    inside the package.
     """
     output = output.resolve()
+    if output.parent == output or PACKAGE in output.parents:  # the next would copy this one, as the package's
+        raise FileExistsError(f"{output} is the root folder, or inside the package; it takes a folder elsewhere")
     output.parent.mkdir(parents=True, exist_ok=True)
     new, old = (output.with_name(f".{output.name}.{os.getpid()}.{state}") for state in ("new", "old"))
     try:

@@ -98,6 +98,13 @@ def test_a_folder_of_others_is_refused(tmp_path, monkeypatch, ours, name, messag
     assert sorted(tmp_path.rglob("*")) == held
 
 
+@pytest.mark.parametrize("target", ["/", hub.PACKAGE / "kernel"], ids=str)
+def test_the_root_and_the_package_are_refused(target, monkeypatch):
+    monkeypatch.setattr(hub, "fill", None)
+    with pytest.raises(FileExistsError, match=f"^{target} is the root folder, or inside the package; it takes"):
+        hub.write(Path(target))
+
+
 def test_the_command_says_how_to_load_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hub", "--output", str(tmp_path / "kernel")])
     main()
