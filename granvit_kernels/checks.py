@@ -42,6 +42,15 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     return number
 
 
+def kinds(layout: Any, **tensors: Any) -> None:
+    """A PackedLayout, of this copy of the package or another, and tensors."""
+    if not hasattr(layout, "num_tokens"):
+        raise ValueError(f"layout is a {type(layout).__name__}; it takes a PackedLayout")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; it takes a tensor")
+
+
 def float_dtype(name: str, tensor: Tensor) -> None:
     """A tensor of a dtype that the operators take."""
     if tensor.dtype not in FLOAT_DTYPES:

@@ -146,6 +146,7 @@ class PackedLayout:
         of each. Returns float32 [R, 4], xyxy, image i spanning [0, w] x [0, h]. No gradient. Raises
         ValueError for other shapes, dtypes or devices and, on the CPU, for an index outside [0, B).
         """
+        checks.kinds(self, boxes=boxes, image_index=image_index)
         if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
             raise ValueError(f"boxes is {checks.describe(boxes)}; it takes floating-point [R, 4]")
         checks.image_index_shape(image_index, boxes.shape[0])

@@ -154,6 +154,8 @@ def test_grids_are_chosen_in_whole_blocks():
 
 BAD = {
     "filter": (dict(resample="lanczos"), "resample is 'lanczos'; it takes 'bilinear' or 'bicubic'"),
+    "filters": (dict(resample=["bicubic"]), r"resample is \['bicubic'\]; it takes 'bilinear'"),
+    "roundings": (dict(round=[]), r"round is \[\]; it takes None, 'pil'"),
     "rounding": (dict(round="PIL"), "round is 'PIL'; it takes None, 'pil' or 'pil13'"),
     "merge": (dict(merge=0), "merge is 0"),
     "odd grid": (dict(merge=2, grids=[(2, 3)]), r"grids\[0\] is \[2, 3\]; with merge=2 it takes multiples of 2"),

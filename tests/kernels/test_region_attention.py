@@ -478,6 +478,7 @@ GOOD = dict(grids=[(3, 4), (2, 2)], boxes=[[0, 0, 2, 2], [0, 0, 1, 1]], image_in
         (dict(query=torch.zeros(3, 0, 8)), r"query is float32 \[3, 0, 8\]; .*at least 1"),
         (dict(query=torch.zeros(3, 2, 8, dtype=torch.int64)), r"query is int64 .*it takes float32, bfloat16"),
         (dict(query=torch.zeros(5, 3, 2, 8)), r"query is .*\[5, 3, 2, 8\]; .*R = 2, the number of boxes"),
+        (dict(query=[0.5]), "query is a list; it takes a tensor"),
         (dict(key=torch.zeros(15, 2, 8)), r"key is float32 \[15, 2, 8\]; it takes .*T = 16"),
         (dict(key=torch.zeros(16, 16)), r"key is float32 \[16, 16\]; it takes .*\[T, H, D\]"),
         (dict(key=torch.zeros(16, 3, 8)), r"key is float32 \[16, 3, 8\]; it takes query's dtype, H and D"),

@@ -283,6 +283,9 @@ def test_meta_tensors_and_transforms():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (dict(logits=None), "logits is a NoneType; it takes a tensor"),
+        (dict(boxes=[[0, 0, 1, 1]]), "boxes is a list; it takes a tensor"),
+        (dict(layout=[(3, 4), (2, 2)]), "layout is a list; it takes a PackedLayout"),
         (dict(logits=torch.zeros(15, 3, 2)), r"logits is float32 \[15, 3, 2\]; it takes .*\[T, K, H\] with T = 16"),
         (dict(logits=torch.zeros(16, 6)), r"logits is float32 \[16, 6\]; it takes .*\[T, K, H\]"),
         (dict(logits=torch.zeros(16, 0, 2)), r"logits is float32 \[16, 0, 2\]; it takes K and H of at least 1"),

@@ -440,6 +440,8 @@ GOOD = {
         ),
         ({"layout": LAYOUT.to("meta")}, r"layout is on meta; it takes cpu"),
         ({"output_size": (0, 7)}, r"output_size is \(0, 7\); it takes \(height, width\), both at least 1"),
+        ({"image_index": [0, 0]}, "image_index is a list; it takes a tensor"),
+        ({"output_size": 2**31}, r"output_size is 2147483648; it takes .* below 2\*\*31"),
         ({"output_size": 0}, r"output_size is 0; it takes"),
         ({"output_size": (7,)}, r"output_size is \(7,\); it takes \(height, width\)"),
         ({"output_size": (7, 7, 7)}, r"output_size is \(7, 7, 7\); it takes"),

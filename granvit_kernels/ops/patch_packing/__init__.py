@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ... import backends
-from ...checks import describe
+from ...checks import describe, kinds
 from ...layout import PackedLayout
 from . import cpu, cuda, planning, reference
 from .planning import plan_packing
@@ -66,10 +66,11 @@ def pack_patches(
     a crop doesn't touch don't count.
 
     Rounding is Pillow's arithmetic bit for bit (its Resample.c): weights in steps of 2**-22, each pass rounded to 8
-    bits. Pixels equal `image.resize(size, resample)`, for a crop `image.crop(box).resize(...)` (with fractions: of the
-    window that the crop touches, with its box), and so those of transformers' processors that use Pillow. The passes'
-    order shows, a few steps here and there: along the rows is first, but with "pil13" down the columns where that takes
-    rows away, and more than twice as many as columns. Processors that use torchvision are a step or two from "pil".
+    bits. Pixels equal `image.resize(size, resample)`, for a crop `image.crop(box).resize(...)` (with fractions: of
+    the window that the crop touches, with its box, which Pillow keeps in float32), and so those of transformers'
+    processors that use Pillow. The passes' order shows, a few steps here and there: along the rows is first, but
+    with "pil13" down the columns where that takes rows away, and more than twice as many as columns. Processors
+    that use torchvision are a step or two from "pil".
     Without rounding, values are within 0.01 steps of the formula (float32), and 0.1 of torch's
     interpolate(antialias=True).
 
@@ -106,6 +107,7 @@ def unpack_patches(
     """
     from .arguments import check_format
 
+    kinds(layout, patches=patches)
     p, mean, std, m = check_format(patch_size, mean, std, order, merge)
     if not patches.is_floating_point() or patches.shape != (layout.num_tokens, 3 * p * p):
         raise ValueError(

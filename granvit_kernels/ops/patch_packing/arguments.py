@@ -102,9 +102,9 @@ def check_packing(
     patch_size, mean, std, merge = check_format(patch_size, mean, std, order, merge)
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype is {dtype}; it takes {', '.join(map(str, FLOAT_DTYPES))}")
-    if resample not in RESAMPLES:
+    if resample not in tuple(RESAMPLES):  # a list is no key
         raise ValueError(f"resample is {resample!r}; it takes 'bilinear' or 'bicubic'")
-    if round not in ROUNDINGS:
+    if round not in tuple(ROUNDINGS):
         raise ValueError(f"round is {round!r}; it takes None, 'pil' or 'pil13'")
     resized = shapes if sizes is None else check_sizes(sizes, len(images)).astype(np.float64)
     crops = whole_images(resized) if crops is None else check_crops(crops, resized)

@@ -52,6 +52,7 @@ def region_attention(
     Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an
     index outside the layout; on a device such a box reads nothing and gives zeros.
     """
+    checks.kinds(layout, query=query, key=key, value=value, boxes=boxes, image_index=image_index)
     device = query.device
     query, key, value = autocast(query, key, value)
     _check(query, key, value, layout)

@@ -50,6 +50,7 @@ def region_pool(
     Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an index
     outside the layout; on a device such a box reads nothing and gives zeros.
     """
+    checks.kinds(layout, logits=logits, value=value, boxes=boxes, image_index=image_index)
     (value,) = autocast(value)
     if logits.dtype != torch.float32:
         (logits,) = autocast(logits)

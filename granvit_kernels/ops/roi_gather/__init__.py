@@ -39,6 +39,7 @@ def roi_gather(
     Raises ValueError for other shapes, dtypes or devices and, on the CPU, for a box that is not finite or an
     index outside the layout; on a device such a box reads nothing and gives zeros.
     """
+    checks.kinds(layout, tokens=tokens, boxes=boxes, image_index=image_index)
     checks.packed("tokens", tokens, layout.num_tokens, 2, "[T, C]")
     checks.boxes(boxes, image_index)
     checks.same_device(tokens.device, layout=layout.grids, boxes=boxes, image_index=image_index)
@@ -55,6 +56,6 @@ def _bins(output_size: int | tuple[int, int]) -> tuple[int, int]:
         return checks.integer("height", out_h, 1, 2**31 - 1), checks.integer("width", out_w, 1, 2**31 - 1)
     except ValueError:
         raise ValueError(
-            f"output_size is {checks.shown(output_size)}; it takes (height, width), both at least 1, or one number "
-            "for both"
+            f"output_size is {checks.shown(output_size)}; it takes (height, width), both at least 1 and below 2**31, "
+            "or one number for both"
         ) from None
