@@ -180,6 +180,11 @@ class TrainConfig:
             stage = getattr(self, name)
             if stage.name != name:
                 raise ValueError(f"{name}.name is {stage.name!r}; checkpoints and report know it as {name!r}")
+        if self.crops.tokens > self.data.capacity and any(stage.distill for stage in self.stages):
+            raise ValueError(
+                f"distill.crop_grid is {self.distill.crop_grid}; it takes at most data.capacity, {self.data.capacity}, "
+                "patches: the teacher would look at no region"
+            )
 
     @property
     def crops(self) -> Crops:

@@ -61,6 +61,7 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
         ("--model.encoder-heads", "0", "model.encoder_heads is 0"),
         ("--model.encoder-heads", "3", "model.encoder_width is 128; it takes a multiple"),
         ("--distill.alpha", "1.5", "distill.alpha is 1.5"),
+        ("--distill.crop-grid", "17 16", "distill.crop_grid is (17, 16)"),
         ("--checkpoint-every", "0", "config.checkpoint_every is 0"),
         ("--seeds", "-2", "config.seeds is -2"),
         ("--threads", "-1", "config.threads is -1"),
