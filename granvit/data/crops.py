@@ -16,8 +16,8 @@ class Crops:
     """Those regions of a packed sequence that its questions ask about; with `per_image` so many of each image instead,
     drawn anew whenever its questions are.
 
-    tokens: of the teacher's, for each region. capacity: of the teacher's, for each sequence (None: no bound), which the
-    images share evenly: without it a page of text has more of them than all else. ocr: False leaves text out.
+    tokens: patches of a region's crop. capacity: patches of all crops of a sequence, at most (None: no bound). The
+    sequence's images share it evenly, as a page of text could fill it alone. ocr: False leaves regions of text out.
     """
 
     tokens: int = 1

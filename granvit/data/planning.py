@@ -120,8 +120,8 @@ class Order:
 
     groups: rows of each run that lies together (`GranDataset.groups`). Every row comes once an epoch, in one lane.
     Runs so long that lanes could not share them evenly are dealt out in pieces. image: int32 [N], tokens of each row's
-    image (`Lengths.image`): of the MIX groups that a lane mixes, each is of another MIX-th of the groups by their mean,
-    or nearly so.
+    image (`Lengths.image`). Groups fall into MIX strata by their images' mean length, and of the MIX groups that a lane
+    mixes about one is of each.
     """
 
     def __init__(self, groups: np.ndarray, lanes: int, seed: int, image: np.ndarray) -> None:

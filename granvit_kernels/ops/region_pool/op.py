@@ -6,8 +6,8 @@ that share a value are K * H queries of one head.
 
 Kernels shift by the largest logit and multiply weights by shares: no cell costs a logarithm. So that weights don't
 vanish where the box is tiny, an axis' shares are taken relative to a number whose logarithm is added to lse: on the CPU
-min(1, the extent of the box inside the image), in Triton (triton_regions.py) the share of the only cell, if it is one.
-Others are not under 2**-24.
+min(1, the extent of the box inside the image), in Triton (triton_regions.py) the cell's share where it is only one.
+Relative shares are never under 2**-24.
 """
 
 from __future__ import annotations
