@@ -42,26 +42,28 @@ class Tokens:
     stages: int
 
 
-def _walk(queries: int, size: int, dtype: torch.dtype) -> Walk:
+def _walk(queries: int, size: int, dtype: torch.dtype, coverage: bool = False) -> Walk:
     """The default for a block of `queries` queries and heads of `size`, both padded. Sizes are what the compiler fits
     into registers (bench/results/aot.json), not yet what a clock prefers.
 
     A warp has 16 rows of a 16-bit product: one warp a program for few queries repeats nothing, and many programs a
     multiprocessor hide each other's waiting. float32 has no such product, and shares its work out among threads.
+    coverage: backward, shares of cells take registers too, so fewer cells go by at a time.
     """
     if dtype == torch.float32:
         if size <= 64:
             return Walk(block_n=16, warps=4, stages=2)
         return Walk(block_n=32 if size <= 128 else 16, warps=8, stages=1)
     if size <= 128:
-        return Walk(block_n=32 if size <= 64 or queries > 32 else 16, warps=max(queries // 16, 1), stages=2)
+        many = size <= 32 or (size <= 64 and not coverage) or queries > 32
+        return Walk(block_n=32 if many else 16, warps=max(queries // 16, 1), stages=2)
     return Walk(block_n=32 if queries > 16 else 16, warps=queries // 8, stages=2)
 
 
 def _tokens(queries: int, size: int, dtype: torch.dtype) -> Tokens:
     if dtype == torch.float32:
         return Tokens(block_t=32 if size <= 128 else 16, block_m=16, warps=4 if size <= 64 else 8, stages=1)
-    return Tokens(block_t=64 if size <= 64 else 32, block_m=16, warps=4, stages=1)
+    return Tokens(block_t=64 if size <= 64 else 32, block_m=16, warps=4 if size <= 128 else 8, stages=1)
 
 
 PROGRAMS = 8
@@ -70,9 +72,8 @@ PROGRAMS = 8
 MOST_SPLITS = 64
 
 
-def _registers(kernel: str, coverage: bool) -> int | None:
-    """A thread's at most: all that it can have where ptxas, left alone, spills a few to fit one more program."""
-    return 255 if kernel == "backward_tokens" or coverage else None
+EVERY_REGISTER = 255
+"""A thread's at most: all that it can have, where ptxas, left alone, spills a few to fit one more program."""
 
 
 def _splits(programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
@@ -129,7 +130,8 @@ def backward(
 
     call = _Call(query, key, value, grids, cu_seqlens, boxes, image_index)
     grad_output, grad_lse, output, lse = (t.contiguous() for t in (grad_output, grad_lse, output, lse))
-    walk, tokens = call.tuned("backward_walk", _walk), call.tuned("backward_tokens", _tokens)
+    walk = call.tuned("backward_walk", functools.partial(_walk, coverage=coverage))
+    tokens = call.tuned("backward_tokens", _tokens)
     splits = call.splits(walk)
     shared = query.dim() == 3
     # What is added up over regions or splits is so in float32, in an order that never changes.
@@ -144,7 +146,7 @@ def backward(
             scale=scale, **call.counts, **call.strides, splits=splits,
             **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n,
             COVERAGE=coverage, num_warps=walk.warps, num_stages=walk.stages,
-            maxnreg=_registers("backward_walk", coverage),
+            maxnreg=EVERY_REGISTER if coverage or call.size > 128 else None,
         )  # fmt: skip
         tiles = tile_tokens(call.place["cu_seqlens"], call.place["image_index"], key.shape[0], tokens.block_t)
         kernels.backward_tokens[(tiles.image.shape[0] * call.heads,)](
@@ -154,7 +156,7 @@ def backward(
             grad_key=grad_key, grad_value=grad_value,
             scale=scale, queries=call.queries, heads=call.heads, **call.strides,
             **call.constants, BLOCK_T=tokens.block_t, BLOCK_M=tokens.block_m,
-            num_warps=tokens.warps, num_stages=tokens.stages, maxnreg=_registers("backward_tokens", coverage),
+            num_warps=tokens.warps, num_stages=tokens.stages, maxnreg=EVERY_REGISTER,
         )  # fmt: skip
     if shared:
         grad_query = grad_query.flatten(0, 1).sum(0).to(query.dtype)
