@@ -77,7 +77,7 @@ def on_gpu(device: str, rows: list[dict[str, Any]], names: tuple[str, ...]) -> l
     if not table:
         return [f"On an {device}: {NOT_YET}."] if names[0] not in HOST else []
     head = ["mode", "workload", "ours, us", "as a CUDA graph, us", "share of bandwidth", "a peer's time over ours"]
-    measured = f"bfloat16, commit {', '.join(sorted(commits))}"
+    measured = f"bfloat16, commit {', '.join(sorted(commits))}, since which the kernel may have changed"
     told = f"On an {device} ({measured}; [performance.md](performance.md) says what the workloads are)."
     return [told, "", *markdown(head, table)]
 

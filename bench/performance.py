@@ -87,7 +87,8 @@ def performance() -> list[str]:
             head += ["host, microseconds a call"]
             versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
             commits = ", ".join(sorted({row["commit"] for row in rows}))
-            lines += [*markdown(head, table), "", f"{versions}; commits {commits}.", ""]
+            made = f"{versions}; commits {commits}, since which the kernels may have changed."
+            lines += [*markdown(head, table), "", made, ""]
     record = json.loads((RESULTS / "aot.json").read_text())
     chosen = ["roi_gather bfloat16 channels=768 sampling_ratio=2", "region_attention bfloat16 queries=4 size=64"]
     chosen.append("region_pool bfloat16 queries=1 heads=16 size=1152")
@@ -157,9 +158,8 @@ def floors_and_clocks() -> list[str]:
     import predicted
 
     watched = predicted.load_executions(RESULTS)
-    counted_at = json.loads((RESULTS / "floors.json").read_text())["commit"]
     lines = []
-    for device, table in predicted.load(RESULTS).items():
+    for device, (counted_at, table) in predicted.load(RESULTS).items():
         ratios = {}
         for entry in table:
             ratios.setdefault((entry.operator, entry.mode), []).append(entry.ratio)
@@ -167,9 +167,9 @@ def floors_and_clocks() -> list[str]:
         lines += [
             f"## What an {device} took against its floors",
             "",
-            f"The call as a CUDA graph, in microseconds, over the larger floor (counted at commit {counted_at}). A "
-            "bound that predicts is near 1: the further above it, the more of the time is waiting that no instruction "
-            f"shows. {ranges}.",
+            "The call as a CUDA graph, in microseconds, over the larger floor of the kernels that ran (commit "
+            f"{counted_at}; those of now have the floors above). A bound that predicts is near 1: the further above "
+            f"it, the more of the time is waiting that no instruction shows. {ranges}.",
             "",
             *markdown(
                 ["operator", "mode", "workload", "issue floor, us", "memory floor, us", "measured, us", "ratio"],

@@ -77,20 +77,32 @@ def executions(floors: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]])
     return table
 
 
+def floors_of(device: str, results: Path) -> dict[str, Any]:
+    """The floors of the kernels that a device ran, where they were kept (floors-DEVICE.json), else of those of now.
+    device: as its files are called."""
+    kept = results / f"floors-{device}.json"
+    return json.loads((kept if kept.is_file() else results / "floors.json").read_text())
+
+
 def load_executions(results: Path) -> dict[str, list[Execution]]:
     """{device: its executions} of every GPU that ncu has watched."""
-    floors = json.loads((results / "floors.json").read_text())["rows"]
-    files = [json.loads(path.read_text()) for path in sorted(results.glob("nvidia-*-ncu.json"))]
-    return {rows[0]["device"]: executions(floors, rows) for rows in files if rows}
+    devices = {}
+    for path in sorted(results.glob("nvidia-*-ncu.json")):
+        rows = json.loads(path.read_text())
+        if rows:
+            floors = floors_of(path.stem.removesuffix("-ncu"), results)["rows"]
+            devices[rows[0]["device"]] = executions(floors, rows)
+    return devices
 
 
-def load(results: Path) -> dict[str, list[Prediction]]:
-    """{device: its predictions} of every GPU with rows in `results` whose chip the floors are counted for."""
-    record = json.loads((results / "floors.json").read_text())
-    devices: dict[str, list[Prediction]] = {}
+def load(results: Path) -> dict[str, tuple[str, list[Prediction]]]:
+    """{device: (commit of the floors, its predictions)} of every GPU with rows in `results` whose chip the floors are
+    counted for."""
+    devices = {}
     for path in sorted(results.glob("nvidia-*.json")):
         rows = [row for row in json.loads(path.read_text()) if row.get("provider") == GRAPH]
+        record = floors_of(path.stem, results)
         for chip in record["assumptions"]["chips"]:
             if rows and chip in rows[0]["device"]:
-                devices[rows[0]["device"]] = predictions(record["rows"], rows, chip)
+                devices[rows[0]["device"]] = record["commit"], predictions(record["rows"], rows, chip)
     return devices

@@ -283,7 +283,7 @@ def test_measured_times_stand_beside_the_floors_of_their_shape():
 
 def test_a_gpus_file_has_predictions_for_each_operator():
     predicted = importlib.import_module("predicted")
-    for device, table in predicted.load(BENCH / "results").items():
+    for device, (_, table) in predicted.load(BENCH / "results").items():
         assert {entry.operator for entry in table} == {"roi_gather", "region_attention", "pack_patches"}, device
 
 
