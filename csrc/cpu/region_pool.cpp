@@ -34,9 +34,13 @@ void region_pool_backward(RegionPool problem, const float* boxes, const int64_t*
     problem.upstream = upstream.data();
     const int64_t floats = GRANVIT_BY_ISA(region_pool_upstream_floats, problem);
     const Scratch kept(pairs * floats, 1);
-    parallel_for(pairs, threads, [&](int64_t pair, int) {
-        GRANVIT_BY_ISA(region_pool_prepare, problem, pair / problem.heads, pair % problem.heads, kept.of(0) + pair * floats);
-    });
+    {
+        const Scratch scratch(GRANVIT_BY_ISA(region_pool_forward_scratch, problem), threads);
+        parallel_for(pairs, threads, [&](int64_t pair, int thread) {
+            GRANVIT_BY_ISA(region_pool_prepare, problem, pair / problem.heads, pair % problem.heads,
+                           kept.of(0) + pair * floats, scratch.of(thread));
+        });
+    }
 
     struct Item {
         int64_t image, row, column;

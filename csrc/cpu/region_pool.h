@@ -31,12 +31,12 @@ struct RegionPool {
 };
 
 // What backward needs of one region in one head: its output's gradient as float32 rows with zeros up to padded_queries and
-// padded_size, and for each query lse and output . gradient - gradient of lse.
+// padded_size, and for each query the largest logit, what exp(logit - largest) is multiplied by besides its share, and
+// output . gradient - gradient of lse.
 struct RegionPoolUpstream {
     const float* gradient;
     int64_t stride;  // of its rows
-    float log_unit;  // as RegionCells has it
-    float *lse, *shift;
+    float *largest, *factor, *shift;
 };
 
 // Fill in output and lse, or the gradients. boxes float32 [R, 4]; image_index int64 [R]. A region whose box or index is
@@ -54,8 +54,8 @@ GRANVIT_DECLARE_PER_ISA(
     int64_t region_pool_upstream_floats(const RegionPool& problem);
     // Output and lse of one region in one head.
     void region_pool_forward(const RegionPool& problem, int64_t region, int64_t head, float* scratch);
-    // Fills in upstream[region, head]; copies lie in `floats`.
-    void region_pool_prepare(const RegionPool& problem, int64_t region, int64_t head, float* floats);
+    // Fills in upstream[region, head], which points into `floats`. scratch: as of region_pool_forward.
+    void region_pool_prepare(const RegionPool& problem, int64_t region, int64_t head, float* floats, float* scratch);
     // Gradients of the tokens of one tile: the image's cells from this row and column.
     void region_pool_backward(const RegionPool& problem, int64_t image, int64_t row, int64_t column, float* scratch);
     int64_t region_pool_tile_side();

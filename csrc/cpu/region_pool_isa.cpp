@@ -47,10 +47,30 @@ void read_logits(const RegionPool& p, int64_t head, const int64_t* tokens, int64
     }
 }
 
+// Hands the cells of a region on, TILE at a time: their tokens and shares, and how many; padded to a multiple of TOKENS by
+// the last one, with a share of 0.
+template <typename Function>
+void each_tile(const RegionPool& p, const RegionCells& cells, const Function& take) {
+    const int64_t width = cells.column1 - cells.column0, count = (cells.row1 - cells.row0) * width;
+    const int64_t image_width = p.grids[2 * cells.image + 1];
+    const int64_t first = p.cu_seqlens[cells.image] + cells.row0 * image_width + cells.column0;
+    for (int64_t begin = 0; begin < count; begin += TILE) {
+        const int64_t here = count - begin < TILE ? count - begin : TILE, padded = round_up(here, TOKENS);
+        int64_t tokens[TILE];
+        float share[TILE];
+        for (int64_t t = 0; t < padded; ++t) {
+            const int64_t cell = begin + (t < here ? t : here - 1), row = cell / width, column = cell % width;
+            tokens[t] = first + row * image_width + column;
+            share[t] = t < here ? cells.row_share[row] * cells.column_share[column] : 0.0f;
+        }
+        take(tokens, share, here, padded);
+    }
+}
+
 // ---- forward ----
 struct ForwardScratch {
     float *values, *weights;         // of TILE tokens
-    float *sums, *largest, *total;   // of the region
+    float *sums, *largest, *total;   // of the region; the latter two of backward's regions, too
     int64_t floats;
     ForwardScratch(const Shape& shape, float* base) {
         Arena arena{base};
@@ -72,19 +92,8 @@ void forward(const RegionPool& p, int64_t region, int64_t head, float* scratch) 
     for (int64_t i = 0; i < shape.queries * shape.size; ++i) s.sums[i] = 0.0f;
     for (int64_t i = 0; i < shape.queries * TOKENS; ++i) s.largest[i] = -INFINITY, s.total[i] = 0.0f;
 
-    const int64_t width = cells.column1 - cells.column0, count = (cells.row1 - cells.row0) * width;
-    const int64_t image_width = p.grids[2 * cells.image + 1];
-    const int64_t first = p.cu_seqlens[cells.image] + cells.row0 * image_width + cells.column0;
-    for (int64_t begin = 0; begin < count; begin += TILE) {
-        const int64_t here = count - begin < TILE ? count - begin : TILE, padded = round_up(here, TOKENS);
-        int64_t tokens[TILE];
-        float share[TILE];
+    each_tile(p, cells, [&](const int64_t* tokens, const float* share, int64_t here, int64_t padded) {
         const float* rows[TILE];
-        for (int64_t t = 0; t < padded; ++t) {
-            const int64_t cell = begin + (t < here ? t : here - 1), row = cell / width, column = cell % width;
-            tokens[t] = first + row * image_width + column;
-            share[t] = t < here ? cells.row_share[row] * cells.column_share[column] : 0.0f;
-        }
         for (int64_t t = 0; t < here; ++t) values.prefetch(tokens[t]);
         read_logits(p, head, tokens, padded, s.weights);
         for (int64_t k = 0; k < shape.queries; k += QUERIES)
@@ -92,24 +101,33 @@ void forward(const RegionPool& p, int64_t region, int64_t head, float* scratch) 
                     s.sums + k * shape.size, shape.size, shape.size);
         for (int64_t t = 0; t < here; ++t) rows[t] = values.row(tokens[t], s.values + t * shape.size);
         add_to_queries(s.sums, shape.size, shape.queries, s.weights, rows, here, shape.size);
-    }
+    });
 
+    const bool met = cells.row0 < cells.row1;
     for (int64_t k = 0; k < p.queries; ++k) {
         const int64_t at = (region * p.queries + k) * p.heads + head, lane = k % QUERIES, block = (k - lane) * TOKENS;
         const float total = sum_of_tokens(load(s.total + block))[lane];
-        write_row(s.sums + k * shape.size, static_cast<T*>(p.output) + at * p.size, p.size, count ? 1.0f / total : 0.0f);
-        p.lse[at] = count ? s.largest[block + lane] + std::log(total) + cells.log_unit : -INFINITY;
+        write_row(s.sums + k * shape.size, static_cast<T*>(p.output) + at * p.size, p.size, met ? 1.0f / total : 0.0f);
+        p.lse[at] = met ? s.largest[block + lane] + std::log(total) + cells.log_unit : -INFINITY;
     }
 }
 
 // ---- backward ----
 template <typename T>
-void prepare(const RegionPool& p, int64_t region, int64_t head, float* floats) {
+void prepare(const RegionPool& p, int64_t region, int64_t head, float* floats, float* scratch) {
     const Shape shape(p);
+    // Anew, not from lse: its rounding, 3e-5 where logits are near 1000, would be in every weight.
+    const ForwardScratch s(shape, scratch);
+    for (int64_t i = 0; i < shape.queries * TOKENS; ++i) s.largest[i] = -INFINITY, s.total[i] = 0.0f;
+    each_tile(p, p.table.cells[region], [&](const int64_t* tokens, const float* share, int64_t, int64_t padded) {
+        read_logits(p, head, tokens, padded, s.weights);
+        for (int64_t k = 0; k < shape.queries; k += QUERIES)
+            take_in(s.weights + k * TILE, share, padded, s.largest + k * TOKENS, s.total + k * TOKENS, nullptr, 0, 0);
+    });
     RegionPoolUpstream& up = p.upstream[region * p.heads + head];
     Arena arena{floats};
-    up.log_unit = p.table.cells[region].log_unit;
-    up.lse = arena.take(shape.queries);
+    up.largest = arena.take(shape.queries);
+    up.factor = arena.take(shape.queries);
     up.shift = arena.take(shape.queries);
     float* const outputs = arena.take(QUERIES * shape.size);
     const int64_t first = region * p.queries * p.heads + head;
@@ -126,15 +144,16 @@ void prepare(const RegionPool& p, int64_t region, int64_t head, float* floats) {
         up.stride = shape.size;
     }
     for (int64_t k = 0; k < shape.queries; ++k) {
-        up.lse[k] = INFINITY, up.shift[k] = 0.0f;  // of a padding row: every weight is 0
+        up.largest[k] = INFINITY, up.factor[k] = up.shift[k] = 0.0f;  // of a padding row: every weight is 0
         if (k >= p.queries) continue;
-        const int64_t at = first + k * p.heads, lane = k % QUERIES;
+        const int64_t at = first + k * p.heads, lane = k % QUERIES, block = (k - lane) * TOKENS;
         read_row(static_cast<const T*>(p.output) + at * p.size, outputs, p.size, shape.size);
         const float* rows[TOKENS];
         for (int64_t t = 0; t < TOKENS; ++t) rows[t] = outputs;
         // By the same additions as gradient . value: where one token has all the weight, they cancel exactly.
         up.shift[k] = dots(up.gradient + (k - lane) * up.stride, up.stride, rows, shape.size)[lane] - p.grad_lse[at];
-        up.lse[k] = p.lse[at];
+        up.largest[k] = s.largest[block + lane];
+        up.factor[k] = 1.0f / sum_of_tokens(load(s.total + block))[lane];
     }
 }
 
@@ -171,7 +190,7 @@ void backward_part(const RegionPool& p, const BackwardScratch& s, const Tile& ti
         const Vec share = repeat_tokens(part.share + t);
         for (int64_t k = 0; k < shape.queries; k += QUERIES) {
             float* const weights = s.weights + k * TILE + QUERIES * t;
-            const Vec weight = weights_of(load(weights), up.log_unit, repeat_queries(up.lse + k)) * share;
+            const Vec weight = exponential(load(weights) - repeat_queries(up.largest + k)) * repeat_queries(up.factor + k) * share;
             const Vec through_value = dots(up.gradient + k * up.stride, up.stride, rows + t, shape.size);
             store(weights, weight);
             store(s.grad_logits + k * TILE + QUERIES * t, weight * (through_value - repeat_queries(up.shift + k)));
@@ -227,15 +246,15 @@ int64_t region_pool_backward_scratch(const RegionPool& p) {
 
 int64_t region_pool_upstream_floats(const RegionPool& p) {
     const Shape shape(p);
-    return 2 * round_up(shape.queries, 16) + (QUERIES + shape.queries) * round_up(shape.size, 16);
+    return 3 * round_up(shape.queries, 16) + (QUERIES + shape.queries) * round_up(shape.size, 16);
 }
 
 void region_pool_forward(const RegionPool& p, int64_t region, int64_t head, float* scratch) {
     GRANVIT_BY_DTYPE(p.dtype, forward<T>(p, region, head, scratch))
 }
 
-void region_pool_prepare(const RegionPool& p, int64_t region, int64_t head, float* floats) {
-    GRANVIT_BY_DTYPE(p.dtype, prepare<T>(p, region, head, floats))
+void region_pool_prepare(const RegionPool& p, int64_t region, int64_t head, float* floats, float* scratch) {
+    GRANVIT_BY_DTYPE(p.dtype, prepare<T>(p, region, head, floats, scratch))
 }
 
 void region_pool_backward(const RegionPool& p, int64_t image, int64_t row, int64_t column, float* scratch) {

@@ -133,6 +133,20 @@ def test_kernel_keeps_the_error_rule(queries, heads, size, dtype):
     within_the_rule(every_kind(queries=queries, heads=heads, size=size, dtype=dtype), coverage=size % 2 == 0)
 
 
+@needs_native
+@pytest.mark.parametrize("backend", [cpu, reference])
+def test_gradients_of_large_logits_lose_nothing(backend):
+    """Near 1e5 an lse is rounded to 0.008, and so is the sum of a logit and a log share in the reference."""
+    p = every_kind()
+    p, rest = p._replace(logits=p.logits + 1e5), p.raw(coverage=backend is cpu)[2:]
+    results = []
+    for module, q in ((backend, p), (reference, p.to(torch.float64))):
+        out, lse = module.forward(*q[:2], *rest)
+        results.append(module.backward(out, lse.isfinite().to(lse.dtype), *q[:2], out, lse, *rest))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 @st.composite
 def problems(draw):
     p = problem(

@@ -47,7 +47,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of logits and value, each in its tensor's shape and dtype.
 
-    With p = exp(logits - lse), times the shares, and g = grad_output:
+    With p the weights that forward had, and g = grad_output:
     dvalue = p g, dlogits = p (g.value - g.output + grad_lse).
     """
     values = wide(value)
@@ -56,7 +56,7 @@ def backward(
         for region, tokens, bias in met_tokens(grids, cu_seqlens, boxes, image_index, coverage, values.dtype):
             gradient = wide(grad_output[region])
             covered = logits[tokens].to(values.dtype).permute(1, 2, 0) + bias
-            weights = (covered - lse[region][..., None]).exp()
+            weights = covered.softmax(-1)  # not exp(covered - lse): lse is rounded
             shift = (gradient * wide(output[region])).sum(-1) - grad_lse[region]
             through_value = torch.einsum("khd,nhd->khn", gradient, values[tokens])
             # A region's tokens are distinct: index_add_ has one term a row, and regions add in their order.
