@@ -16,7 +16,7 @@ def main() -> None:
     output = parser.parse_args().output
     try:
         write(output)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a loop
         raise SystemExit(f"nothing was written: {error}") from None
     print(f"written: kernels.get_local_kernel(Path({str(output)!r})) loads it")
 

@@ -105,6 +105,13 @@ def test_the_root_and_the_package_are_refused(target, monkeypatch):
         hub.write(Path(target))
 
 
+def test_links_in_a_loop_are_named(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr(sys, "argv", ["hub", "--output", str(tmp_path / "loop" / "kernel")])
+    with pytest.raises(SystemExit, match="nothing was written: .*loop"):
+        main()
+
+
 def test_the_command_says_how_to_load_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hub", "--output", str(tmp_path / "kernel")])
     main()
