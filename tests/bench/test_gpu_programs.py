@@ -164,11 +164,11 @@ def test_what_is_compiled_beforehand_is_what_the_workloads_launch():
 def test_what_is_tuned_is_what_the_launchers_ask_for(load):
     pytest.importorskip("triton")
     tune = load("tune")
-    source = "".join(path.read_text() for path in (BENCH.parent / "granvit_kernels" / "ops").rglob("triton.py"))
+    source = "".join(path.read_text() for path in (BENCH.parent / "granvit_kernels" / "ops").rglob("triton_launch.py"))
     for target in tune.targets():
         kernel = target.kernel.removeprefix(target.case.operator + "_")
         assert f'"{kernel}"' in source, f"no launcher asks for {target.kernel}"
-        assert len(target.candidates()) == len({json.dumps(fields) for fields in target.candidates()}) > 10
+        assert len(target.candidates()) == len({json.dumps(fields) for fields in target.candidates()}) > 8
 
 
 def test_what_was_tuned_before_stays(load, monkeypatch, tmp_path):
