@@ -103,7 +103,7 @@ def test_accuracy_fails_where_no_kernel_ran(tmp_path):
     assert done.returncode == 1 and "no kernel ran for roi_gather" in done.stderr
     rows = json.loads((tmp_path / "dry-run-accuracy.json").read_text())
     assert {row["operator"] for row in rows} == {"roi_gather", "region_attention", "region_pool", "pack_patches"}
-    assert all(row["share_of_allowed"] <= 1 for row in rows) and len(rows) == 24
+    assert all(row["share_of_allowed"] <= 1 for row in rows) and len(rows) == 28
 
 
 def test_a_training_run_gives_what_it_has_however_far_it_came(load, tmp_path):
