@@ -10,8 +10,8 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 from granvit.eval.loading import find_encoder, find_model
 from granvit.lora import Lora, add_adapters
 from granvit.model import GranViT, GranViTConfig
+from granvit.model.processing import CONFIGURED
 from granvit.model.vision import checkpoint_config
-from granvit.train.build import CONFIGURED
 from granvit.train.presets import Model
 
 

@@ -33,8 +33,9 @@ from .images import as_pixels, read_images
 
 __all__ = ["GranViTProcessor", "ProcessedInputs", "as_pixels"]
 
-# Fields that a processor and the trainer's configuration share with the model's, besides the encoder's patch_size.
+# Fields that a processor shares with the model's configuration, besides the encoder's patch_size; and the trainer does.
 SHARED = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
+CONFIGURED = (*SHARED, "cell_positions")
 
 
 class ProcessedInputs(BatchFeature):

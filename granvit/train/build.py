@@ -10,12 +10,9 @@ from granvit.data.loader import GranDataset
 from granvit.eval.loading import find_encoder, load_model
 from granvit.lora import add_adapters
 from granvit.model import GranViT, GranViTProcessor
-from granvit.model.processing import SHARED
+from granvit.model.processing import CONFIGURED
 from granvit.toy.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
 from granvit.train.presets import Model
-
-CONFIGURED = (*SHARED, "cell_positions")
-"""What a Model and a GranViTConfig call by the same name."""
 
 
 def build(config: Model, data: GranDataset, frozen: torch.dtype = torch.float32) -> tuple[GranViT, GranViTProcessor]:
