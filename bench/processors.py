@@ -39,7 +39,9 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def processor(self, pillow: bool) -> Callable[..., Mapping[str, Tensor]]:
-        """The one that uses Pillow, or the one that uses torchvision."""
+        """The one that uses Pillow, or the one that uses torchvision. ModuleNotFoundError where that is missing."""
+        if not pillow:
+            importlib.import_module("torchvision")  # without it some of transformers' fail in calls, by a NameError
         kind, ending = ("_pil", "Pil") if pillow else ("", "")
         module = importlib.import_module(f"transformers.models.{self.module}.image_processing{kind}_{self.module}")
         return getattr(module, f"{self.name}ImageProcessor{ending}")(**self.settings)
