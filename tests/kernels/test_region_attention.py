@@ -189,7 +189,7 @@ def problems(draw):
 
 
 @needs_native
-@settings(max_examples=150, deadline=None)
+@settings(derandomize=True, max_examples=150, deadline=None)
 @given(problems())
 def test_kernel_keeps_the_error_rule_on_anything(drawn):
     p, coverage = drawn
