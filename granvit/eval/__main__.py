@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     from granvit.eval.baselines import floors
     from granvit.eval.evaluation import evaluate
     from granvit.eval.loading import check_device, load_model
-    from granvit.eval.metrics import counts
+    from granvit.eval.metrics import counts, is_attribute, is_of_size
 
     console = Console(width=max(120, Console().width), markup=False, emoji=False)  # the tables have up to eight columns
     try:
@@ -133,12 +133,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     columns = {"model": evaluation.metrics} | blinded | below
-    boxes = [name for name in evaluation.metrics if CAPTION2BBOX in name]
-    captions = [name for name in evaluation.metrics if name not in boxes]
+    attributes = [name for name in evaluation.metrics if is_attribute(name)]
+    sizes = [name for name in evaluation.metrics if is_of_size(name)]
+    boxes = [name for name in evaluation.metrics if CAPTION2BBOX in name and name not in sizes]
+    captions = [name for name in evaluation.metrics if name not in {*attributes, *sizes, *boxes}]
     asked = counts(evaluation.predictions)
     shown = frequent_sources(asked)
     console.print(table("Captions of boxes (per cent; CIDEr as it is, 10 at most)", captions, columns, shown))
+    if attributes:
+        console.print(table("Attributes that captions name right (per cent)", attributes, columns, shown))
     console.print(table("Boxes of sentences (per cent)", boxes, columns, shown))
+    console.print(table("The same by the object's size (per cent)", sizes, columns, shown))
     hidden = len({name.rpartition("/")[0] for name in asked} - {""}) - len(shown)
     if hidden:
         where = options.json or "the file of --json"

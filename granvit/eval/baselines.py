@@ -1,6 +1,7 @@
 """Floors: what somebody reaches who sees nothing. A claim that a model sees is a claim against these.
 
 most_frequent: the training caption that occurs most often in the region's kind.
+most_frequent_words: of each attribute what most training captions of the region's source name (attributes alone).
 blind: knows the box's kind, width and height. Of all training captions the one with the highest mean ROUGE-L
 over
     the training regions of that kind and size class; asked for a box, of all training boxes of the kind the
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from granvit.data.measures import tokens
+from granvit.data.sample import ATTRIBUTES
 from granvit.eval.evaluation import TASKS, ask
-from granvit.eval.metrics import Prediction, box_iou, summarise
+from granvit.eval.metrics import Prediction, box_iou, is_attribute, named, summarise
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 MIN_CLASS = 20  # a size class with fewer training regions than this falls back on its kind
@@ -109,6 +111,17 @@ class _Blind:
         return self.caption.get((kind, self.size_class(region)), self.caption[kind])
 
 
+def _frequent_words(known: list[Prediction], source: str) -> str:
+    """Of each of the source's attributes what most training captions name, its own and those of sources with the same
+    vocabulary."""
+    frequent = []
+    for attribute, words in ATTRIBUTES[source].items():
+        alike = {name for name, attributes in ATTRIBUTES.items() if attributes.get(attribute) == words}
+        things = [named(region["caption"], words) for region in known if region["source"] in alike]
+        frequent += [thing for (thing,), _ in Counter(tuple(t) for t in things if len(t) == 1).most_common(1)]
+    return " ".join(frequent)
+
+
 def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[str, float]]:
     """Metrics of every floor, {floor: {metric: value}}, fitted on `train` and measured on `test` (both
     GranDatasets).
@@ -148,12 +161,15 @@ def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[st
     mean_box = {k: b.mean(axis=0) for k, b in boxes.items()}
     likely_box = {k: best_box(b) for k, b in boxes.items()}
     blind = _Blind(known)
+    words = {source: _frequent_words(known, source) for source in ATTRIBUTES}
+    spoken = answered(lambda r: words.get(r["source"], ""), None)
 
     def kind(region: dict[str, Any]) -> str | None:
         return region["kind"] if region["kind"] in kinds else None  # a kind never seen in training: all of it
 
     return {
         "most_frequent": answered(lambda r: frequent[kind(r)], None),
+        "most_frequent_words": {name: value for name, value in spoken.items() if is_attribute(name)},
         "blind": answered(blind, lambda r: likely_box[kind(r)]),
         **constant,
         "mean_box": answered(None, lambda r: mean_box[kind(r)]),

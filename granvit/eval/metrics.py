@@ -12,7 +12,10 @@ be read from it (caption2bbox only). Every metric is a fraction except CIDEr, wh
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import lru_cache
 from statistics import fmean
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from granvit.data.measures import box_iou, nfc, tokens
+from granvit.data.sample import ATTRIBUTES
 from granvit.eval.cider import cider_d
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
@@ -28,6 +32,12 @@ if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
 Prediction = dict[str, Any]
+Vocabularies = Mapping[str, Mapping[str, Mapping[str, str]]]
+"""{source: {attribute: {word: what it names}}}, as `granvit.data.sample.ATTRIBUTES`."""
+
+SIZES = ("tiny", "small", "medium", "large")
+BOUNDS = (0.15, 0.25, 0.35)
+"""Sides from which an object is small, medium and large. Its side is the root of its box's share of the image."""
 
 
 @lru_cache(maxsize=1)
@@ -75,12 +85,45 @@ def iou(prediction: Prediction) -> float:
     return float(box_iou(prediction["box"], prediction["predicted_box"]))
 
 
-def summarise(predictions: list[Prediction]) -> dict[str, float]:
+def size(box: list[float]) -> str:
+    """Which of SIZES a relative xyxy box has."""
+    x1, y1, x2, y2 = box
+    return SIZES[bisect_right(BOUNDS, math.sqrt(max(0.0, (x2 - x1) * (y2 - y1))))]
+
+
+def named(text: str, words: Mapping[str, str]) -> set[str]:
+    """What the words of `text` name of an attribute."""
+    return {words[word] for word in tokens(text) if word in words}
+
+
+def attributes(prediction: Prediction, vocabularies: Vocabularies) -> dict[str, bool]:
+    """Of each attribute that the true caption names once: whether the answer names the same, and nothing else."""
+    truths = {
+        attribute: (named(prediction["caption"], words), named(prediction["answer"], words))
+        for attribute, words in vocabularies.get(prediction["source"], {}).items()
+    }
+    return {attribute: truth == answer for attribute, (truth, answer) in truths.items() if len(truth) == 1}
+
+
+def is_attribute(metric: str, vocabularies: Vocabularies = ATTRIBUTES) -> bool:
+    """Whether a metric of this name is the share of captions that name an attribute right."""
+    known = {attribute for attributes in vocabularies.values() for attribute in attributes}
+    return BBOX2CAPTION in metric and metric.rpartition("_")[2] in known
+
+
+def is_of_size(metric: str) -> bool:
+    """Whether a metric of this name is of objects of one of SIZES."""
+    return CAPTION2BBOX in metric and metric.rpartition("_")[2] in SIZES
+
+
+def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBUTES) -> dict[str, float]:
     """Every metric by name: over all predictions, per kind (prefix natural_ or ocr_) and per source (prefix
     SOURCE/).
 
-    Names: bbox2caption_{rouge_l, exact, cider}, caption2bbox_{acc50, miou, unparsed}, ocr_cer and ocr_exact
-    (text regions of bbox2caption, to the letter). A metric without a prediction to measure is absent.
+    Names: bbox2caption_{rouge_l, exact, cider} and bbox2caption_ATTRIBUTE of the sources that have a vocabulary;
+    caption2bbox_{acc50, miou, unparsed}, the first two also by the object's size (caption2bbox_acc50_small, see SIZES);
+    ocr_cer and ocr_exact (text regions of bbox2caption, to the letter). A metric without a prediction to measure is
+    absent.
     """
     captions = [p for p in predictions if p["task"] == BBOX2CAPTION]
     scores = cider([p["caption"] for p in captions], [p["answer"] for p in captions]) if captions else []
@@ -90,12 +133,15 @@ def summarise(predictions: list[Prediction]) -> dict[str, float]:
     for prediction, score in zip(captions, scores, strict=True):
         truth, answer = prediction["caption"], prediction["answer"]
         row = {"rouge_l": rouge_l(truth, answer), "exact": exact(truth, answer), "cider": score}
+        row |= attributes(prediction, vocabularies)
         rows.append((prediction, row))
     for prediction in predictions:
         if prediction["task"] == CAPTION2BBOX:
             overlap = iou(prediction)
             unparsed = prediction["predicted_box"] is None
-            rows.append((prediction, {"acc50": overlap >= 0.5, "miou": overlap, "unparsed": unparsed}))
+            row = {"acc50": overlap >= 0.5, "miou": overlap}
+            row |= {f"{name}_{size(prediction['box'])}": value for name, value in row.items()}
+            rows.append((prediction, row | {"unparsed": unparsed}))
 
     groups: dict[str, list[float]] = defaultdict(list)
     texts: dict[str, list[tuple[str, str]]] = defaultdict(list)

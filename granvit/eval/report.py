@@ -19,7 +19,7 @@ from PIL import Image
 from granvit.data.loader import GranDataset
 from granvit.data.page import encoded
 from granvit.eval.curves import draw_curves
-from granvit.eval.metrics import Prediction, exact, iou, rouge_l
+from granvit.eval.metrics import SIZES, Prediction, exact, iou, is_attribute, rouge_l
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 PICTURES = 4  # right ones and wrong ones a source and task
@@ -27,6 +27,7 @@ LONG_SIDE = 480  # pixels of a picture in the report
 
 FLOORS = {
     "most_frequent": "most frequent caption",
+    "most_frequent_words": "most frequent words",
     "blind": "blind: knows kind and size",
     "centre_box": "centre box",
     "whole_image": "whole image",
@@ -84,7 +85,9 @@ def write_report(run_dir: str | Path) -> Path:
         summary=summary,
         headlines=headlines(summary),
         curves=encoded((report / "curves.png").read_bytes(), "png"),
-        tables=[table(summary, *spec) for spec in TABLES] + [text_table(summary), chat_table(summary)],
+        tables=[table(summary, *spec) for spec in TABLES] + [
+            attribute_table(summary), size_table(summary), text_table(summary), chat_table(summary),
+        ],
         features=summary["mean"].get("features", {}),
         groups=[group | {"cards": [_card(p, images) for p in group["predictions"]]} for group in chosen],
     )
@@ -180,6 +183,30 @@ def table(
     columns = [(first_label, label, f"{prefix}{task}_{first}") for label, prefix in prefixes.items()]
     columns += [(label, "all", f"{task}_{metric}") for label, metric in rest]
     return _table(summary, title, [c for c in columns if c[2] in names])
+
+
+def attribute_table(summary: dict[str, Any]) -> dict[str, Any]:
+    """The words of captions that name an attribute right, over all sources that have a vocabulary."""
+    names = {name for _, _, mean, _ in _everybody(summary) for name in mean if is_attribute(name)}
+    own = sorted(name for name in names if name.startswith(BBOX2CAPTION))
+    columns = [
+        (name.rpartition("_")[2], source or "all", f"{source}/{name}" if source else name)
+        for name in own
+        for source in ("", *sorted({name.partition("/")[0] for name in names if "/" in name}))
+    ]
+    columns = [column for column in columns if column[2] in names]
+    return _table(summary, "Attributes that captions of boxes name right", columns)
+
+
+def size_table(summary: dict[str, Any]) -> dict[str, Any]:
+    names = {name for _, _, mean, _ in _everybody(summary) for name in mean}
+    columns = [
+        (f"{size}: {what}", label, f"{prefix}{CAPTION2BBOX}_{metric}_{size}")
+        for what, metric in (("ACC@0.5", "acc50"), ("mean IoU", "miou"))
+        for size in SIZES
+        for label, prefix in (("all", ""), ("not text", "natural_"))
+    ]
+    return _table(summary, "Boxes of sentences by the object's size", [c for c in columns if c[2] in names])
 
 
 def text_table(summary: dict[str, Any]) -> dict[str, Any]:

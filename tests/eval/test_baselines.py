@@ -100,3 +100,16 @@ def test_splits_without_regions(dataset):
     assert floors(none, full)["whole_image"] == floors(full, full)["whole_image"]
     with pytest.raises(ValueError, match="test has no region"):
         floors(full, none)
+
+
+def test_chance_is_what_most_training_captions_name(gran_rows):
+    train = [("a striped red ball", "scenes")] * 3 + [("a plain blue ring", "scenes")] * 2
+    train += [("a blue moon", "sky")] * 9
+    test = [("dotted red ring", "scenes-heldout"), ("striped red ball", "scenes-heldout"), ("a blue moon", "sky")]
+    train, test = (
+        GranDataset(gran_rows([(str(i), [(LARGE, text, "natural")], source) for i, (text, source) in enumerate(rows)]))
+        for rows in (train, test)
+    )
+    chance = floors(train, test)["most_frequent_words"]
+    assert chance["bbox2caption_colour"] == 1 and chance["scenes-heldout/bbox2caption_kind"] == 0.5
+    assert not [name for name in chance if "rouge" in name or "sky" in name]

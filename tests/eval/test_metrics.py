@@ -11,7 +11,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from granvit.data.measures import words
 from granvit.eval.baselines import rouge_l_matrix
-from granvit.eval.metrics import box_iou, cer, cider, counts, exact, exact_text, iou, rouge_l, summarise
+from granvit.eval.metrics import box_iou, cer, cider, counts, exact, exact_text, iou, is_attribute, rouge_l, summarise
 
 
 def caption(truth, answer, kind="natural", source="scenes"):
@@ -159,3 +159,29 @@ def test_summarise_keeps_kinds_and_sources_apart():
 
 def test_summarise_of_nothing_is_empty():
     assert summarise([]) == {}
+
+
+def test_attributes_are_shares_of_captions_that_name_one():
+    predictions = [
+        caption("large striped red ball", "striped red star"),
+        caption("a red ball with stripes", "red striped ball on the left", source="scenes-heldout"),
+        caption("red and blue ball", "red ball"),  # two colours: not asked
+        caption("dotted blue ring", "dotted blue ring red"),
+        caption("a red ball", "a red ball", source="mine"),  # no vocabulary
+    ]
+    metrics = summarise(predictions)
+    assert metrics["bbox2caption_colour"] == pytest.approx(2 / 3)
+    assert metrics["scenes/bbox2caption_kind"] == pytest.approx(2 / 3)
+    assert metrics["bbox2caption_pattern"] == metrics["scenes-heldout/bbox2caption_kind"] == 1
+    assert metrics["bbox2caption_size"] == 0
+    assert not [name for name in metrics if name.startswith("mine/") and is_attribute(name)]
+    own = {"mine": {"sound": {"moo": "cow", "moos": "cow", "miaow": "cat"}}}
+    metrics = summarise([caption("it moos", "moo", source="mine")], own)
+    assert metrics["mine/bbox2caption_sound"] == 1 and "bbox2caption_kind" not in metrics
+
+
+def test_boxes_by_the_size_of_the_true_one():
+    tiny, large = [0.0, 0.0, 0.1, 0.1], [0.0, 0.0, 0.35, 0.36]
+    metrics = summarise([box_answer(tiny, large), box_answer(large, large)])
+    assert metrics["caption2bbox_acc50_tiny"] == 0 and metrics["natural_caption2bbox_miou_large"] == 1
+    assert "caption2bbox_acc50_medium" not in metrics

@@ -12,7 +12,7 @@ from PIL import Image
 
 from granvit.eval.curves import draw_curves, smooth
 from granvit.eval.metrics import summarise
-from granvit.eval.report import choose, headlines, write_report
+from granvit.eval.report import attribute_table, choose, headlines, size_table, write_report
 
 LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -257,3 +257,16 @@ def test_a_dataset_that_lacks_a_shown_image_is_named(tmp_path, summary):
     (run / "report" / "predictions.json").write_text(json.dumps(strangers))
     with pytest.raises(ValueError, match="has no test image 'stranger'"):
         write_report(run)
+
+
+def test_attributes_and_sizes_have_tables(summary):
+    answers = [caption("a", "striped red ball", "red star", "scenes")]
+    answers.append(box_answer("a", "striped red ball", LEFT, "scenes"))
+    states = summary["mean"]["stages"]["pretrain"]
+    states["after"] = summarise(answers)
+    summary["floors"] = {"most_frequent_words": {"bbox2caption_colour": 0.2, "scenes/bbox2caption_colour": 0.2}}
+    attributes, sizes = attribute_table(summary), size_table(summary)
+    assert attributes["heads"] == [["colour", 1], ["kind", 1], ["pattern", 1]]
+    assert sizes["heads"] == [["large: ACC@0.5", 2], ["large: mean IoU", 2]]  # all, and not text
+    rows = {row["who"]: [cell["text"] for cell in row["cells"]] for row in attributes["rows"]}
+    assert rows["after stage 1"] == ["100.0", "0.0", "0.0"] and rows["most frequent words"] == ["20.0", "", ""]

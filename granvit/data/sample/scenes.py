@@ -23,7 +23,7 @@ LARGE, SMALL = 0.38, 0.27
 
 PLACES = ("on the left", "on the right", "at the top", "at the bottom")
 _CORNERS = tuple(f"at the {v} {h}" for v, h in product(("top", "bottom"), ("left", "right")))
-_WITH = {
+PATTERN_PHRASES = {
     "striped": "with stripes",
     "checked": "with checks",
     "dotted": "with dots",
@@ -321,7 +321,7 @@ def _sentence(
         return _fixed(thing, size, place)
     wording = rng.integers(4)
     if wording == 0:
-        words = ("a", size, thing.colour, thing.kind, _WITH[thing.pattern], place)
+        words = ("a", size, thing.colour, thing.kind, PATTERN_PHRASES[thing.pattern], place)
     elif wording == 1:
         words = (size, thing.colour, thing.pattern, thing.kind, place)
     elif wording == 2:  # a size that isn't needed
