@@ -25,7 +25,7 @@ from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.distill import Teacher, feature_statistics
 from granvit.train.guard import Failed, NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.metrics_log import MetricsLog
-from granvit.train.optimizer import freeze, make_optimizer
+from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
 from granvit.train.parallel.compiling import compile_blocks
 from granvit.train.parallel.distributed import World, distribute, synchronise
 from granvit.train.parallel.memory import checkpoint_activations
@@ -83,7 +83,7 @@ class Phase:
         self.losses = distribute(losses, model, teacher, world, config.parallel, precision)
         groups = model.groups()  # anew: FSDP has put pieces in the parameters' places
         self.trained = [p for name in stage.train for p in groups[name]]
-        self.optimizer = make_optimizer(groups, stage)
+        self.optimizer = make_optimizer(groups, stage, hidden_matrices(model))
         self.step = 0
         self.spikes, self.streak = Spikes(), Streak(config.nonfinite_limit)
 

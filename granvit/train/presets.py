@@ -180,6 +180,11 @@ class TrainConfig:
             stage = getattr(self, name)
             if stage.name != name:
                 raise ValueError(f"{name}.name is {stage.name!r}; checkpoints and report know it as {name!r}")
+            if stage.optimizer == "muon" and self.parallel == "fsdp":
+                raise ValueError(
+                    f"{name}.optimizer is 'muon'; parallel fsdp keeps pieces of the matrices that it takes whole: "
+                    "use parallel ddp, or adamw"
+                )
         if self.crops.tokens > self.data.capacity and any(stage.distill for stage in self.stages):
             raise ValueError(
                 f"distill.crop_grid is {self.distill.crop_grid}; it takes at most data.capacity, {self.data.capacity}, "

@@ -41,6 +41,8 @@ class Stage:
     """Sequences of data.capacity tokens of a batch, over all ranks: a multiple of their number."""
     accumulate: int = 1
     """Batches a step, one after the other: what does not fit the memory at once. Tokens weigh the same in all."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: weights of linear layers learn by Muon (optimizer.py), at the same rates, the rest by AdamW."""
     learning_rate: float = 1e-5
     projector_learning_rate: float | None = None
     """The projector's own rate; None is learning_rate. A new projector on a trained encoder wants a larger one."""

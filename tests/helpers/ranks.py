@@ -100,6 +100,8 @@ def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> 
     cases["no region question"] = through_loader(run, captions, world, 3)
     for target in ("mse", "cosine", "layer_norm"):
         cases[f"{target} accumulated"] = accumulated(run, whole.pretrain, world, target)
+    if parallel == "ddp":
+        cases["muon"] = through_loader(run, replace(whole.pretrain, optimizer="muon"), world, 5)
     run = run_of(faulty, "faulty")
     cases["faulty pictures"] = through_loader(run, faulty.pretrain, world, 12)
     run = run_of(text, "text")

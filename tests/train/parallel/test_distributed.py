@@ -90,6 +90,12 @@ def test_losses_in_bfloat16_are_those_of_one_process(alone, together, parallel):
             assert line[name] == pytest.approx(other[name], rel=5e-3), (line, other)
 
 
+@pytest.mark.slow
+def test_muon_steps_as_in_one_process(alone, together):
+    lines, expected = together["ddp"]["muon"]["lines"], alone["muon"]["lines"]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=1e-4)
+
+
 def test_the_splits_are_what_they_are_to_be(alone):
     """Unequal, empty on some rank, and empty on all: else the test above would show less than it says."""
     lines = alone["pretrain splits"]["lines"]
