@@ -379,7 +379,7 @@ def dataset(plan: PlanConfig, console: Console) -> GranDataset | None:
         return None
     if path is None:
         with console.status("building pictures of the sample set (once)"):
-            path = str(cached_sample(SAMPLE_ROWS))
+            path = str(cached_sample(SAMPLE_ROWS, pages=plan.run.data.pages))
     return GranDataset(path)
 
 

@@ -27,7 +27,7 @@ from granvit.data.sources.voc import Voc
 console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
-def sample(images: int, output: Path, seed: int = 0, workers: int | None = None) -> None:
+def sample(images: int, output: Path, seed: int = 0, workers: int | None = None, pages: float = 0.2) -> None:
     """Write the sample set: photographs, scenes, pages of text.
 
     Args:
@@ -35,10 +35,11 @@ def sample(images: int, output: Path, seed: int = 0, workers: int | None = None)
         output: A new or an empty folder.
         seed: Another seed makes other pictures.
         workers: Processes; None: one a core.
+        pages: Share of pages of text.
     """
     from granvit.data.sample import build_sample
 
-    build_sample(output, images, seed, workers)
+    build_sample(output, images, seed, workers, pages=pages)
     console.print(f"wrote {images} pictures to {output}")
 
 

@@ -27,6 +27,8 @@ class Data:
     """Folder of the Gran dataset whose conversations the stage sft learns; None: `path` has them."""
     images: int = 10_000
     """Size of the sample set, where `path` is None."""
+    pages: float = 0.2
+    """Share of the sample set's pictures that are pages of text."""
     fault_budget: float = 0.01
     """Share of faulty rows (broken image, box outside it) that are skipped and counted before the run stops."""
     capacity: int = 256

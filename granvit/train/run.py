@@ -80,7 +80,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
     console = RunConsole(config, world.leads)
     if config.data.path is None:
         with console.waiting(f"the sample set: {config.data.images:,} pictures, drawn once and kept"):
-            data = world.first(lambda: str(cached_sample(config.data.images, seed=0)))
+            data = world.first(lambda: str(cached_sample(config.data.images, seed=0, pages=config.data.pages)))
     else:
         data = config.data.path
     complete = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))

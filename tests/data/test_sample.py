@@ -106,6 +106,7 @@ def test_the_mix_adds_up():
             for source, number in sources.items()
             if source != "photographs"
         )
+    assert counts(4000, {"train": 25, "test": 11}, pages=0.05)["train"]["pages"] == 180
     made = counts(4000, {"train": 25, "test": 11})
     assert made["train"]["photographs"] == 25 and made["test"]["photographs"] == 11
     assert made["train"]["pages"] + made["test"]["pages"] == 800
@@ -287,7 +288,10 @@ def test_the_cache_builds_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path))
     assert cached_sample(16, seed=1, workers=0, scenes=SceneConfig(kinds=4)) != first
-    assert len(list(tmp_path.iterdir())) == 2
+    assert cached_sample(16, seed=1, workers=0, pages=0.5) != first
+    with pytest.raises(ValueError, match="pages must be a share of 2 pictures at least and .8 at most, got 0.05 of 16"):
+        cached_sample(16, workers=0, pages=0.05)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 BUILDING = """

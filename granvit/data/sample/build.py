@@ -27,6 +27,8 @@ GENERATOR_VERSION = 3
 """Raised whenever equal arguments make other pictures or sentences, so that no cache goes stale."""
 
 SOURCES = ("photographs", "scenes", "scenes-heldout", "pages")
+PAGES = 0.2
+"""Share of pages, where none is given."""
 LICENCE = "CC0-1.0"
 """Of generated pictures."""
 
@@ -43,27 +45,27 @@ class _Task:
     stop: int
 
 
-def counts(images: int, photos: dict[str, int]) -> dict[str, dict[str, int]]:
+def counts(images: int, photos: dict[str, int], pages: float = PAGES) -> dict[str, dict[str, int]]:
     """How many pictures of each source go into each split, {split: {source: number}}, `images` in all.
 
-    About 8 % photographs as long as there are enough of them (`photos` says how many each split has), 20 %
-    pages, the rest scenes. Of the scenes a tenth is test and a twentieth is "scenes-heldout" (test only), of
+    About 8 % photographs as long as there are enough of them (`photos` says how many each split has), a share of
+    `pages`, the rest scenes. Of the scenes a tenth is test and a twentieth is "scenes-heldout" (test only), of
     the pages a tenth.
     """
     some = {
         split: min(number, round(0.08 * images * number / max(1, sum(photos.values()))))
         for split, number in photos.items()
     }
-    pages = round(0.2 * images)
-    scenes = images - pages - sum(some.values())
+    drawn = round(pages * images)
+    scenes = images - drawn - sum(some.values())
     test_scenes, held_out, test_pages = (
-        max(1, round(share)) for share in (0.1 * scenes, 0.05 * scenes, 0.1 * pages)
+        max(1, round(share)) for share in (0.1 * scenes, 0.05 * scenes, 0.1 * drawn)
     )
     return {
         "train": {
             "photographs": some["train"],
             "scenes": scenes - test_scenes - held_out,
-            "pages": pages - test_pages,
+            "pages": drawn - test_pages,
         },
         "test": {
             "photographs": some["test"],
@@ -80,18 +82,21 @@ def build_sample(
     seed: int = 0,
     workers: int | None = None,
     scenes: SceneConfig | None = None,
+    pages: float = PAGES,
 ) -> None:
     """Write a sample set of `images` pictures as a DatasetDict with the splits train and test.
 
     Equal arguments give equal rows, for any number of `workers` (processes; None: one a core, 0: this
-    process). Shows its progress on a terminal. Raises ValueError if `images` is under 16 or `output_dir` is
-    not empty.
+    process). `pages` is their share. Shows its progress on a terminal. Raises ValueError if `images` is under
+    16, `pages` are not two pictures at least and four fifths of all at most, or `output_dir` is not empty.
     """
     # Here, since `datasets` takes seconds to import and the command line must answer --help at once.
     from granvit.data.writer import write_dataset
 
     if images < 16:
         raise ValueError(f"images must be >= 16, so that every source is in the set, got {images}")
+    if not 1.5 / images < pages <= 0.8:
+        raise ValueError(f"pages must be a share of 2 pictures at least and .8 at most, got {pages} of {images}")
     scenes = scenes or SceneConfig()
     if not scenes.held_out:
         raise ValueError("scenes.held_out must be >= 1, since the test split shows held-out combinations")
@@ -102,7 +107,7 @@ def build_sample(
             for source, number in sources.items()
             for start in range(0, number, _CHUNK)
         ]
-        for split, sources in counts(images, photos).items()
+        for split, sources in counts(images, photos, pages).items()
     }
     processes = workers if workers is not None else os.cpu_count() or 1
     make = partial(_make, seed=seed, scenes=scenes)
@@ -128,18 +133,22 @@ def build_sample(
 
 
 def cached_sample(
-    images: int, seed: int = 0, workers: int | None = None, scenes: SceneConfig | None = None
+    images: int,
+    seed: int = 0,
+    workers: int | None = None,
+    scenes: SceneConfig | None = None,
+    pages: float = PAGES,
 ) -> Path:
     """The folder of a sample set, built on first use.
 
     It lies in `cache_folder`, and its name tells the arguments, the generator's version and the photographs apart.
     """
     scenes = scenes or SceneConfig()
-    known = f"{GENERATOR_VERSION} {scenes} {(FOLDER / 'annotations.jsonl').read_text(encoding='utf-8')}"
+    known = f"{GENERATOR_VERSION} {scenes} {pages} {(FOLDER / 'annotations.jsonl').read_text(encoding='utf-8')}"
     folder = cache_folder() / f"sample-{images}-{seed}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     if not folder.exists():
         try:
-            build_sample(folder, images, seed, workers, scenes)
+            build_sample(folder, images, seed, workers, scenes, pages)
         except (OSError, ValueError):
             if not folder.exists():  # else another process was faster, and what it wrote is the same
                 raise
