@@ -1,4 +1,4 @@
-"""python -m granvit.train plan [smoke|compact|paper] [--config FILE] [--data.path DIR]: a run's costs, before it runs.
+"""python -m granvit.train plan [quick|smoke|compact|paper] [--config FILE] [--data.path DIR]: a run's costs.
 
 Operations of both recipes, ours (an image once, its questions packed behind it) and one question a sample in padded
 batches; their padding; where the operations go; memory of a rank; GPU hours of a data set of Gran-29M's size, and how
@@ -522,7 +522,7 @@ def _cost_tables(
 def parse(arguments: Sequence[str]) -> PlanConfig:
     """The plan that a command line asks for. Exits with a usage text for what it cannot read."""
     words = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    preset = words.pop(0) if words and not words[0].startswith("-") else "smoke"
+    preset = words.pop(0) if words and not words[0].startswith("-") else "quick"
     if preset not in PRESETS:
         raise SystemExit(f"granvit.train plan: there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     default = PRESETS[preset]

@@ -1,4 +1,4 @@
-"""python -m granvit.train [smoke|compact|paper|adapt|sft] [--output DIR] [--any.field value], and other commands.
+"""python -m granvit.train [quick|smoke|compact|paper|adapt|sft] [--output DIR] [--any.field value], and other commands.
 
     python -m granvit.train adapt --encoder RUN --llm NAME_OR_FOLDER [--llm.lora 16]
     python -m granvit.train sft --model RUN_OR_EXPORT --data.path DIR
@@ -27,7 +27,7 @@ from granvit.train.transfer import adapt_config, check_adapt, check_sft, sft_con
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line asks for. Exits with a usage text for what it cannot read."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    preset = arguments[0] if arguments and not arguments[0].startswith("-") else "smoke"
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else "quick"
     rest = arguments[1:] if arguments and not arguments[0].startswith("-") else list(arguments)
     if preset not in PRESETS and preset not in STARTS:
         known = f"presets {', '.join(PRESETS)}; commands {', '.join((*STARTS, *COMMANDS))}"
@@ -73,11 +73,11 @@ class Start(NamedTuple):
 STARTS = {"adapt": Start("encoder", adapt_config, check_adapt), "sft": Start("model", sft_config, check_sft)}
 
 
-_USAGE = """Train GranViT through its stages. The first word picks a preset (smoke, compact, paper) or a command: adapt
-is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on conversations, plan says
-what a run costs, replay looks into a dump. --config FILE reloads a run's config.yaml, and the same command again goes
-on where the run was. Under torchrun every rank runs it. SIGTERM and Ctrl-C save the run; exit code 75 or 130: the same
-command goes on."""
+_USAGE = """Train GranViT through its stages. The first word picks a preset (quick, smoke, compact, paper) or a
+command: adapt is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on
+conversations, plan says what a run costs, replay looks into a dump. --config FILE reloads a run's config.yaml, and
+the same command again goes on where the run was. Under torchrun every rank runs it. SIGTERM and Ctrl-C save the run;
+exit code 75 or 130: the same command goes on."""
 
 
 def run_preset(arguments: list[str]) -> None:

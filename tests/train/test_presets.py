@@ -14,7 +14,7 @@ def test_a_saved_configuration_reads_back_the_same(name, tmp_path):
 
 
 def test_the_first_word_picks_a_preset_and_flags_change_it():
-    assert parse([]) == PRESETS["smoke"]
+    assert parse([]) == PRESETS["quick"]
     assert parse(["compact"]) == PRESETS["compact"]
     changed = parse(["smoke", "--pretrain.distill", "0", "--output", "elsewhere", "--seeds", "3"])
     assert (changed.pretrain.distill, changed.output, changed.seeds) == (0, "elsewhere", 3)
@@ -29,7 +29,7 @@ def test_config_reloads_a_run_and_flags_go_on_top(tmp_path):
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(SystemExit, match="there is no .huge.; presets smoke, compact, paper"):
+    with pytest.raises(SystemExit, match="there is no .huge.; presets quick, smoke, compact, paper"):
         parse(["huge"])
 
 
@@ -77,7 +77,7 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
 )
 def test_a_value_out_of_range_is_named_before_anything_starts(flag, value, message, capsys):
     with pytest.raises((ValueError, SystemExit)) as raised:
-        parse([flag, *value.split()])
+        parse(["smoke", flag, *value.split()])
     assert message in str(raised.value) + "".join(capsys.readouterr())
 
 

@@ -82,6 +82,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit_wherever_its_data_is(
     assert load_config(tmp_path / "run" / "config.yaml").data.path == str(tmp_path / "copy")
 
 
+def test_momenta_of_muon_go_on_bit_for_bit(small_config, tmp_path, monkeypatch):
+    pretrain = replace(small_config.pretrain, optimizer="muon")
+    config = replace(small_config, pretrain=pretrain, adapt=replace(small_config.adapt, steps=0))
+    undisturbed = lines_of(train(replace(config, output=str(tmp_path / "undisturbed"))))
+    config = replace(config, output=str(tmp_path / "run"))
+    cut(monkeypatch, config, "pretrain", 5)
+    assert lines_of(train(config)) == undisturbed
+
+
 @pytest.mark.slow
 def test_killed_and_asked_to_stop_again_and_again_it_ends_bit_for_bit(config, undisturbed, tmp_path):
     """At steps and at moments between, and when a stage's last checkpoint is written but nothing after it."""
