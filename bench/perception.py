@@ -30,7 +30,10 @@ from granvit.train.run import Run
 from granvit.train.stages import Stage
 
 SCENES = 150
-ADAMW = "--warmup.optimizer adamw --pretrain.optimizer adamw --pretrain.learning-rate 1e-3"
+ADAMW = (
+    "--warmup.optimizer adamw --pretrain.optimizer adamw --pretrain.learning-rate 1e-3 --adapt.optimizer adamw "
+    "--adapt.learning-rate 1e-3"
+)
 SIXTEEN = "--model.patch-size 16 --model.max-image-tokens 36 --model.pixel-shuffle 1"
 SHORT = "--warmup.steps 250 --pretrain.steps 250 --adapt.steps 200"
 CHANGES = {
@@ -38,6 +41,7 @@ CHANGES = {
     "36 patches of 16 pixels": SIXTEEN,
     "AdamW": ADAMW,
     "before: both": f"{SIXTEEN} {ADAMW}",
+    "stage 2 by AdamW": "--adapt.optimizer adamw --adapt.learning-rate 1e-3",
     "short": SHORT,
     "short, no cell positions": f"{SHORT} --model.no-cell-positions",
 }

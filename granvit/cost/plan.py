@@ -45,7 +45,7 @@ from granvit.data.sample import cached_sample
 from granvit.eval.loading import find_model
 from granvit.model import GranViTConfig, GranViTProcessor
 from granvit.model.config import cached_fit_grid
-from granvit.model.llm import SMOLLM2, load_llm
+from granvit.model.llm import SMOLLM2, TOY, load_llm
 from granvit.questions.prompts import BBOX2CAPTION, GLOBAL_CAPTION
 from granvit.toy.tiny import train_tokenizer
 from granvit.train.build import training_text
@@ -164,7 +164,7 @@ def tokenizer_for(plan: PlanConfig, data: GranDataset) -> tuple[PreTrainedTokeni
         return train_tokenizer(training_text(data), plan.run.model.vocabulary), ""
     if Path(name).is_dir() and any(Path(name).glob("tokenizer*")):
         return AutoTokenizer.from_pretrained(name), ""
-    if name == SMOLLM2:
+    if name in (SMOLLM2, TOY):
         try:
             return load_llm(name)[1], ""
         except (ValueError, ImportError):

