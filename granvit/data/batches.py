@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import islice, zip_longest
+from itertools import chain, islice, repeat, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from granvit.data.crops import ASKED, Crops
 from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, as_it_is, measure, start_worker, too_long
 from granvit.data.loader import GranDataset
-from granvit.data.parallel import shared_memory
+from granvit.data.parallel import progress, shared_memory
 from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Order, Pack
 from granvit.data.schema import good_or_none
@@ -36,6 +37,8 @@ LANE_BYTES = 384 << 20
 """Of row groups that are kept for each lane: those of a window, and those that are mixed for the next."""
 PREFETCH_BYTES = 1 << 30
 """Of pictures that a loader's processes read ahead of training, in shared memory; those in use come on top."""
+PROCESS_ROWS = 20_000
+"""Rows whose sequences are worth a process more to count."""
 NAMED_FAULTS = 1000
 """Faulty rows over the budget that are named before a loader gives up."""
 
@@ -62,9 +65,10 @@ class PackLoader:
     are left out, which is no fault.
 
     tasks: weights of the tasks whose questions are drawn. questions: as many an image are aimed at; sequences are
-        filled with more or fewer. workers: processes beside this one that read and decode, each for lanes of its own,
-        and where there are fewer lanes than that, threads in them; 0: here.
+        filled with more or fewer. None: all of an image's that fit a sequence. workers: processes beside this one that
+        read and decode, each for lanes of its own, and where there are fewer lanes than that, threads in them; 0: here.
     epochs: passes over the data after which iteration ends (the last batches then have empty sequences); None: never.
+        Assign to `steps` what another loader of these arguments counted, and no rank plans other ranks' sequences.
     window: images a sequence's place chooses among. pixels: False leaves pictures undecoded, blanks of their size.
     crops: which regions a teacher looks at.
 
@@ -84,7 +88,7 @@ class PackLoader:
         *,
         capacity: int = 8192,
         packs: int = 8,
-        questions: int = 6,
+        questions: int | None = 6,
         seed: int = 0,
         rank: int = 0,
         ranks: int = 1,
@@ -94,7 +98,8 @@ class PackLoader:
         pixels: bool = True,
         crops: Crops = ASKED,
     ) -> None:
-        _check_arguments(tasks, rank, capacity=capacity, packs=packs, questions=questions, ranks=ranks, window=window)
+        least = {"capacity": capacity, "packs": packs, "ranks": ranks, "window": window}
+        _check_arguments(tasks, rank, **least | ({} if questions is None else {"questions": questions}))
         self.dataset, self.processor, self.capacity, self.packs = dataset, processor, capacity, packs
         self.rank, self.ranks, self.workers, self.pixels, self.crops = rank, ranks, workers, pixels, crops
         self.lengths = measure(dataset, processor, sorted(tasks))
@@ -122,10 +127,8 @@ class PackLoader:
 
     @cached_property
     def steps(self) -> int | None:
-        """How many batches there are in all; None without end. Plans every lane."""
-        if self.lanes[0].epochs is None:
-            return None
-        return max(sum(1 for _ in lane) for lane in self.lanes)
+        """How many batches there are in all; None without end. Plans every lane, with a progress bar."""
+        return None if self.lanes[0].epochs is None else max(_count_packs(self.lanes))
 
     def state_dict(self) -> dict[str, Any]:
         """Where iteration stands, in integers; the rest is there to be compared."""
@@ -160,9 +163,11 @@ class PackLoader:
     def plan(self) -> Iterator[list[Pack]]:
         """This rank's packs of each batch from `step` on; an empty pack where a lane is over."""
         lanes, mine = self.lanes[self.rank :: self.ranks], slice(None)
-        if lanes[0].epochs is not None:  # the longest lane, whoever has it, tells where the end is
-            lanes, mine = self.lanes, slice(self.rank, None, self.ranks)
-        for packs in islice(zip_longest(*lanes, fillvalue=[]), self.step, None):
+        if lanes[0].epochs is not None and "steps" not in vars(self):
+            lanes, mine = self.lanes, slice(self.rank, None, self.ranks)  # the longest, whoever has it, tells the end
+        elif lanes[0].epochs is not None:
+            lanes = [chain(lane, repeat([], self.steps)) for lane in lanes]
+        for packs in islice(zip_longest(*lanes, fillvalue=[]), self.step, vars(self).get("steps")):
             yield list(packs[mine])
 
     def _note(self, faults: Iterable[tuple[int, str, str]]) -> None:
@@ -170,6 +175,31 @@ class PackLoader:
             self.faults.add(row, self.dataset.name(row), DataFault(kind, message))
             if len(self.faults.faulty) > self.faults.allowed + NAMED_FAULTS:
                 self.faults.check()
+
+
+class _Counted(Dataset):
+    """Lanes in; how many packs each has, out."""
+
+    def __init__(self, lanes: list[Lane]) -> None:
+        self.lanes = lanes
+
+    def __getitem__(self, lane: int) -> int:
+        return sum(1 for _ in self.lanes[lane])
+
+
+def _count_packs(lanes: list[Lane]) -> list[int]:
+    """How many packs each lane has, counted by a process a core where there are many rows."""
+    processes = min(os.cpu_count() or 1, len(lanes), len(lanes[0].lengths.image) // PROCESS_ROWS)
+    loader = DataLoader(
+        _Counted(lanes),
+        batch_size=None,
+        sampler=range(len(lanes)),
+        num_workers=processes if processes > 1 else 0,
+        collate_fn=as_it_is,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # else each start draws a number of the training's own
+    )
+    return list(progress(loader, "Counting sequences", len(lanes)))
 
 
 class _Steps(Sampler):

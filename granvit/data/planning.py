@@ -50,11 +50,12 @@ Pack = list[tuple[int, list[int]]]
 """One sequence: rows, each with the numbers of the questions that are asked of it."""
 
 
-def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[list[Pack], list[Candidate]]:
+def fill(candidates: Sequence[Candidate], capacity: int, wanted: int | None) -> tuple[list[Pack], list[Candidate]]:
     """Pack candidates, as many as possible into nearly full packs. Returns those packs, and who is left over.
 
     Images are packed (`plan_packing`) with their first `wanted` questions, and room that remains is filled with their
-    further ones. Where that leaves a pack emptier than FULL, its images are packed anew with one question less.
+    further ones. Where that leaves a pack emptier than FULL, its images are packed anew with one question less. With
+    None images keep all questions that fit a sequence, and those of a pack emptier than FULL are left over.
     At least one pack is returned for any candidates, and nobody is left over more than PATIENCE times: who was comes
     first, in packs that the largest others that fit are put into.
     """
@@ -71,7 +72,8 @@ def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[l
             room -= tokens if tokens <= room else 0
         waiting = apart
         packs.append(_top_up(members, capacity, wanted)[1])
-    for target in range(wanted, 0, -1):
+    targets = (None,) if wanted is None else range(wanted, 0, -1)
+    for target in targets:
         if not waiting:
             break
         tried = [
@@ -81,7 +83,7 @@ def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[l
         fullest = max(used for used, *_ in tried)
         waiting = []
         for used, pack, members in tried:
-            forced = target == 1 and not packs and used == fullest  # of the last round
+            forced = target == targets[-1] and not packs and used == fullest
             if used >= FULL * capacity or forced:
                 packs.append(pack)
             else:
@@ -89,16 +91,18 @@ def fill(candidates: Sequence[Candidate], capacity: int, wanted: int) -> tuple[l
     return packs, [replace(candidate, waited=candidate.waited + 1) for candidate in waiting]
 
 
-def _asked(candidate: Candidate, target: int, capacity: int) -> int:
-    """How many questions an image has at `target`: at least one, and none that don't fit an empty sequence."""
-    return max(1, min(target, bisect_right(candidate.totals, capacity)))
+def _asked(candidate: Candidate, target: int | None, capacity: int) -> int:
+    """How many questions an image has at `target` (None: all): at least one, and none that don't fit an empty
+    sequence."""
+    fitting = bisect_right(candidate.totals, capacity)
+    return max(1, fitting if target is None else min(target, fitting))
 
 
-def _tokens(candidate: Candidate, target: int, capacity: int) -> int:
+def _tokens(candidate: Candidate, target: int | None, capacity: int) -> int:
     return candidate.totals[_asked(candidate, target, capacity) - 1]
 
 
-def _top_up(members: list[Candidate], capacity: int, target: int) -> tuple[int, Pack, list[Candidate]]:
+def _top_up(members: list[Candidate], capacity: int, target: int | None) -> tuple[int, Pack, list[Candidate]]:
     """A pack of these images at `target` questions, and as many more, one an image in turn, as fit; its tokens."""
     asked = [_asked(candidate, target, capacity) for candidate in members]
     numbered = list(zip(members, asked, strict=True))
@@ -168,8 +172,8 @@ class Lane:
     """The packs of one lane, without end, or until `epochs` are over.
 
     weights: of each of `lengths.tasks` (see `draw`). wanted: questions an image; what fills a sequence may be more or
-    fewer. window: images that wait for a pack at a time; fewer at first, so that the lanes end their windows
-    one after another.
+    fewer; None: all that fit a sequence. window: images that wait for a pack at a time; fewer at first, so that the
+    lanes end their windows one after another.
     """
 
     def __init__(
@@ -179,7 +183,7 @@ class Lane:
         lane: int,
         weights: Mapping[str, float],
         capacity: int,
-        wanted: int,
+        wanted: int | None,
         window: int,
         epochs: int | None = None,
     ) -> None:
@@ -207,6 +211,29 @@ class Lane:
             for rows in self.order.rows(self.lane, epoch):
                 yield from draw(self.lengths, rows, self.weights, self.capacity, self.order.seed, epoch)
             epoch += 1
+
+
+MEASURED_IMAGES = 16_384
+"""So many images, drawn at random, tell how many a sequence holds."""
+
+
+def packs_of(
+    images: float, lengths: Lengths, weights: Mapping[str, float], capacity: int, wanted: int | None, seed: int
+) -> int:
+    """How many packs hold about so many images: 1, 2, 4 or a multiple of 8, since the ranks that share a batch mostly
+    are a divisor of that. A function of its arguments, so the same on any number of ranks. Raises ValueError where
+    nothing can be asked."""
+    rows = len(lengths.image)
+    order = Order(np.ones(rows, np.int64), 1, seed, lengths.image)
+    packs = number = 0
+    for pack in Lane(lengths, order, 0, weights, capacity, wanted, 512, epochs=1):
+        packs, number = packs + 1, number + len(pack)
+        if number >= MEASURED_IMAGES:
+            break
+    if not packs:
+        raise ValueError(f"no image with a question of {sorted(weights)} fits {capacity} tokens")
+    exact = images * packs / number
+    return min((1, 2, 4, max(8, 8 * round(exact / 8))), key=lambda choice: abs(choice - exact))
 
 
 def draw(

@@ -66,21 +66,24 @@ class Forecast:
     seeds: how many are still to begin.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        stages = {stage.name: stage for stage in (config.warmup, *config.stages) if stage.steps}
+    def __init__(self, seeds: int) -> None:
+        self.seeds = seeds
+        self.whole: dict[str, int] = {}
+        self.left: dict[str, int] = {}
+        self._packs: dict[str, int] = {}
+        self._seconds: dict[str, list[float]] = {}  # kind: [seconds a step, steps measured]
+
+    def begin_seed(self, config: TrainConfig) -> None:
+        """The next seed begins, with this configuration, whose steps are counted."""
+        self.seeds -= 1
+        stages = {stage.name: stage for stage in (config.warmup, *config.stages) if stage.runs}
         self.whole = {name: stage.steps for name, stage in stages.items()}
         self._packs = {name: stage.packs * stage.accumulate for name, stage in stages.items()}
         evaluations = 1 + 3 * len(config.stages)  # before the first stage; after each, and twice without its image
-        if config.control and config.adapt.steps:
+        if config.control and config.adapt.runs:
             self.whole[CONTROL] = config.adapt.steps
             evaluations += 1
         self.whole[EVALUATION] = evaluations
-        self.left: dict[str, int] = {}
-        self.seeds = config.seeds
-        self._seconds: dict[str, list[float]] = {}  # kind: [seconds a step, steps measured]
-
-    def begin_seed(self) -> None:
-        self.seeds -= 1
         self.left = dict(self.whole)
 
     def measured(self, title: str, seconds: float) -> None:
@@ -144,7 +147,7 @@ class RunConsole:
     """What the first rank says of a run. leads: whether this is it; else nothing is said."""
 
     def __init__(self, config: TrainConfig, leads: bool) -> None:
-        self.forecast, self.leads = Forecast(config), leads
+        self.forecast, self.leads = Forecast(config.seeds), leads
         self.floors: Mapping[str, Mapping[str, float]] = {}  # as `figures` takes them, once they are known
 
     def say(self, text: str) -> None:

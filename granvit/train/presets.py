@@ -33,16 +33,18 @@ class Data:
     """Share of faulty rows (broken image, box outside it) that are skipped and counted before the run stops."""
     capacity: int = 256
     """Tokens of a packed sequence, which images and their questions fill: at least the largest image and a question."""
-    questions_per_image: int = 6
+    questions_per_image: int | None = 6
     """Questions that a step asks of an image, about: sequences are filled with more or fewer, and a page of many lines
-    is asked of others the next time."""
+    is asked of others the next time. None: all that fit a sequence, which is then a little less full."""
     eval_images: int = 120
     """Test images that every evaluation uses."""
     workers: int = 2
     """Processes of each rank that read and pack batches ahead of the training step."""
 
     def __post_init__(self) -> None:
-        at_least("data", self, images=1, capacity=1, questions_per_image=1, eval_images=2, workers=0)
+        at_least("data", self, images=1, capacity=1, eval_images=2, workers=0)
+        if self.questions_per_image is not None:
+            at_least("data", self, questions_per_image=1)
         if not 0 <= self.fault_budget <= 1:
             raise ValueError(f"data.fault_budget is {self.fault_budget}; it takes a share from 0 to 1")
 
@@ -202,7 +204,7 @@ class TrainConfig:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages that have steps, in their order; the warm-up is none of them."""
-        return tuple(stage for stage in (self.pretrain, self.adapt, self.sft) if stage.steps)
+        return tuple(stage for stage in (self.pretrain, self.adapt, self.sft) if stage.runs)
 
 
 def at_least(owner: str, fields: object, **least: int) -> None:
@@ -284,9 +286,10 @@ PRESETS: dict[str, TrainConfig] = {
         preset="paper",
         output="runs/paper",
         warmup=_WARMUP,
-        pretrain=replace(_PRETRAIN, steps=115_000, packs=64, warmup_steps=1000),
-        adapt=replace(_ADAPT, steps=115_000, packs=64, warmup_steps=1000),
-        data=Data(path="", capacity=4096, eval_images=2000, workers=16),
+        # As the paper says it: every image once, batches of 256 images, AdamW at 1e-5, and all questions of an image.
+        pretrain=replace(_PRETRAIN, steps=None, epochs=1, packs=None, images=256, warmup_steps=1000),
+        adapt=replace(_ADAPT, steps=None, epochs=1, packs=None, images=256, warmup_steps=1000),
+        data=Data(path="", capacity=4096, questions_per_image=None, eval_images=2000, workers=16),
         model=Model(
             encoder="google/siglip2-so400m-patch16-naflex",
             llm="Qwen/Qwen2.5-1.5B",

@@ -8,8 +8,7 @@ import importlib.metadata
 import json
 import resource
 import time
-import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
 from granvit.train.checkpoint import Checkpoints, check_room, load
 from granvit.train.console import CONTROL, RunConsole, closing_words, hush
+from granvit.train.counting import counted, needs_counting, order_arguments
 from granvit.train.distill import feature_statistics
 from granvit.train.folder import locked, resumes, same_data
 from granvit.train.guard import Termination, termination
@@ -49,6 +49,7 @@ WHEN = {
     "text_only": "after {}, shown no image",
 }
 """What the console calls an evaluation of a stage."""
+COUNTING = "counting the sequences that the data fills (once)"
 QUESTION_ROOM = 64  # tokens that a packed sequence has beside its image, at least: a question and its answer
 
 
@@ -112,7 +113,8 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
         if not results:
             with console.waiting("measuring what guesses reach without the image (once)"):
                 console.floors = world.first(lambda: known_floors(folder, splits, config.data.eval_images))
-        console.forecast.begin_seed()
+        run.count_steps()
+        console.forecast.begin_seed(run.config)
         results.append(run.finish())
     seconds = max(time.perf_counter() - began, sum(result["seconds"] for result in results))
     if world.leads:
@@ -131,14 +133,14 @@ def open_splits(config: TrainConfig) -> dict[str, GranDataset]:
     there is nothing to ask.
     """
     data, splits = config.data, {}
-    if any(stage is not config.sft for stage in config.stages) or config.warmup.steps:
+    if any(stage is not config.sft for stage in config.stages) or config.warmup.runs:
         for split in ("train", "test"):
             splits[split] = GranDataset(data.path, split, data.fault_budget)
             _need_regions(splits[split])
     elif _has(data.path, "train") and _has(data.path, "test"):
         both = {split: GranDataset(data.path, split, data.fault_budget) for split in ("test", "train")}
         splits |= both if all(map(_regions, both.values())) else {}
-    if config.sft.steps:
+    if config.sft.runs:
         chats = data.chat or data.path
         splits["chat"] = GranDataset(chats, "train", data.fault_budget)
         if _has(chats, "test"):
@@ -212,6 +214,27 @@ class Run:
                 f"questions some more, so it is at least {least}"
             )
 
+    def count_steps(self) -> None:
+        """Give the stages the numbers of steps and sequences that their `epochs` and `images` come to, counted once a
+        folder. Raises ValueError where the ranks can't share the sequences evenly."""
+
+        def count() -> TrainConfig:
+            return counted(self.config, self.chosen_data, self.processor, self.folder / "counts.json")
+
+        with self.console.waiting(COUNTING) if needs_counting(self.config) else nullcontext():
+            self.config = self.world.first(count)
+        for stage in (self.config.warmup, *self.config.stages):
+            if stage.runs and stage.packs % self.world.ranks:
+                raise ValueError(
+                    f"{stage.name}: {stage.packs} sequences a batch ({stage.name}.packs, or what {stage.name}.images "
+                    f"come to) are no multiple of {self.world.ranks} ranks; give --{stage.name}.packs N "
+                    f"--{stage.name}.images None with a multiple, or other images"
+                )
+
+    def chosen_data(self, stage: Stage) -> GranDataset:
+        """What a stage is trained on."""
+        return self.splits["chat" if stage.name == self.config.sft.name else "train"]
+
     def finish(self) -> dict:
         """Everything that is still to do. Returns the run's result: seed, stages, features, peak memory, what it was
         measured with, and the seconds that training and evaluations took, of all the pieces it was run in."""
@@ -219,7 +242,7 @@ class Run:
         known = self.world.first(lambda: json.loads(path.read_text()) if path.exists() else None)
         if known is not None:
             return known
-        if config.warmup.steps:
+        if config.warmup.runs:
             self.phase(config.warmup)
         stages: dict[str, dict] = {}
         features: dict[str, dict] = {}
@@ -236,7 +259,7 @@ class Run:
                     metrics[when] = self.evaluation(stage, stage.steps, when, blind)
             last = metrics["after"]
         self.world.first(self._export)
-        controlled = config.control and config.adapt.steps > 0
+        controlled = config.control and config.adapt.runs
         if controlled:
             stages[config.adapt.name]["control"] = self._control()
         logs = [self.metrics] + ([MetricsLog(self.folder / "control" / "metrics.jsonl")] if controlled else [])
@@ -293,12 +316,12 @@ class Run:
             return stage_loss(model, teacher, batch, stage, config.distill, share)
 
         loader = PackLoader(
-            self.splits["chat" if stage.name == config.sft.name else "train"], processor, stage.weights,
-            capacity=config.data.capacity, packs=stage.packs,
-            questions=config.data.questions_per_image, seed=zlib.crc32(f"{config.seed} {stage.name}".encode()),
-            rank=world.rank, ranks=world.ranks, workers=config.data.workers, pixels=not warming,
-            crops=config.crops,
+            self.chosen_data(stage), processor, stage.weights,
+            **order_arguments(config, stage), rank=world.rank, ranks=world.ranks, workers=config.data.workers,
+            pixels=not warming, crops=config.crops,
         )  # fmt: skip
+        if stage.passes is not None:
+            loader.steps = stage.steps * stage.accumulate
         return Phase(config, stage, model, loader, loss_of, self._blank(stage), world, self.device)
 
     def _blank(self, stage: Stage) -> Batch:

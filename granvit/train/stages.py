@@ -17,7 +17,7 @@ class Stage:
     """One stage of training. The fields after `distill` are what the paper calls hyperparameters.
 
     The paper uses AdamW at 1e-5, batch 256, one epoch for both stages; betas, weight decay, clipping and the shape of
-    the schedule are unknown. Chosen here: batches of a number of sequences, betas (0.9, 0.98) and clipping at 1 (usual
+    the schedule are unknown. Chosen here: betas (0.9, 0.98) and clipping at 1 (usual
     for transformers trained from scratch in few steps), weight decay on matrices only, linear warm-up and then a cosine
     to zero.
 
@@ -36,9 +36,16 @@ class Stage:
     """How often boxes' captions are drawn, where they are one of the tasks."""
     distill: float = 0.0
     """Weight of the self-distillation loss (lambda; 1 in the paper, 0 switches the teacher off)."""
-    steps: int = 1000
-    packs: int = 6
-    """Sequences of data.capacity tokens of a batch, over all ranks: a multiple of their number."""
+    steps: int | None = 1000
+    """0: the run does without this stage. None: `epochs` says how long it is."""
+    epochs: int | None = None
+    """Passes over the data, in place of `steps`: every image is seen so many times, and the number of steps follows."""
+    packs: int | None = 6
+    """Sequences of data.capacity tokens of a batch, over all ranks: a multiple of their number. None: `images` says how
+    large a batch is."""
+    images: int | None = None
+    """Images of a step, in place of `packs`, whose number follows from what the data's images and questions measure. It
+    is a multiple of 8, as are most numbers of GPUs, or 1, 2 or 4; how many ranks there are has no part in it."""
     accumulate: int = 1
     """Batches a step, one after the other: what does not fit the memory at once. Tokens weigh the same in all."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -50,15 +57,24 @@ class Stage:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
+    passes: Annotated[int | None, flags.hidden()] = None
+    """What `epochs` was where `steps` was counted from it (granvit.train.counting): the data ends with the last one."""
 
     def __post_init__(self) -> None:
         for field, values, known in (("train", self.train, GROUPS), ("tasks", self.tasks, TASKS)):
             unknown = set(values) - set(known)
             if unknown or not values:
                 raise ValueError(f"{self.name}.{field} is {values}; it takes one or more of {', '.join(known)}")
-        for field, low in {"steps": 0, "packs": 1, "accumulate": 1}.items():
-            if getattr(self, field) < low:
+        for field, low in {"steps": 0, "epochs": 1, "packs": 1, "images": 1, "accumulate": 1}.items():
+            if getattr(self, field) is not None and getattr(self, field) < low:
                 raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is at least {low}")
+        for field, other in (("steps", "epochs"), ("packs", "images")):
+            values = getattr(self, field), getattr(self, other)
+            if (values[0] is None) == (values[1] is None):
+                raise ValueError(
+                    f"{self.name}.{field} is {values[0]}, {self.name}.{other} is {values[1]}; exactly one of them is a "
+                    f"number, the other is None (--{self.name}.{field} N --{self.name}.{other} None)"
+                )
         for field in ("global_captions", "box_captions", "distill", "learning_rate", "projector_learning_rate",
                       "warmup_steps", "weight_decay"):  # fmt: skip
             value = getattr(self, field)
@@ -72,13 +88,18 @@ class Stage:
             raise ValueError(f"{self.name}.distill is {self.distill}; it is 0 where the encoder is frozen")
 
     @property
+    def runs(self) -> bool:
+        """Whether the stage is part of a run."""
+        return self.steps != 0
+
+    @property
     def weights(self) -> dict[str, float]:
         """How often each task is drawn."""
         known = {GLOBAL_CAPTION: self.global_captions, BBOX2CAPTION: self.box_captions}
         return {task: known.get(task, 1.0) for task in self.tasks}
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at `step` (from 1): linear warm-up, then a cosine to zero."""
+        """The share of the learning rate at `step` (from 1) of `steps`: linear warm-up, then a cosine to zero."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)

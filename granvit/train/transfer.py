@@ -37,7 +37,8 @@ def adapt_config(encoder: str | None) -> TrainConfig:
 def sft_config(model: str | None) -> TrainConfig:
     """The stage sft alone, on this model: data (conversations come by data.chat), seed and precision are its run's."""
     config = _run_config(model, "sft")
-    return replace(config, model=Model(whole=model), sft=replace(config.sft, steps=config.sft.steps or SFT_STEPS))
+    sft = config.sft if config.sft.runs else replace(config.sft, steps=SFT_STEPS)
+    return replace(config, model=Model(whole=model), sft=sft)
 
 
 def check_adapt(config: TrainConfig, flags: Collection[str]) -> None:
@@ -65,7 +66,8 @@ def _run_config(path: str | None, name: str) -> TrainConfig:
             run = load_config(file)
             break
     pretrained = run.model.llm is not None or run.model.whole is not None
-    stages = {other: replace(getattr(run, other), steps=0) for other in ("warmup", "pretrain", "adapt", "sft")}
+    off = {"steps": 0, "epochs": None}
+    stages = {other: replace(getattr(run, other), **off) for other in ("warmup", "pretrain", "adapt", "sft")}
     stages[name] = getattr(run if pretrained or name == "sft" else compact, name)
     return replace(run, preset=name, output=f"runs/{name}", control=False, seeds=1, **stages)
 

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ from rich.console import Console
 
 from granvit.cost import plan as planning
 from granvit.cost.flops import Asked, Picture, Sizes, count, one_question_each, operations, packed, padded
-from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_lengths, measurements, memory, parse, report
+from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_reading, measurements, memory, parse, report
 from granvit.cost.shapes import config_of, on_meta
 from granvit.data.loader import GranDataset
 from granvit.lora import Lora
@@ -83,7 +84,7 @@ def test_packs_are_the_trainer_s(small_config, sample_set):
     model, its = build(small_config.model, data)
     assert Sizes.of(on_meta(config)) == Sizes.of(model) and len(its.tokenizer) == len(processor.tokenizer)
     for stage in (small_config.pretrain, small_config.adapt):
-        measured = measured_lengths(plan, stage, data, processor)
+        measured = measured_reading(plan, stage, data, processor)
         lengths = [sum(one.length for one in row) for row in measured.rows]
         assert note == "" and max(lengths) <= small_config.data.capacity
         assert np.mean(lengths[:-1]) > 0.9 * small_config.data.capacity
@@ -143,10 +144,17 @@ def test_a_measured_speed_takes_the_place_of_the_assumed_one(tmp_path):
 
 
 def test_the_command_prints_every_table(small_config, sample_set, capsys):
-    console = Console(width=200)
-    report(PlanConfig(PRESETS["paper"]), console)
+    report(PlanConfig(PRESETS["paper"]), Console(width=80))
     said = capsys.readouterr().out
     assert "assumed, not measured" in said and "29.51 M images, 183.55 M regions" in said
+    first, second, *rest = said.splitlines()
+    pattern = r"(pretrain|adapt): [\d,e+.]+ GPU hours, (\d\d\d,\d\d\d) steps of (\d+) images, 100.0 % of regions asked"
+    for line in (first, second):
+        _, steps, images = re.fullmatch(pattern, line).groups()
+        assert 230 <= int(images) <= 280
+        assert int(steps.replace(",", "")) * int(images) == pytest.approx(29.51e6, rel=0.01)
+    assert not [line for line in rest if "…" in line]  # all of it fits a terminal
+    console = Console(width=200)
     report(PlanConfig(small_config, rows=20), console)
     assert f"rows of {sample_set}" in capsys.readouterr().out.replace("\n", "")
 

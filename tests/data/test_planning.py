@@ -1,12 +1,14 @@
 """Sequences are nearly full, nothing is lost or asked twice, and the plan is a function of its arguments."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granvit.data.lengths import Lengths
-from granvit.data.planning import FULL, MIX, PATIENCE, Candidate, Lane, Order, draw, fill
+from granvit.data.planning import FULL, MIX, PATIENCE, Candidate, Lane, Order, draw, fill, packs_of
 
 TASKS = ("bbox2caption", "global_caption")
 WEIGHTS = {"bbox2caption": 1.0, "global_caption": 1.0}
@@ -42,6 +44,34 @@ def test_an_epoch_is_nearly_full_and_loses_no_image(budget, wanted):
         for row, asked in pack:
             assert 1 <= len(asked) == len(set(asked)) <= lengths.starts[row + 1] - lengths.starts[row]
     assert np.mean([used(lengths, pack) for pack in packs[:-1]]) >= 0.97 * 8192
+
+
+def test_all_questions_of_an_image_are_asked_where_no_number_is_wanted():
+    lengths = gran_like(3000, 256)
+    packs = list(Lane(lengths, one_lane(lengths), 0, WEIGHTS, 4096, None, 512, epochs=1))
+    assert sorted(row for pack in packs for row, _ in pack) == list(range(3000))
+    for row, asked in (pair for pack in packs for pair in pack):
+        whole = lengths.image[row] + lengths.question[lengths.starts[row] : lengths.starts[row + 1]].sum()
+        assert len(asked) == lengths.starts[row + 1] - lengths.starts[row] or whole > 4096
+    tokens = [used(lengths, pack) for pack in packs]
+    assert max(tokens) <= 4096 and np.mean(tokens[:-2]) >= 0.97 * 4096
+
+
+def test_packs_for_so_many_images():
+    lengths = gran_like(3000, 256)
+    for images in (3, 40, 256):
+        packs = packs_of(images, lengths, WEIGHTS, 4096, 6, 0)
+        lanes = [Lane(lengths, one_lane(lengths, packs), lane, WEIGHTS, 4096, 6, 64) for lane in range(packs)]
+        steps = list(islice(zip(*lanes, strict=True), 4))
+        assert packs in (1, 2, 4) or packs % 8 == 0
+        a_step = sum(len(pack) for step in steps for pack in step) / 4
+        assert abs(a_step - images) <= max(0.2 * images, 4 * images / packs)
+    with pytest.raises(ValueError, match="fits 20 tokens"):
+        packs_of(8, lengths, WEIGHTS, 20, 6, 0)
+
+
+def one_lane(lengths: Lengths, lanes: int = 1) -> Order:
+    return Order(np.ones(len(lengths.image), np.int64), lanes, 0, lengths.image)
 
 
 @pytest.mark.parametrize("groups", [np.ones(50_000, np.int64), np.full(1000, 50)])

@@ -46,7 +46,7 @@ def screen(monkeypatch):
 def test_without_a_terminal_a_stage_says_a_line_every_half_minute(config, clock, screen):
     written = screen(False)
     run = RunConsole(config, leads=True)
-    run.forecast.begin_seed()
+    run.forecast.begin_seed(config)
     with run.stage("pretrain", 100, 0) as stepped:
         for step in range(1, 101):
             clock.seconds += 1
@@ -64,7 +64,7 @@ def test_without_a_terminal_a_stage_says_a_line_every_half_minute(config, clock,
 def test_an_evaluation_says_when_it_begins_how_far_it_is_and_its_figures(config, clock, screen):
     written = screen(False)
     run = RunConsole(config, leads=True)
-    run.forecast.begin_seed()
+    run.forecast.begin_seed(config)
     run.floors = {"blind": {"bbox2caption_rouge_l": 0.11}, "most_frequent": {"bbox2caption_rouge_l": 0.122}}
     with run.evaluation("after pretrain") as answered:
         clock.seconds += 20
@@ -82,7 +82,7 @@ def test_an_evaluation_says_when_it_begins_how_far_it_is_and_its_figures(config,
 def test_with_a_terminal_there_is_a_bar_and_no_line_every_half_minute(config, clock, screen):
     written = screen(True)
     run = RunConsole(config, leads=True)
-    run.forecast.begin_seed()
+    run.forecast.begin_seed(config)
     with run.stage("pretrain", 100, 40) as stepped:
         clock.seconds += 60
         stepped(41, 6, "loss 1.250")
@@ -116,8 +116,8 @@ def test_ranks_that_do_not_lead_say_nothing(config, clock, screen):
 
 
 def test_the_forecast_is_the_sum_of_what_was_measured(config):
-    forecast = Forecast(dataclasses.replace(config, seeds=2))
-    forecast.begin_seed()
+    forecast = Forecast(seeds=2)
+    forecast.begin_seed(config)
     assert str(forecast) == "over 1 min left"  # nothing is known yet
     for title, seconds in (("warmup", 0.1), ("pretrain", 0.5), ("adapt", 0.3), (console.EVALUATION, 10.0)):
         forecast.measured(title, seconds)
@@ -126,7 +126,7 @@ def test_the_forecast_is_the_sum_of_what_was_measured(config):
     forecast.left["warmup"] = 0
     assert forecast.seconds()[0] == pytest.approx(2 * seed - 10)
     assert str(forecast) == "about 6 min left"
-    forecast.begin_seed()
+    forecast.begin_seed(config)
     assert forecast.seconds() == (pytest.approx(seed), True)
     forecast.left = {}
     assert str(forecast) == "under a minute left"

@@ -28,6 +28,17 @@ def test_config_reloads_a_run_and_flags_go_on_top(tmp_path):
     assert config == replace(PRESETS["compact"], seed=7, output="again")
 
 
+def test_paper_s_preset_says_what_the_paper_says():
+    paper = PRESETS["paper"]
+    for stage in (paper.pretrain, paper.adapt):
+        assert (stage.epochs, stage.images, stage.learning_rate) == (1, 256, 1e-5)
+        assert stage.projector_learning_rate is None
+    assert (paper.pretrain.distill, paper.distill.alpha, paper.distill.target) == (1.0, 0.9, "mse")
+    assert (paper.model.pixel_shuffle, paper.model.box_style, paper.model.cell_positions) == (2, "text", False)
+    shorter = parse(["paper", "--pretrain.steps", "10", "--pretrain.epochs", "None"]).pretrain
+    assert (shorter.steps, shorter.epochs) == (10, None)
+
+
 def test_an_unknown_preset_is_named():
     with pytest.raises(SystemExit, match="there is no .huge.; presets quick, smoke, compact, paper"):
         parse(["huge"])
@@ -73,6 +84,7 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
         ("--llm.lora", "-1", "lora: rank is -1"),
         ("--llm.lora", "8", "model.lora.rank is 8; an LLM made from scratch"),
         ("--sft.steps", "-1", "sft.steps is -1"),
+        ("--pretrain.epochs", "2", "pretrain.epochs is 2; exactly"),
     ],
 )
 def test_a_value_out_of_range_is_named_before_anything_starts(flag, value, message, capsys):
@@ -96,6 +108,9 @@ def test_stages_refuse_what_makes_no_sense():
         Stage("x", train=("llm",), tasks=("bbox2caption",), distill=1.0)
     with pytest.raises(ValueError, match="steps is -1"):
         Stage("x", train=("llm",), tasks=("bbox2caption",), steps=-1)
+    for given in ({"epochs": 1}, {"steps": None}, {"images": 256}, {"packs": None}):
+        with pytest.raises(ValueError, match="exactly one of them is a number"):
+            Stage("x", train=("llm",), tasks=("bbox2caption",), **given)
 
 
 def test_the_rate_rises_and_falls_to_zero():

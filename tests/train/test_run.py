@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Siglip2VisionModel
 
 from granvit import predict
+from granvit.data.loader import GranDataset
 from granvit.eval.curves import draw_curves
 from granvit.model import GranViT, GranViTProcessor
 from granvit.train.__main__ import run_preset
@@ -193,8 +194,14 @@ def test_several_seeds_are_averaged(small_config, tmp_path):
     short = {
         name: dataclasses.replace(getattr(small_config, name), steps=1) for name in ("warmup", "pretrain", "adapt")
     }
+    short["pretrain"] = dataclasses.replace(small_config.pretrain, steps=None, epochs=1, packs=None, images=30)
     config = dataclasses.replace(small_config, output=str(tmp_path / "run"), seeds=2, **short)
     train(config)
+    for seed in ("seed-0", "seed-1"):
+        counts = json.loads((tmp_path / "run" / seed / "counts.json").read_text())["pretrain"]
+        lines = [line for line in training_lines(tmp_path / "run" / seed) if line["stage"] == "pretrain"]
+        assert len(lines) == counts["steps"]
+        assert sum(line["images"] for line in lines) == len(GranDataset(small_config.data.path))
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert [run["seed"] for run in summary["runs"]] == [0, 1]
     values = [run["stages"]["adapt"]["after"]["caption2bbox_miou"] for run in summary["runs"]]
@@ -212,7 +219,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
 def test_the_large_presets_take_their_steps(sample_set, tmp_path, name):
     """With small models, but their own sequences, image sizes, forms of boxes, distillation and precision."""
     preset = PRESETS[name]
-    few = {"steps": 1, "packs": 1, "warmup_steps": 0}
+    few = {"steps": 1, "epochs": None, "packs": 1, "images": None, "warmup_steps": 0}
     config = dataclasses.replace(
         preset,
         output=str(tmp_path / "run"),

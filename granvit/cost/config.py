@@ -1,0 +1,48 @@
+"""What `python -m granvit.train plan` is asked, and what it assumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from granvit.train.presets import TrainConfig
+
+ASSUMED = "assumed, not measured"
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is planned, and the assumptions that no dataset or result file replaces."""
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    images: float = 29.51e6
+    """Images of the data set whose cost is asked for (Gran-29M's)."""
+    regions: float = 183.55e6
+    """And its regions."""
+    mfu: float = 0.4
+    """Useful operations a second, as a share of the device's. An assumption, unless bench/results/ has a measurement
+    of a GPU with these shapes, which is then used and named."""
+    device_tflops: float = 989.0
+    """The device's peak in 10^12 operations a second: an H100 SXM's in bfloat16 by its data sheet, dense."""
+    ranks: int = 128
+    rows: int = 2000
+    """Rows of the dataset that are looked at, evenly spread."""
+    image_size: tuple[int, int] = (512, 512)
+    """Height and width of an image, for the costs."""
+    samples: int = 32
+    """Samples of a padded batch in the recipe of one question a sample."""
+    prompt_tokens: int = 48
+    """Of a question without its answer, where no dataset says it."""
+    answer_tokens: int = 14
+    """Of an answer about a region, where no dataset says it."""
+    caption_tokens: int = 80
+    """Of a global caption, where no dataset says it."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "regions", "device_tflops", "ranks", "rows", "samples"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is above 0")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu is {self.mfu}; it is a share above 0, at most 1")

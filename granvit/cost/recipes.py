@@ -1,0 +1,125 @@
+"""Operations, hours and memory of both recipes: ours, packed, and one question a sample in padded batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from granvit.cost.config import PlanConfig
+from granvit.cost.flops import Counts, Picture, Sizes, count, one_question_each, operations, packed, padded
+from granvit.cost.reading import Reading, typical
+from granvit.model import GranViTConfig
+from granvit.train.stages import Stage
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """Counts of both recipes over the same images and questions, without their padding and with it."""
+
+    ours: Counts
+    ours_padded: Counts
+    theirs: Counts
+    theirs_padded: Counts
+
+    def ratio(self, sizes: Sizes, train: Iterable[str], with_padding: bool = False) -> float:
+        """Operations of one question a sample over ours."""
+        ours, theirs = (self.ours_padded, self.theirs_padded) if with_padding else (self.ours, self.theirs)
+        return operations(sizes, theirs, train).total / operations(sizes, ours, train).total
+
+
+def compare(rows: Sequence[Sequence[Picture]], crop_grid: tuple[int, int], samples: int, capacity: int = 0) -> Recipes:
+    """Both recipes on images packed in `rows`, which are filled up to `capacity` where that is more than the longest;
+    the other recipe's samples are shuffled into padded batches of `samples`."""
+    pictures = [picture for row in rows for picture in row]
+    separate = one_question_each(pictures)
+    random.Random(0).shuffle(separate)
+    batches = (separate[start : start + samples] for start in range(0, len(separate), samples))
+    theirs_padded = sum((padded(batch, crop_grid) for batch in batches), Counts())
+    ours = count(pictures, crop_grid)
+    filled = packed(rows, crop_grid)
+    room = len(rows) * capacity
+    if room > filled.tokens:
+        filled = replace(filled, tokens=room, pairs=ours.pairs + room - ours.tokens)
+    return Recipes(ours, filled, count(separate, crop_grid), theirs_padded)
+
+
+def per_image(
+    plan: PlanConfig, config: GranViTConfig, sizes: Sizes, stage: Stage, reading: Reading, regions: float,
+    image_size: tuple[int, int] | None = None,
+) -> tuple[float, float]:
+    """Useful operations of an image with `regions` regions, ours and of one question a sample; between whole numbers of
+    regions it goes in a straight line."""
+    low = int(regions)
+    totals = []
+    for number in (low, low + 1):
+        picture = typical(plan, config, stage, reading, number, image_size or plan.image_size)
+        crop_grid = plan.run.distill.crop_grid
+        totals.append(
+            [
+                operations(sizes, count(pictures, crop_grid), stage.train).total
+                for pictures in ([picture], one_question_each([picture]))
+            ]
+        )
+    return tuple(a + (b - a) * (regions - low) for a, b in zip(*totals, strict=True))
+
+
+def gpu_hours(total: float, mfu: float, device_tflops: float) -> float:
+    """Of one device, for so many operations."""
+    return total / (mfu * device_tflops * 1e12) / 3600
+
+
+def memory(sizes: Sizes, stage: Stage, ranks: int = 1, precision: str = "float32") -> dict[str, float]:
+    """Bytes a rank holds between steps, weights and state in float32 as the trainer keeps them, but for an LLM's under
+    adapters, which it keeps in the run's `precision`. `ranks`: 1 for DDP, where each holds all, else FSDP's, where each
+    holds its part. Activations come on top."""
+    learns = sizes.parameters | ({"llm": sizes.adapters} if sizes.adapters else {})
+    under = sizes.parameters["llm"] if sizes.adapters else 0
+    trained = sum(learns[name] for name in stage.train)
+    teacher = sizes.parameters["encoder"] if stage.distill else 0
+    weights = 4 * sum(learns.values()) + (2 if precision == "bfloat16" else 4) * under
+    parts = {"weights": weights, "gradients": 4 * trained, "Adam": 8 * trained, "teacher": 4 * teacher}
+    return {name: number / ranks for name, number in parts.items()}
+
+
+def activation_bytes(config: GranViTConfig, stage: Stage, tokens: int, patches: int) -> tuple[float, float]:
+    """What a backward needs of so many tokens and patches, in bfloat16: everything, or the layers' inputs alone
+    (activation checkpointing). An estimate of 34 bytes a channel and layer (Korthikanti et al. 2022, arXiv 2205.05198,
+    with attention that keeps no square), of gated layers more."""
+    vision, text = config.vision_config, config.text_config
+    gradients = "encoder" in stage.train or "projector" in stage.train
+    llm = tokens * text.num_hidden_layers if gradients or "llm" in stage.train else 0
+    encoder = patches * vision.num_hidden_layers if "encoder" in stage.train else 0
+    gated = 18 * text.hidden_size + 8 * text.intermediate_size
+    every = llm * gated + encoder * (18 * vision.hidden_size + 4 * vision.intermediate_size)
+    return every, 2 * (llm * text.hidden_size + encoder * vision.hidden_size)
+
+
+def repeated(sizes: Sizes, config: GranViTConfig, stage: Stage, counts: Counts) -> list[tuple[str, float, str]]:
+    """(what, share of the step's useful operations, what leaving it out would mean) of our own recipe."""
+    total = operations(sizes, counts, stage.train).total
+    text, vision = config.text_config, config.vision_config
+    passes = operations(replace(sizes, llm_attention=0), counts, stage.train).parts["llm"]  # matrices alone
+    mlp = 3 * text.hidden_size * text.intermediate_size / sizes.llm  # of gated layers, one layer's share
+    unscored = 1 - counts.answers / max(1, counts.tokens)
+    savings = [
+        ("the LLM's last MLP on tokens that are not scored", passes * mlp * unscored, "exact"),
+    ]
+    if stage.distill:
+        teacher = operations(sizes, counts, stage.train).parts["teacher"]
+        whole = operations(
+            sizes, replace(counts, crop_patches=counts.patches, crop_pairs=counts.patch_pairs), stage.train
+        ).parts["teacher"]
+        more = "" if teacher > whole else " (it would cost more)"
+        savings.append(
+            (f"the teacher's crops, against one pass over each image{more}", teacher - whole,
+             "another method: the crop's closer look is what is distilled")
+        )  # fmt: skip
+    if "encoder" not in stage.train:
+        encoder = operations(sizes, counts, stage.train).parts["encoder"]
+        savings.append(
+            ("the frozen encoder, once an epoch", encoder,
+             f"exact from the second epoch on; {2 * vision.hidden_size * counts.patches / counts.images / 1024:.0f} "
+             "KiB an image to keep in bfloat16")
+        )  # fmt: skip
+    return [(what, operations_ / total, meaning) for what, operations_, meaning in savings]
