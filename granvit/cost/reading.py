@@ -21,6 +21,7 @@ from granvit.model import GranViTConfig, GranViTProcessor
 from granvit.model.config import cached_fit_grid
 from granvit.model.llm import SMOLLM2, TOY, load_llm
 from granvit.questions.prompts import BBOX2CAPTION, GLOBAL_CAPTION
+from granvit.questions.turns import end_of_turn
 from granvit.toy.tiny import train_tokenizer
 from granvit.train.build import training_text
 from granvit.train.counting import order_seed
@@ -217,4 +218,5 @@ def processor_for(plan: PlanConfig, config: GranViTConfig, data: GranDataset) ->
         config.text_config.vocab_size = len(tokenizer)
     known = deepcopy(config)
     known.text_vocab = len(tokenizer)
+    known.end_of_turn_token_id = end_of_turn(tokenizer, model.chat_template)
     return GranViTProcessor.from_config(known, tokenizer), note

@@ -206,6 +206,7 @@ def _fingerprint(dataset: GranDataset, processor: GranViTProcessor, tasks: Seque
     chat = (("What is it?", "A ball."), ("Which colour?", "Red."))
     sample = Sample("", pixel, "a scene", (region, replace(region, caption="OPEN 24 HOURS")), "", "", (chat,))
     ids = processor.turn_ids(processor.questions(sample, tasks))
+    ids = [processor.image_part(0), ids]
     budget = [processor.patch_size, processor.max_image_tokens, processor.pixel_shuffle]
     vocabulary = processor.tokenizer.backend_tokenizer.to_str()
     known = json.dumps([dataset.fingerprint, len(dataset), list(tasks), ids, budget, vocabulary])

@@ -57,6 +57,8 @@ class GranViTConfig(PretrainedConfig):
             added. Location token i has the id text_vocab + i; `<image>` and `<region>` follow. A table's
             padding rows above text_vocab are never used.
         bos_token_id, eos_token_id, pad_token_id: of the LLM's tokenizer; bos may be None.
+        end_of_turn_token_id: questions are written as the chat template of the LLM's tokenizer does, which ends an
+            answer with this token; None: as raw text between line breaks, with eos behind the answer.
     Raises ValueError naming the field, what it got and what it takes: a config.json comes from outside.
     """
 
@@ -83,6 +85,7 @@ class GranViTConfig(PretrainedConfig):
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
+        end_of_turn_token_id: int | None = None,
         **kwargs,
     ):
         if vision_config is None:
@@ -105,7 +108,8 @@ class GranViTConfig(PretrainedConfig):
         _positive("region_heads", heads)
         text_vocab = text_config.vocab_size if text_vocab is None else text_vocab
         _positive("text_vocab", text_vocab)
-        for name, value in (("bos", bos_token_id), ("eos", eos_token_id), ("pad", pad_token_id)):
+        ends = {"bos": bos_token_id, "eos": eos_token_id, "pad": pad_token_id, "end_of_turn": end_of_turn_token_id}
+        for name, value in ends.items():
             if value is not None and (not _is_integer(value) or value < 0):
                 raise ValueError(f"{name}_token_id: got {value!r}, accepted is an integer of at least 0, or None")
         _three("image_mean", image_mean)
@@ -137,6 +141,7 @@ class GranViTConfig(PretrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
+        self.end_of_turn_token_id = end_of_turn_token_id
 
     @property
     def location_tokens(self) -> int:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from granvit.lora import Lora, adapters, add_adapters, merged
+from granvit.questions.turns import end_of_turn
 from granvit_kernels import PackedLayout, pack_patches
 
 from . import question_attention
@@ -85,9 +86,10 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"attn_implementation: got {attention!r}; an explicit mask needs 'sdpa' or 'eager'"
             )
+        ends = [end for end in (config.end_of_turn_token_id, config.eos_token_id) if end is not None]
         self.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
+            eos_token_id=ends if len(set(ends)) > 1 else config.eos_token_id,
             pad_token_id=config.pad_token_id,
             do_sample=False,
             max_new_tokens=64,
@@ -132,6 +134,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         llm: str | Path | tuple[PreTrainedModel, object],
         llm_kwargs: dict | None = None,
         lora: Lora | None = None,
+        chat_template: str = "auto",
         **config,
     ) -> tuple[GranViT, GranViTProcessor]:
         """A GranViT of a pretrained encoder and LLM, its projectors fresh, and its processor.
@@ -143,6 +146,8 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
             llm_kwargs: for AutoModelForCausalLM.from_pretrained (dtype, revision...).
             lora: with a rank above 0, the LLM's weights are frozen in the dtype that they have, and adapters learn in
                 their place (see granvit.lora); everything else is float32.
+            chat_template: "auto": questions are written as the chat template of the LLM's tokenizer does, where it has
+                one (with a warning where it has one that can't be used, see `template_turns`); "none": as raw text.
             config: fields of GranViTConfig (pixel_shuffle, box_format, bins, max_image_tokens...).
         Raises ValueError for what is neither, and for an LLM that can't be packed (see llm.check_llm).
         """
@@ -165,6 +170,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            end_of_turn_token_id=end_of_turn(tokenizer, chat_template),
             dtype=model.dtype,
             attn_implementation=model.config._attn_implementation,  # it is handed down, None too
             **config,

@@ -27,15 +27,18 @@ from granvit.questions.prompts import (
     parse_box,
     questions,
 )
+from granvit.questions.turns import raw_turns, template_turns
 
 from .config import GranViTConfig, token_grid
 from .images import as_pixels, read_images
 
 __all__ = ["GranViTProcessor", "ProcessedInputs", "as_pixels"]
 
-# Fields that a processor shares with the model's configuration, besides the encoder's patch_size; and the trainer does.
-SHARED = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
-CONFIGURED = (*SHARED, "cell_positions")
+# Fields that the trainer's configuration shares with the model's; and those that a processor does, besides the
+# encoder's patch_size.
+_FORMS = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
+CONFIGURED = (*_FORMS, "cell_positions")
+SHARED = (*_FORMS, "end_of_turn_token_id")
 
 
 class ProcessedInputs(BatchFeature):
@@ -57,8 +60,10 @@ class GranViTProcessor(ProcessorMixin):
 
     Args:
         tokenizer: the LLM's, with GranViT's tokens added (`GranViTProcessor.from_config` adds them).
-        patch_size, max_image_tokens, pixel_shuffle, region_tokens, box_style, box_format, bins: as in
-            GranViTConfig.
+        patch_size, max_image_tokens, pixel_shuffle, region_tokens, box_style, box_format, bins, end_of_turn_token_id:
+            as in GranViTConfig.
+    Raises ValueError for a tokenizer that lacks GranViT's tokens, and where answers are to end by a chat template that
+    can't be used (`template_turns`) or ends them with another token.
     """
 
     attributes = ["tokenizer"]
@@ -74,6 +79,7 @@ class GranViTProcessor(ProcessorMixin):
         box_style: str = "text",
         box_format: str = "text",
         bins: int = 1000,
+        end_of_turn_token_id: int | None = None,
         **kwargs,
     ):
         self.patch_size = patch_size
@@ -83,7 +89,14 @@ class GranViTProcessor(ProcessorMixin):
         self.box_style = box_style
         self.box_format = box_format
         self.bins = bins
+        self.end_of_turn_token_id = end_of_turn_token_id
         super().__init__(tokenizer, **kwargs)
+        self.turns = raw_turns(tokenizer) if end_of_turn_token_id is None else template_turns(tokenizer)
+        if end_of_turn_token_id not in (None, self.turns.end):
+            raise ValueError(
+                f"end_of_turn_token_id: got {end_of_turn_token_id}, but the tokenizer's chat template ends an answer "
+                f"with {self.turns.end}"
+            )
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION)
         if (
@@ -231,30 +244,35 @@ class GranViTProcessor(ProcessorMixin):
         return rows * columns
 
     def image_part(self, count: int) -> list[int]:
-        """Ids that open a sequence: bos, where the tokenizer has one, and count `<image>` markers."""
-        bos = self.tokenizer.bos_token_id
-        return ([] if bos is None else [bos]) + [self.image_token_id] * count
+        """Ids that open a sequence, and count `<image>` markers: bos, where the tokenizer has one, or all that the chat
+        template writes before what a user says."""
+        return [*self.turns.start, *[self.image_token_id] * count]
 
-    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Ids of each prompt between two line breaks, with each `<region>` marker region_tokens times. Any other
-        special token in it is plain text (see _spell_out)."""
+    def prompt_ids(self, prompts: Sequence[str], first: Sequence[bool] | None = None) -> list[list[int]]:
+        """Ids of each prompt, from the image, or from the answer before, up to its answer: with what its turn is opened
+        and closed by (`Turns`), and each `<region>` marker region_tokens times. Any other special token in it is plain
+        text (see _spell_out). first: whether each opens a conversation; None: all do."""
         spelt = (_spell_out(prompt, self._special_in_prompts) for prompt in prompts)
-        return self._ids([f"\n{prompt}\n".replace(REGION, REGION * self.region_tokens) for prompt in spelt])
+        marked = [prompt.replace(REGION, REGION * self.region_tokens) for prompt in spelt]
+        first = [True] * len(marked) if first is None else first
+        return self._ids([self.turns.question(*question) for question in zip(marked, first, strict=True)])
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
-        """Ids of each answer, closed by eos, which stands nowhere else: a special token in it is plain text."""
-        spelt = [_spell_out(answer, self._special_in_answers) for answer in answers]
-        return [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(spelt)]
+        """Ids of each answer, closed by eos or the chat template's end of turn, which stands nowhere else: a special
+        token in it is plain text."""
+        spelt = (_spell_out(answer, self._special_in_answers) for answer in answers)
+        return [[*ids, self.turns.end] for ids in self._ids([self.turns.answer(answer) for answer in spelt])]
 
     def turn_ids(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
         """For each question the ids of each of its turns: (prompt, answer)."""
         turns = [turn for question in questions for turn in question.turns]
-        prompts, answers = self.prompt_ids([turn[0] for turn in turns]), self.answer_ids([turn[1] for turn in turns])
-        ids = iter(zip(prompts, answers, strict=True))
+        first = [number == 0 for question in questions for number in range(len(question.turns))]
+        prompts = self.prompt_ids([prompt for prompt, _ in turns], first)
+        ids = iter(zip(prompts, self.answer_ids([answer for _, answer in turns]), strict=True))
         return [list(islice(ids, len(question.turns))) for question in questions]
 
     def decode_answers(self, ids: torch.Tensor) -> list[str]:
-        """What generate returned [B, L], as text: without what follows eos, location tokens kept."""
+        """What generate returned [B, L], as text: without the token that ended it, location tokens kept."""
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def parse_boxes(self, texts: Sequence[str]) -> list[Box | None]:

@@ -147,8 +147,8 @@ class Prompted:
             features: (features, layout) of the images from `encode`, in place of images.
             kwargs: GenerationMixin's (max_new_tokens, 64 by default; num_beams, do_sample...).
         Returns:
-            int64 [B, N], the N new tokens alone, padded behind eos; `processor.decode_answers` makes text of them. With
-            return_dict_in_generate, transformers' output object.
+            int64 [B, N], the N new tokens alone, padded behind the answer's end; `processor.decode_answers` makes text
+            of them. With return_dict_in_generate, transformers' output object.
             With neither images nor features the model is blind: the prompts must hold no image tokens (a processor
             called without images writes none), and region tokens are zeros.
         Raises:

@@ -10,6 +10,9 @@ Token i attends to token j where j <= i, both belong to one image, and j belongs
 question. So each question sees its image and itself, as if it were asked alone, and the image's tokens are
 there once. A conversation is one question whose further turns go on where its first one ends: all of its answers are
 scored, and each turn sees those before it.
+
+With an LLM's chat template (granvit.questions.turns) the image part is what the template writes before the first thing
+that a user says, and the image; a question begins behind the image, and its answer ends with the end of a turn.
 """
 
 from __future__ import annotations

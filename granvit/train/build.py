@@ -55,6 +55,7 @@ def build(config: Model, data: GranDataset, frozen: torch.dtype = torch.float32)
         llm,
         llm_kwargs={"dtype": frozen if config.lora.rank else torch.float32},
         lora=config.lora,
+        chat_template=config.chat_template,
         **{name: getattr(config, name) for name in CONFIGURED},
     )
 

