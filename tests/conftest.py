@@ -26,6 +26,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+CHAT_TEMPLATE = (
+    "<bos>Be brief.\n{% for m in messages %}{{ m.role }}:\n{{ m.content | trim }}"
+    "{{ '\n' if m.role == 'user' else '<eos>' }}{% endfor %}{{ 'assistant:\n' if add_generation_prompt }}"
+)
 TASKS = ("global_caption", "bbox2caption", "caption2bbox")
 CAPTIONS = ("a red striped circle", "the blue star on the left", "OPEN 24 HOURS", "two green dotted squares")
 
@@ -74,7 +78,8 @@ def llm_folder(samples, tmp_path_factory):
             sizes |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
             if family == "llama":
                 config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
-            else:  # as Qwen's own: grouped heads, biases, and a table longer than the tokenizer
+            else:  # as Qwen's own: grouped heads, biases, a chat template, and a table longer than the tokenizer
+                tokenizer.chat_template = CHAT_TEMPLATE
                 config = Qwen2Config(vocab_size=len(tokenizer) + 9, num_key_value_heads=2, **sizes)
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)

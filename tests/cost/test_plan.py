@@ -94,6 +94,17 @@ def test_packs_are_the_trainer_s(small_config, sample_set):
         assert both.theirs_padded.tokens > both.theirs.tokens > both.ours.tokens
 
 
+def test_a_chat_template_is_counted(small_config, llm_folder, sample_set):
+    data, models = GranDataset(sample_set), {}
+    for mode in ("auto", "none"):
+        model = replace(small_config.model, llm=str(llm_folder("qwen2")), chat_template=mode)
+        run = PlanConfig(replace(small_config, model=model))
+        ours, theirs = planning.processor_for(run, config_of(model), data)[0], build(model, data)[1]
+        models[mode] = [[*ours.image_part(2), *ids] for ids in ours.prompt_ids(["What is it?"])]
+        assert models[mode] == [[*theirs.image_part(2), *ids] for ids in theirs.prompt_ids(["What is it?"])]
+    assert len(models["auto"][0]) > len(models["none"][0])
+
+
 def test_an_llm_under_adapters_is_frozen():
     stage = PRESETS["paper"].adapt
     model = Model(encoder="siglip2-base", llm="llama3-8b", box_format="text", lora=Lora(16))

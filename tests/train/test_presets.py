@@ -44,6 +44,13 @@ def test_an_unknown_preset_is_named():
         parse(["huge"])
 
 
+def test_a_run_from_before_chat_templates_stays_raw(tmp_path):
+    path = tmp_path / "config.yaml"
+    save_config(PRESETS["compact"], path)
+    path.write_text("".join(line for line in path.open() if "chat_template" not in line))
+    assert (PRESETS["compact"].model.chat_template, load_config(path).model.chat_template) == ("auto", "none")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -83,6 +83,7 @@ def test_another_llm_learns_on_the_frozen_encoder_of_a_run(run, llm_folder, fami
     assert all(torch.equal(before[name], after[name]) for name in before)
     model, processor = load_model(folder)
     assert model.config.text_config.model_type == family and not adapters(model.llm)
+    assert processor.end_of_turn_token_id == (model.config.eos_token_id if family == "qwen2" else None)
     assert processor.box_style == config.model.box_style and model.config.bins == config.model.bins
     assert (folder / "export" / "lora" / "adapter_model.safetensors").exists() == bool(rank)
     assert (folder / "report" / "index.html").is_file()
