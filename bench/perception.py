@@ -44,6 +44,9 @@ CHANGES = {
     "stage 2 by AdamW": "--adapt.optimizer adamw --adapt.learning-rate 1e-3",
     "short": SHORT,
     "short, no cell positions": f"{SHORT} --model.no-cell-positions",
+    "short, 36 patches of 16 pixels": f"{SHORT} {SIXTEEN}",
+    "short, AdamW": f"{SHORT} {ADAMW}",
+    "short, 5 % pages": f"{SHORT} --data.pages 0.05",
 }
 """{name: flags of `python -m granvit.train smoke`}."""
 
