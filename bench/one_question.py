@@ -1,7 +1,7 @@
 """What others would train with today's libraries, to be timed beside ours: one question a sample, in padded batches.
 
 Each sample is an image and one question: transformers' Siglip2VisionModel on padded patches, the same LLM on padded
-ids, RoI features by grid_sample, an EMA teacher that sees crop after crop. Weights, losses, optimiser, crops and
+ids, RoIAlign as products of matrices, an EMA teacher that sees crop after crop. Weights, losses, optimiser, crops and
 precision are ours. Where there was a choice it is the faster one: batches are padded to their own longest sample and
 not to a budget, only answers' hidden states meet the output table, padding does not meet the projector, a question's
 crop is seen once, and patches are cut and ids written before the clock runs (ours cuts its patches while it runs).
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from granvit.data.crops import Crops
 from granvit.model import GranViT, GranViTProcessor
 from granvit.model.region_prompt import box_features
 from granvit.questions.prompts import Question
@@ -35,8 +37,8 @@ class Samples:
     processor gives them. input_ids, attention_mask [B, L]. images: where image tokens stand in the flattened ids, and
     of which places in the flattened patches; layout: of these. prompts: where region tokens stand; prompt_samples: the
     samples with such; geometry [R, 4] and coverage [R, P], their boxes and the log of how much of each cell these
-    cover. answers: places in the flattened ids; targets: the tokens after. crops [n, h * w, ...]; crop_samples [n];
-    places: for each grid its samples (indices into crop_samples) and grid_sample's coordinates.
+    cover. answers: places in the flattened ids; targets: the tokens after. crops [n, Q, ...], padded; crop_grids
+    [n, 2]; crop_samples [n]. boxes, whole: RoIAlign of each crop's box in its image, and of the whole crop.
     """
 
     pixel_values: Tensor
@@ -54,19 +56,59 @@ class Samples:
     answers: Tensor
     targets: Tensor
     crops: Tensor
+    crop_grids: Tensor
     crop_samples: Tensor
-    places: list[tuple[tuple[int, int], Tensor, Tensor]] = field(default_factory=list)
+    boxes: RoIAlign
+    whole: RoIAlign
 
     def to(self, device: str) -> Samples:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "places"}
-        return Samples(**moved, places=[(grid, which.to(device), at.to(device)) for grid, which, at in self.places])
+        return Samples(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+class RoIAlign:
+    """Mask R-CNN's RoIAlign (aligned, as many samples a bin as it has cells) of padded feature maps: its bins are means
+    along both axes, so that two products with matrices that depend on the boxes alone give them."""
+
+    def __init__(self, boxes: Sequence, grids: Sequence[tuple[int, int]], bins: tuple[int, int]) -> None:
+        """boxes: relative xyxy, one in each map of these grids."""
+        self.groups = []
+        for grid in dict.fromkeys(grids):
+            which = [i for i, other in enumerate(grids) if other == grid]
+            theirs = torch.tensor([boxes[i] for i in which], dtype=torch.float32)
+            down, across = (
+                torch.stack([_bins(*(sides * size).tolist(), number, size) for sides in theirs[:, axis::2]])
+                for axis, number, size in zip((1, 0), bins, grid, strict=True)
+            )
+            self.groups.append((grid, torch.tensor(which), down, across))
+
+    def to(self, device: str) -> RoIAlign:
+        moved = RoIAlign([], [], (1, 1))
+        moved.groups = [(grid, *(tensor.to(device) for tensor in tensors)) for grid, *tensors in self.groups]
+        return moved
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[n * h * w, C] of features [n, P, C]."""
+        pieces, order = [], []
+        for (rows, columns), which, down, across in self.groups:
+            maps = features[which, : rows * columns].unflatten(1, (rows, columns)).float()
+            pieces.append(torch.einsum("nkh,nhwc,nlw->nklc", down, maps, across))
+            order.append(which)
+        return torch.cat(pieces)[torch.cat(order).argsort()].flatten(0, 2)
+
+
+def _bins(low: float, high: float, bins: int, size: int) -> Tensor:
+    """How much each of `size` cells weighs in each bin of [low, high], [bins, size]."""
+    samples = max(1, ceil((high - low) / bins))
+    at = low + (torch.arange(bins * samples) + 0.5) * ((high - low) / (bins * samples)) - 0.5
+    weights = (1 - (at.clamp(0, size - 1)[:, None] - torch.arange(size)).abs()).clamp(min=0)
+    return weights.view(bins, samples, size).mean(1)
 
 
 def prepare(
     pairs: Sequence[tuple[Sample, Question]],
     model: GranViT,
     processor: GranViTProcessor,
-    crop_grid: tuple[int, int],
+    distill: Distill,
     dtype: torch.dtype,
 ) -> Samples:
     """A padded batch of one question a sample. Regions' crops are those that questions ask about."""
@@ -89,7 +131,10 @@ def prepare(
 
     patches = [cut(sample.image, None, grid) for (sample, _), grid in zip(pairs, grids, strict=True)]
     cropped = [pairs[i][0].image for i in crop_samples.tolist()]
-    crops = [cut(image, corner, crop_grid) for image, corner in zip(cropped, corners, strict=True)]
+    looks = Crops(distill.crop_tokens)
+    crop_grids = [looks.grid(pairs[i][0], pairs[i][1].region, processor) for i in crop_samples.tolist()]
+    crops = [cut(*crop) for crop in zip(cropped, corners, crop_grids, strict=True)]
+    most = max((len(one) for one in crops), default=0)
     longest = max(len(one) for one in patches)
     pixel_values = torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in patches])
     seen = torch.tensor([[i < len(one) for i in range(longest)] for one in patches])
@@ -130,9 +175,13 @@ def prepare(
         coverage=torch.stack(shares)[: len(asked)].log().to(dtype),
         answers=scored - 1,
         targets=ids.flatten()[scored],
-        crops=torch.stack(crops) if crops else torch.empty(0),
+        crops=torch.stack([F.pad(one, (0, 0, 0, most - len(one))) for one in crops]) if crops else torch.empty(0),
+        crop_grids=torch.tensor(crop_grids).reshape(-1, 2),
         crop_samples=crop_samples,
-        places=_places([boxes[i] for i in crop_samples.tolist()], [grids[i] for i in crop_samples.tolist()], crop_grid),
+        boxes=RoIAlign(
+            [boxes[i] for i in crop_samples.tolist()], [grids[i] for i in crop_samples.tolist()], distill.region_grid
+        ),
+        whole=RoIAlign([(0, 0, 1, 1)] * len(crops), crop_grids, distill.region_grid),
     )
 
 
@@ -143,20 +192,6 @@ def _coverage(box: Sequence[float], rows: int, columns: int) -> Tensor:
     across = (torch.clamp(x + 1.0, max=x2) - torch.clamp(x + 0.0, min=x1)).clamp(min=0)
     down = (torch.clamp(y + 1.0, max=y2) - torch.clamp(y + 0.0, min=y1)).clamp(min=0)
     return (down[:, None] * across).flatten()
-
-
-def _places(boxes: list, grids: list[tuple[int, int]], crop: tuple[int, int]) -> list[tuple[tuple, Tensor, Tensor]]:
-    """RoIAlign's two samples a bin and axis, in grid_sample's coordinates, [regions of that grid, 2h, 2w, 2]."""
-    crops = []
-    for grid in dict.fromkeys(grids):
-        which = [i for i, other in enumerate(grids) if other == grid]
-        theirs = torch.tensor([boxes[i] for i in which], dtype=torch.float32)
-        y, x = ((torch.arange(2 * side) + 0.5) / (2 * side) for side in crop)
-        low, size = theirs[:, :2], theirs[:, 2:] - theirs[:, :2]
-        xs = (low[:, :1] + x * size[:, :1])[:, None, :].expand(-1, len(y), -1)
-        ys = (low[:, 1:] + y * size[:, 1:])[:, :, None].expand(-1, -1, len(x))
-        crops.append((grid, torch.tensor(which), 2 * torch.stack([xs, ys], -1) - 1))
-    return crops
 
 
 class OneQuestion(nn.Module):
@@ -197,7 +232,7 @@ class OneQuestion(nn.Module):
         if self.teacher is not None and len(batch.crop_samples):
             with torch.no_grad():
                 target = self._teach(batch)
-            regions = self._regions(features[batch.crop_samples], batch)
+            regions = batch.boxes(features[batch.crop_samples])
             losses["loss_distill"] = distillation_loss(regions, target, self.distill.target)
         return losses
 
@@ -206,26 +241,18 @@ class OneQuestion(nn.Module):
         return encoder(pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
 
     def _teach(self, batch: Samples) -> Tensor:
-        """[n * h * w, C]: each crop by itself, or all at once."""
-        count, length = batch.crops.shape[:2]
-        mask = torch.ones(count, length, dtype=torch.int64, device=batch.crops.device)
-        shapes = torch.tensor([self.distill.crop_grid] * count, device=batch.crops.device)
-        step = count if self.crops_at_once else 1
-        parts = [
-            self._features(self.teacher, batch.crops[i : i + step], mask[i : i + step], shapes[i : i + step])
-            for i in range(0, count, step)
-        ]
-        return torch.cat(parts).flatten(0, 1)
-
-    def _regions(self, features: Tensor, batch: Samples) -> Tensor:
-        """[n * h * w, C] of features [n, P, C]."""
-        pieces, order = [], []
-        for (rows, columns), which, at in batch.places:
-            maps = features[which, : rows * columns].unflatten(1, (rows, columns)).permute(0, 3, 1, 2).float()
-            drawn = F.grid_sample(maps, at, mode="bilinear", padding_mode="border", align_corners=False)
-            pieces.append(F.avg_pool2d(drawn, 2).flatten(2).transpose(1, 2))
-            order.append(which)
-        return torch.cat(pieces)[torch.cat(order).argsort()].flatten(0, 1)
+        """[n * h * w, C]: each crop by itself, or all at once, padded."""
+        shapes, most = batch.crop_grids, batch.crops.shape[1]
+        lengths = shapes.prod(1)
+        mask = (torch.arange(most, device=lengths.device) < lengths[:, None]).long()
+        if self.crops_at_once:
+            return batch.whole(self._features(self.teacher, batch.crops, mask, shapes))
+        parts = []
+        for i, length in enumerate(lengths.tolist()):
+            own = slice(i, i + 1), slice(length)
+            features = self._features(self.teacher, batch.crops[own], mask[own], shapes[i : i + 1])
+            parts.append(F.pad(features, (0, 0, 0, most - length)))
+        return batch.whole(torch.cat(parts))
 
     def _prompts(self, features: Tensor, batch: Samples) -> Tensor:
         """Region tokens [R, D]: the region prompt's queries attend to the whole image under a mask."""

@@ -31,6 +31,7 @@ from workloads import PACKING_SHARE, aims, image_sizes
 from granvit.cost.flops import Sizes, count, one_question_each, operations, padded, pictures_of
 from granvit.cost.shapes import config_of
 from granvit.data.collate import collate
+from granvit.data.crops import Crops
 from granvit.model import GranViT
 from granvit.model.config import token_grid
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question
@@ -60,7 +61,10 @@ SHAPES = {"tiny": (Model(**SMALL, **TEXT, vocabulary=400, max_image_tokens=16), 
     "base": (Model(encoder="siglip2-base", llm="smollm2-135m", max_image_tokens=1024, **TEXT), 24, 16),
 }  # fmt: skip
 """Shapes, images a step, and samples that the other recipe takes at a time (its step is as large)."""
-DISTILL = Distill(target="mse", alpha=0.9, crop_grid=(2, 2) if DRY else (7, 7))
+DISTILL = Distill(
+    target="mse", alpha=0.9, crop_tokens=6 if DRY else 256, region_grid=(2, 2) if DRY else (7, 7)
+)  # fmt: skip
+CROPS = Crops(DISTILL.crop_tokens)
 STAGES = {
     "pretrain": Stage("pretrain", ("encoder", "projector"), (GLOBAL_CAPTION, BBOX2CAPTION), distill=1.0),
     "adapt": Stage("adapt", ("projector", "llm"), (GLOBAL_CAPTION, CAPTION2BBOX)),
@@ -166,7 +170,8 @@ def ours(
 ) -> tuple[Callable[[], float], float]:
     """A step, and what its first loss has to be."""
     asked = [questions_of(sample, stage.tasks) for sample in samples]
-    batch = collate(samples, asked, writer, max(8192, 2 * writer.max_image_tokens)).to(torch.device(DEVICE))
+    crops = CROPS if stage.distill else None
+    batch = collate(samples, asked, writer, max(8192, 2 * writer.max_image_tokens), crops).to(torch.device(DEVICE))
     teacher = Teacher(model.encoder, DISTILL.alpha) if stage.distill else None
 
     with torch.no_grad(), reference_operators():
@@ -269,8 +274,10 @@ class Case:
         self.shape, self.stage, self.sizes = shape, stage, sizes
         self.samples = samples(images)
         self.asked = [questions_of(sample, stage.tasks) for sample in self.samples]
-        self.pictures = pictures_of(self.samples, self.asked, writer, bool(stage.distill))
-        self.counts = count(self.pictures, DISTILL.crop_grid)
+        together = [range(len(self.samples))]
+        crops = CROPS.choose(self.samples, self.asked, together, writer) if stage.distill else ()
+        self.pictures = pictures_of(self.samples, self.asked, writer, crops)
+        self.counts = count(self.pictures)
         shapes, device = SHAPES[shape][0], gpu_name()
         self.peak = peak(device)
         self.common = {
@@ -329,18 +336,18 @@ def test_training(shape: str, name: str, compiled: bool):
     pairs = [(sample, question) for sample, own in zip(case.samples, case.asked, strict=True) for question in own]
     order = random.Random(1).sample(range(len(pairs)), len(pairs))
     full = sum(
-        case.operations(padded([alone[i] for i in order[start : start + at_a_time]], DISTILL.crop_grid))
+        case.operations(padded([alone[i] for i in order[start : start + at_a_time]]))
         for start in range(0, len(order), at_a_time)
     )
-    once = case.operations(count(alone, DISTILL.crop_grid))
+    once = case.operations(count(alone))
     ratios = {"ratio_operations": once / useful, "ratio_padded": full / useful}
     for peer, crops_at_once in peers.items():
 
         def run_theirs(number: int, crops_at_once: bool = crops_at_once) -> Timed:
             model = model_of(shapes)
             batches = [
-                prepare([pairs[i] for i in order[start : start + number]], model, writer, DISTILL.crop_grid,
-                        torch.float32).to(DEVICE)
+                prepare([pairs[i] for i in order[start : start + number]], model, writer, DISTILL, torch.float32)
+                .to(DEVICE)
                 for start in range(0, len(order), number)
             ]  # fmt: skip
             return timed(theirs(model, stage, batches, compiled, crops_at_once), 1, 1 if DRY else 2)

@@ -22,6 +22,7 @@ from workloads import PACKING_SHARE
 
 from granvit.cost.flops import Sizes, count, one_question_each, operations, packed, padded, pictures_of
 from granvit.data.batches import collate
+from granvit.data.crops import Crops
 from granvit.data.loader import GranDataset
 from granvit.data.sample import cached_sample
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, GLOBAL_CAPTION, Question
@@ -33,6 +34,7 @@ from granvit.train.step import stage_loss
 
 SMOKE = PRESETS["smoke"]
 IMAGES, QUESTIONS = 12, 6
+CROPS = Crops(SMOKE.distill.crop_tokens)
 STAGES = {
     "pretrain": (SMOKE.pretrain, BBOX2CAPTION),
     "adapt": (SMOKE.adapt, CAPTION2BBOX),
@@ -96,11 +98,11 @@ def test_training(compare, data: GranDataset, name: str, sizes: Callable):
     torch.manual_seed(0)
     model, processor = build(SMOKE.model, data)
     samples, asked = sizes(data, processor, task)
-    batch = collate(samples, asked, processor, SMOKE.data.capacity)
+    batch = collate(samples, asked, processor, SMOKE.data.capacity, CROPS if stage.distill else None)
     pairs = [(sample, question) for sample, row in zip(samples, asked, strict=True) for question in row]
     random.Random(1).shuffle(pairs)  # as a loader would: one image's questions are not neighbours
     dtype = torch.float32
-    theirs = prepare(pairs, model, processor, SMOKE.distill.crop_grid, dtype)
+    theirs = prepare(pairs, model, processor, SMOKE.distill, dtype)
     gate(model, batch, theirs, stage)
 
     mine = deepcopy(model)
@@ -145,16 +147,16 @@ def gate(model, batch, theirs, stage) -> None:
 def ratios(model, samples, asked, batch, pairs, processor, stage) -> dict[str, float]:
     """How many times ours the other recipe's operations are: the useful ones, and with both sides' padding; and shares
     of padding."""
-    crops, crop_grid = bool(stage.distill), SMOKE.distill.crop_grid
+    crops = CROPS.choose(samples, asked, [range(len(samples))], processor) if stage.distill else ()
     pictures = pictures_of(samples, asked, processor, crops)
     rows = [[pictures[i] for i in dict.fromkeys(row) if i >= 0] for row in batch.packed.image_index.tolist()]
     alone = one_question_each(pictures)
     model_sizes = Sizes.of(model)
     counts = {
-        "ours": count(pictures, crop_grid),
-        "ours padded": packed(rows, crop_grid),
-        "theirs": count(alone, crop_grid),
-        "theirs padded": padded(alone, crop_grid),
+        "ours": count(pictures),
+        "ours padded": packed(rows),
+        "theirs": count(alone),
+        "theirs padded": padded(alone),
     }
     total = {key: operations(model_sizes, one, stage.train).total for key, one in counts.items()}
     assert counts["theirs"].questions == len(pairs)

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from math import ceil, floor
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from granvit.data.crops import Crop
 from granvit.lora import adapters
 from granvit.model import GranViT, GranViTProcessor
 from granvit.model.config import cached_fit_grid
@@ -106,12 +108,12 @@ class Asked:
 @dataclass(frozen=True)
 class Picture:
     """An image: its patches in the encoder, its tokens in the LLM, of which `head` are no image tokens (bos), its
-    questions, and of how many regions a teacher sees the crops."""
+    questions, and the patches of each crop that a teacher sees of it."""
 
     patches: int
     tokens: int
     asked: tuple[Asked, ...]
-    crops: int = 0
+    crops: tuple[int, ...] = ()
     head: int = 1
 
     @property
@@ -143,15 +145,21 @@ class Counts:
 
 
 def pictures_of(
-    samples: Sequence[Sample], asked: Sequence[Sequence[Question]], processor: GranViTProcessor, crops: bool = True
+    samples: Sequence[Sample],
+    asked: Sequence[Sequence[Question]],
+    processor: GranViTProcessor,
+    crops: Sequence[Crop] = (),
 ) -> list[Picture]:
     """Samples with their questions, as `pack_questions` takes them; of their images only the sizes are looked at.
-    crops: whether a teacher sees the regions that are asked about."""
+    crops: what a teacher sees of them."""
     flat = [question for questions in asked for question in questions]
     prompts = iter(processor.prompt_ids([question.prompt for question in flat]))
     answers = iter(processor.answer_ids([question.answer for question in flat]))
+    seen: list[list[int]] = [[] for _ in samples]
+    for crop in crops:
+        seen[crop.image].append(crop.patches)
     pictures = []
-    for sample, questions in zip(samples, asked, strict=True):
+    for sample, questions, patches in zip(samples, asked, seen, strict=True):
         height, width = sample.image.shape[:2]
         rows, columns = cached_fit_grid(height, width, processor.patch_size, processor.max_image_tokens)
         tokens, head = processor.image_tokens(height, width), len(processor.image_part(0))
@@ -167,8 +175,7 @@ def pictures_of(
                     question.region is not None,
                 )
             )
-        regions = {question.region for question in questions} - {None}
-        pictures.append(Picture(rows * columns, tokens + head, tuple(each), len(regions) if crops else 0, head))
+        pictures.append(Picture(rows * columns, tokens + head, tuple(each), tuple(patches), head))
     return pictures
 
 
@@ -177,10 +184,10 @@ def _cells(box: Sequence[float], rows: int, columns: int) -> int:
     return (ceil(x2 * columns) - floor(x1 * columns)) * (ceil(y2 * rows) - floor(y1 * rows))
 
 
-def count(pictures: Iterable[Picture], crop_grid: tuple[int, int] = (0, 0)) -> Counts:
+def count(pictures: Iterable[Picture]) -> Counts:
     """Of images with their questions packed behind them, and nothing for padding. A question sees its image and
     itself."""
-    total, crop = Counts(), crop_grid[0] * crop_grid[1]
+    total = Counts()
     for picture in pictures:
         total += Counts(
             images=1,
@@ -189,9 +196,9 @@ def count(pictures: Iterable[Picture], crop_grid: tuple[int, int] = (0, 0)) -> C
             patches=picture.patches,
             patch_pairs=picture.patches**2,
             image_tokens=picture.tokens - picture.head,
-            crops=picture.crops,
-            crop_patches=picture.crops * crop,
-            crop_pairs=picture.crops * crop**2,
+            crops=len(picture.crops),
+            crop_patches=sum(picture.crops),
+            crop_pairs=sum(patches**2 for patches in picture.crops),
             prompts=sum(asked.prompts for asked in picture.asked),
             prompt_pairs=sum(asked.prompts * asked.cells for asked in picture.asked),
             tokens=picture.length,
@@ -211,16 +218,16 @@ def one_question_each(pictures: Iterable[Picture]) -> list[Picture]:
     samples = []
     for picture in pictures:
         asked_about = sum(asked.region for asked in picture.asked)
-        rest = max(0, picture.crops - asked_about)
+        seen, rest = iter(picture.crops[:asked_about]), picture.crops[asked_about:]
         for number, asked in enumerate(picture.asked):
-            crops = min(picture.crops, asked.region) + (rest if number == 0 else 0)
+            crops = tuple(islice(seen, int(asked.region))) + (rest if number == 0 else ())
             samples.append(replace(picture, asked=(asked,), crops=crops))
     return samples
 
 
-def padded(batch: Sequence[Picture], crop_grid: tuple[int, int] = (0, 0)) -> Counts:
+def padded(batch: Sequence[Picture]) -> Counts:
     """One question a sample in one batch, every sample as long as the longest, in the encoder and in the LLM."""
-    useful, samples = count(batch, crop_grid), len(batch)
+    useful, samples = count(batch), len(batch)
     patches = max(picture.patches for picture in batch)
     length = max(picture.length for picture in batch)
     return replace(
@@ -233,9 +240,9 @@ def padded(batch: Sequence[Picture], crop_grid: tuple[int, int] = (0, 0)) -> Cou
     )
 
 
-def packed(rows: Sequence[Sequence[Picture]], crop_grid: tuple[int, int] = (0, 0)) -> Counts:
+def packed(rows: Sequence[Sequence[Picture]]) -> Counts:
     """Images packed into sequences, each as long as the longest; what fills the others up attends to itself."""
-    useful = count((picture for row in rows for picture in row), crop_grid)
+    useful = count(picture for row in rows for picture in row)
     filled = len(rows) * max(sum(picture.length for picture in row) for row in rows)
     return replace(useful, tokens=filled, pairs=useful.pairs + filled - useful.tokens)
 

@@ -64,7 +64,7 @@ def report(plan: PlanConfig, console: Console) -> None:
     for stage in stages:
         reading = measured_reading(plan, stage, data, processor) if data else assumed_reading(plan, config, stage)
         readings[stage.name] = reading
-        recipes[stage.name] = compare(reading.rows, plan.run.distill.crop_grid, plan.samples, plan.run.data.capacity)
+        recipes[stage.name] = compare(reading.rows, plan.samples, plan.run.data.capacity)
     for line in _summary(plan, sizes, stages, readings, recipes, note):
         console.print(line, soft_wrap=True)
     console.print(_seen_table(plan, stages, readings))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -86,7 +85,7 @@ def seen(stage: Stage, reading: Reading, capacity: int) -> Seen:
         asked / max(1, reading.regions),
         scale * tokens,
         1 - tokens / (capacity * len(reading.rows)),
-        scale * sum(picture.crops for picture in pictures),
+        scale * sum(len(picture.crops) for picture in pictures),
     )
 
 
@@ -118,7 +117,7 @@ def assumed_reading(plan: PlanConfig, config: GranViTConfig, stage: Stage) -> Re
 
 def _asked(picture: Picture, questions: tuple[Asked, ...]) -> Picture:
     """An image of which these questions alone are asked, and these regions' crops alone seen."""
-    return replace(picture, asked=questions, crops=min(picture.crops, sum(asked.region for asked in questions)))
+    return replace(picture, asked=questions, crops=picture.crops[: sum(asked.region for asked in questions)])
 
 
 def _task(stage: Stage, question: Asked) -> int:
@@ -156,10 +155,9 @@ def measured_reading(plan: PlanConfig, stage: Stage, data: GranDataset, processo
         regions += sum(question.region is not None for question in written)
     sequences = iter(range(len(flat)))
     sequences = [[next(sequences) for _ in pack] for pack in packs]
-    pictures = pictures_of([sample for sample, _ in flat], asked, processor, crops=False)
-    if stage.distill > 0:
-        chosen = Counter(i for i, _ in plan.run.crops.choose([sample for sample, _ in flat], asked, sequences))
-        pictures = [replace(picture, crops=chosen[i]) for i, picture in enumerate(pictures)]
+    packed = [sample for sample, _ in flat]
+    crops = plan.run.crops.choose(packed, asked, sequences, processor) if stage.distill else ()
+    pictures = pictures_of(packed, asked, processor, crops)
     every = [question for picture in pictures for question in picture.asked]
     return Reading(
         f"{len(samples)} rows of {data.path}",
@@ -186,11 +184,12 @@ def typical(
     tokens = -(-grid[0] // merge) * -(-grid[1] // merge)
     with_tokens = config.box_style != "text" and BBOX2CAPTION in stage.tasks
     prompts = config.region_tokens if with_tokens else 0
-    # A box covers about a tenth of its image (bench/workloads.py): it only tells the region prompt's attention.
-    region = Asked(round(reading.region.tokens), round(reading.region.answers), prompts, grid[0] * grid[1] // 10)
+    cells = grid[0] * grid[1] // 10  # about a tenth is under a box (bench/workloads.py)
+    region = Asked(round(reading.region.tokens), round(reading.region.answers), prompts, cells)
     caption = Asked(round(reading.caption.tokens), round(reading.caption.answers), region=False)
     asked = [region] * regions + [caption] * (GLOBAL_CAPTION in stage.tasks and stage.global_captions > 0)
-    return Picture(grid[0] * grid[1], 1 + tokens, tuple(asked), regions if stage.distill else 0)
+    crops = (max(plan.run.distill.crop_tokens, cells),) * regions if stage.distill else ()
+    return Picture(grid[0] * grid[1], 1 + tokens, tuple(asked), crops)
 
 
 def tokenizer_for(plan: PlanConfig, data: GranDataset) -> tuple[PreTrainedTokenizerBase, str]:

@@ -28,20 +28,20 @@ class Recipes:
         return operations(sizes, theirs, train).total / operations(sizes, ours, train).total
 
 
-def compare(rows: Sequence[Sequence[Picture]], crop_grid: tuple[int, int], samples: int, capacity: int = 0) -> Recipes:
+def compare(rows: Sequence[Sequence[Picture]], samples: int, capacity: int = 0) -> Recipes:
     """Both recipes on images packed in `rows`, which are filled up to `capacity` where that is more than the longest;
     the other recipe's samples are shuffled into padded batches of `samples`."""
     pictures = [picture for row in rows for picture in row]
     separate = one_question_each(pictures)
     random.Random(0).shuffle(separate)
     batches = (separate[start : start + samples] for start in range(0, len(separate), samples))
-    theirs_padded = sum((padded(batch, crop_grid) for batch in batches), Counts())
-    ours = count(pictures, crop_grid)
-    filled = packed(rows, crop_grid)
+    theirs_padded = sum((padded(batch) for batch in batches), Counts())
+    ours = count(pictures)
+    filled = packed(rows)
     room = len(rows) * capacity
     if room > filled.tokens:
         filled = replace(filled, tokens=room, pairs=ours.pairs + room - ours.tokens)
-    return Recipes(ours, filled, count(separate, crop_grid), theirs_padded)
+    return Recipes(ours, filled, count(separate), theirs_padded)
 
 
 def per_image(
@@ -54,10 +54,9 @@ def per_image(
     totals = []
     for number in (low, low + 1):
         picture = typical(plan, config, stage, reading, number, image_size or plan.image_size)
-        crop_grid = plan.run.distill.crop_grid
         totals.append(
             [
-                operations(sizes, count(pictures, crop_grid), stage.train).total
+                operations(sizes, count(pictures), stage.train).total
                 for pictures in ([picture], one_question_each([picture]))
             ]
         )

@@ -70,7 +70,7 @@ class PackLoader:
     epochs: passes over the data after which iteration ends (the last batches then have empty sequences); None: never.
         Assign to `steps` what another loader of these arguments counted, and no rank plans other ranks' sequences.
     window: images a sequence's place chooses among. pixels: False leaves pictures undecoded, blanks of their size.
-    crops: which regions a teacher looks at.
+    crops: which regions a teacher looks at; None: there is no teacher.
 
     The state is `step`, how many batches were handed out: set it, or load a `state_dict`, and iteration goes on
     there, on any number of ranks, after planning, but not reading, what came before.
@@ -96,7 +96,7 @@ class PackLoader:
         epochs: int | None = None,
         window: int = 512,
         pixels: bool = True,
-        crops: Crops = ASKED,
+        crops: Crops | None = ASKED,
     ) -> None:
         least = {"capacity": capacity, "packs": packs, "ranks": ranks, "window": window}
         _check_arguments(tasks, rank, **least | ({} if questions is None else {"questions": questions}))

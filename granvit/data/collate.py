@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from granvit.data.crops import ASKED, Crops
+from granvit.data.crops import ASKED, Crop, Crops
 from granvit.questions.packing import PackedBatch, Part, pack_parts, write_parts
 from granvit.questions.prompts import Question
 from granvit.questions.schema import Sample
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Batch:
     """What a training step takes. regions [R, 4] are relative xyxy float32, region_image [R] int64 their images.
 
-    crop_regions: int64 [N], which of them a teacher looks at (`Crops`); crops: float64 [N, 5] on the host, the same in
-    pixels, as pack_patches takes them.
+    crop_regions: int64 [N], which of them a teacher looks at (`Crops`). Of each, on the host, as pack_patches takes it:
+    crops, float64 [N, 5], its image and its box in pixels; crop_grids, int32 [N, 2], rows and columns of its patches.
     """
 
     samples: list[Sample]
@@ -34,6 +34,7 @@ class Batch:
     region_image: Tensor
     crop_regions: Tensor
     crops: Tensor
+    crop_grids: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return replace(
@@ -61,13 +62,14 @@ def collate(
     asked: list[list[Question]],
     processor: GranViTProcessor,
     capacity: int,
-    crops: Crops = ASKED,
+    crops: Crops | None = ASKED,
 ) -> Batch:
-    """Pack samples and their questions into sequences of at most `capacity` tokens (see `pack_questions`)."""
+    """Pack samples and their questions into sequences of at most `capacity` tokens (see `pack_questions`). crops: which
+    regions a teacher looks at; None: there is no teacher."""
     return join([Read(None, samples, asked, write_parts(samples, asked, processor))], processor, capacity, crops)
 
 
-def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int, crops: Crops = ASKED) -> Batch:
+def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int, crops: Crops | None = ASKED) -> Batch:
     """The batch of what was read, sequences of the reads in turn.
 
     Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call.
@@ -89,20 +91,21 @@ def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int, crop
     boxes = [region.box for sample in samples for region in sample.regions]
     owner = [i for i, sample in enumerate(samples) for _ in sample.regions]
     sequences = [row[row >= 0].unique_consecutive().tolist() for row in packed.image_index]
-    chosen = crops.choose(samples, asked, sequences)
+    chosen = [] if crops is None else crops.choose(samples, asked, sequences, processor)
     first = np.cumsum([0, *(len(sample.regions) for sample in samples)])
     return Batch(
         samples,
         packed,
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(owner, dtype=torch.int64),
-        torch.tensor([first[image] + number for image, number in chosen], dtype=torch.int64),
-        torch.tensor([_crop(i, samples[i], number) for i, number in chosen], dtype=torch.float64).reshape(-1, 5),
+        torch.tensor([first[crop.image] + crop.region for crop in chosen], dtype=torch.int64),
+        torch.tensor([_pixels(samples[crop.image], crop) for crop in chosen], dtype=torch.float64).reshape(-1, 5),
+        torch.tensor([crop.grid for crop in chosen], dtype=torch.int32).reshape(-1, 2),
     )
 
 
-def _crop(image: int, sample: Sample, number: int) -> tuple[float, ...]:
+def _pixels(sample: Sample, crop: Crop) -> tuple[float, ...]:
     """A region's crop as pack_patches takes it."""
     height, width = sample.image.shape[:2]
-    x1, y1, x2, y2 = sample.regions[number].box
-    return float(image), x1 * width, y1 * height, min(x2 * width, width), min(y2 * height, height)
+    x1, y1, x2, y2 = sample.regions[crop.region].box
+    return float(crop.image), x1 * width, y1 * height, min(x2 * width, width), min(y2 * height, height)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -104,25 +103,29 @@ class Distill:
 
     The paper's loss is plain MSE ("mse"). On a small model it is lowered by shrinking the features, so the default
     compares features that are standardised per channel over the batch, which no scaling or shift can lower.
-    The size of RoIAlign's output and of the crop are unknown in the paper; here they are one grid.
     """
 
     target: Literal["standardized", "layer_norm", "cosine", "mse"] = "standardized"
     alpha: float = 0.99
     """The teacher's momentum: teacher <- alpha * teacher + (1 - alpha) * student (0.9 in the paper)."""
-    crop_grid: tuple[int, int] = (4, 4)
-    """Patches of a crop (rows, columns); the student's region features are gathered at the same size."""
+    crop_tokens: int = 16
+    """Patches of a crop, which keeps its box's aspect ratio: as many as fit, and more where the student's own grid has
+    more cells under the box, so that the teacher always sees at least as finely. Unknown in the paper."""
+    region_grid: tuple[int, int] = (4, 4)
+    """Rows and columns to which RoIAlign brings a region's features, the student's and its crop's. Unknown in the
+    paper."""
     regions: int | None = None
     """So many regions of an image are distilled each time it is seen, drawn at random; None: those that are asked
-    about. The teacher's patches of a sequence's regions are at most data.capacity."""
+    about. The teacher's patches of a sequence's regions are at most as many as its images may have."""
     ocr: bool = True
     """Whether regions of text are distilled."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"distill.alpha is {self.alpha}; it takes a number from 0 to 1")
-        if min(self.crop_grid) < 1:
-            raise ValueError(f"distill.crop_grid is {self.crop_grid}; each side is at least 1")
+        at_least("distill", self, crop_tokens=1)
+        if min(self.region_grid) < 1:
+            raise ValueError(f"distill.region_grid is {self.region_grid}; each side is at least 1")
         if self.regions is not None and self.regions < 1:
             raise ValueError(f"distill.regions is {self.regions}; it is at least 1, or null (those asked about)")
 
@@ -193,16 +196,17 @@ class TrainConfig:
                     f"{name}.optimizer is 'muon'; parallel fsdp keeps pieces of the matrices that it takes whole: "
                     "use parallel ddp, or adamw"
                 )
-        if self.crops.tokens > self.data.capacity and any(stage.distill for stage in self.stages):
+        if self.crops.tokens > self.crops.capacity and any(stage.distill for stage in self.stages):
             raise ValueError(
-                f"distill.crop_grid is {self.distill.crop_grid}; it takes at most data.capacity, {self.data.capacity}, "
-                "patches: the teacher would look at no region"
+                f"distill.crop_tokens is {self.distill.crop_tokens}; it is at most {self.crops.capacity}, the patches "
+                "of data.capacity image tokens: the teacher would look at no region"
             )
 
     @property
     def crops(self) -> Crops:
         """Which regions a teacher looks at."""
-        return Crops(prod(self.distill.crop_grid), self.data.capacity, self.distill.regions, self.distill.ocr)
+        distill, patches = self.distill, self.data.capacity * self.model.pixel_shuffle**2
+        return Crops(distill.crop_tokens, patches, distill.regions, distill.ocr)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -282,6 +286,7 @@ PRESETS: dict[str, TrainConfig] = {
             box_style="both",
             bins=1000,
         ),
+        distill=Distill(crop_tokens=64, region_grid=(7, 7)),
         precision="bfloat16",
         checkpoint_every=1000,
     ),
@@ -303,7 +308,7 @@ PRESETS: dict[str, TrainConfig] = {
             box_format="text",
             cell_positions=False,
         ),
-        distill=Distill(target="mse", alpha=0.9, crop_grid=(7, 7)),
+        distill=Distill(target="mse", alpha=0.9, crop_tokens=256, region_grid=(7, 7)),
         control=False,
         precision="bfloat16",
         parallel="fsdp",

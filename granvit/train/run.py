@@ -318,7 +318,7 @@ class Run:
         loader = PackLoader(
             self.chosen_data(stage), processor, stage.weights,
             **order_arguments(config, stage), rank=world.rank, ranks=world.ranks, workers=config.data.workers,
-            pixels=not warming, crops=config.crops,
+            pixels=not warming, crops=config.crops if stage.distill else None,
         )  # fmt: skip
         if stage.passes is not None:
             loader.steps = stage.steps * stage.accumulate
@@ -329,7 +329,7 @@ class Run:
         region, chat = Region((0.25, 0.25, 0.75, 0.75), "nothing", "natural"), (("what", "nothing"),)
         sample = Sample("", image, "nothing", (region,), "", "", (chat,))
         questions = self.processor.questions(sample, stage.tasks)[:1]
-        return collate([sample], [questions], self.processor, self.config.data.capacity)
+        return collate([sample], [questions], self.processor, self.config.data.capacity, self.config.crops)
 
     def evaluation(
         self,

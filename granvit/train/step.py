@@ -16,6 +16,8 @@ from granvit.train.presets import Distill
 from granvit.train.stages import Stage
 from granvit_kernels import PackedLayout, pack_patches, roi_gather
 
+LEAST = 1e-3  # of a patch
+
 
 @dataclass(frozen=True)
 class Share:
@@ -52,11 +54,11 @@ def stage_loss(
     share = share or Share.whole(batch)
     images, config = batch.packed.images, model.config
     grids = [config.grid(*image.shape[:2]) for image in images]
-    whole = [(i, 0, 0, image.shape[1], image.shape[0]) for i, image in enumerate(images)]
-    crops, all_grids = torch.tensor(whole, dtype=torch.float64).reshape(-1, 5), grids
+    frames = [(i, 0, 0, image.shape[1], image.shape[0]) for i, image in enumerate(images)]
+    crops = torch.tensor(frames, dtype=torch.float64).reshape(-1, 5)
+    all_grids = torch.tensor(grids, dtype=torch.int32).reshape(-1, 2)
     if teacher is not None:
-        crops = torch.cat([crops, batch.crops])
-        all_grids = grids + [distill.crop_grid] * len(batch.crops)
+        crops, all_grids = torch.cat([crops, batch.crops]), torch.cat([all_grids, batch.crop_grids])
     with record_function("granvit.pack_patches"):
         patches, _ = pack_patches(
             images,
@@ -64,7 +66,7 @@ def stage_loss(
             config.image_mean,
             config.image_std,
             crops=crops,
-            grids=torch.tensor(all_grids, dtype=torch.int32).reshape(-1, 2),
+            grids=all_grids,
             dtype=next(model.encoder.parameters()).dtype,
             resample=config.image_resample,
             round=config.image_round,
@@ -77,18 +79,30 @@ def stage_loss(
     losses = answer_losses(model, batch, image_embeds, region_embeds, share)
     losses["features"] = features.detach()
     if teacher is not None and share.round_regions:
-        crop_layout = PackedLayout.from_grids(all_grids[len(images) :], device=patches.device)
+        crop_layout = PackedLayout.from_grids(batch.crop_grids, device=patches.device)
         with record_function("granvit.teacher"), torch.no_grad():
             target = teacher.encoder(patches[layout.num_tokens :], crop_layout)
-        image = batch.region_image[batch.crop_regions]
-        boxes = layout.to_grid(batch.regions[batch.crop_regions], image)
         with record_function("granvit.distillation"):
-            regions = roi_gather(features, layout, boxes, image, output_size=distill.crop_grid)
-            regions = regions.reshape(target.shape)
+            image, boxes = batch.region_image[batch.crop_regions], batch.regions[batch.crop_regions]
+            regions = region_features(features, layout, boxes, image, distill.region_grid)
+            crop, corner = torch.arange(len(boxes), device=boxes.device), torch.zeros_like(boxes[:, :2])
+            whole = torch.cat([corner, corner + 1], dim=1)
+            target = region_features(target, crop_layout, whole, crop, distill.region_grid)
             distance = distillation_loss(regions, target, distill.target, share.weight, share.ranks)
         losses["loss_distill"] = distance * (share.round_regions / share.regions)
         losses["loss"] = losses["loss_caption"] + stage.distill * losses["loss_distill"]
     return losses
+
+
+def region_features(
+    features: Tensor, layout: PackedLayout, boxes: Tensor, image: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """Features [R * h * w, C] of relative boxes [R, 4] of images [R], each brought to `grid` (h, w) by RoIAlign. It
+    takes as many samples as there are cells, so that all of a long line's patches count."""
+    boxes = layout.to_grid(boxes, image)
+    # So many samples are none in a box that is too thin to have a width in float32.
+    boxes = torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + LEAST)], dim=1)
+    return roi_gather(features, layout, boxes, image, output_size=grid, sampling_ratio=0).flatten(0, 2)
 
 
 def warmup_loss(model: GranViT, processor, batch: Batch, seed: str, share: Share | None = None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from granvit.cost.flops import Sizes, count, operations, pictures_of
 from granvit.data.batches import collate
+from granvit.data.crops import Crops
 from granvit.lora import Lora, adapters, add_adapters
 from granvit.questions.schema import Region, Sample
 from granvit.train.distill import Teacher
@@ -33,9 +34,10 @@ def step(tiny, request):
         )
         samples.append(Sample(str(seed), image, "a scene with 2 things", regions, "test", ""))
         asked.append(processor.questions(samples[-1], ["global_caption", request.param]))
-    batch = collate(samples, asked, processor, 4096)
+    crops = Crops(tokens=6)
+    batch = collate(samples, asked, processor, 4096, crops)
     assert (batch.packed.image_index >= 0).all()
-    return model, batch, pictures_of(samples, asked, processor)
+    return model, batch, pictures_of(samples, asked, processor, crops.choose(samples, asked, [range(2)], processor))
 
 
 def counted(model, batch, train) -> dict[str, int]:
@@ -46,14 +48,14 @@ def counted(model, batch, train) -> dict[str, int]:
     stage = Stage("pretrain", train=train, tasks=("bbox2caption",), distill=float("encoder" in train))
     teacher = Teacher(model.encoder, 0.9) if "encoder" in train else None
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        stage_loss(model, teacher, batch, stage, Distill(crop_grid=(2, 2)))["loss"].backward()
+        stage_loss(model, teacher, batch, stage, Distill())["loss"].backward()
     return {str(name): number for name, number in counter.get_flop_counts()["Global"].items()}
 
 
 @pytest.mark.parametrize("train", STAGES)
 def test_matrices_are_those_that_torch_counts(step, train):
     model, batch, pictures = step
-    sizes, counts = Sizes.of(model), count(pictures, (2, 2))
+    sizes, counts = Sizes.of(model), count(pictures)
     if "encoder" not in train:
         counts = replace(counts, crop_patches=0, crop_pairs=0)
     assert counts.tokens == batch.packed.input_ids.numel() and counts.answers == len(batch.packed.targets)
@@ -70,7 +72,7 @@ def test_adapters_learn_in_place_of_the_llm(step, train):
     sizes = Sizes.of(model)
     assert sizes.adapters == sum(parameter.numel() for parameter in adapters(model.llm))
     assert replace(sizes, adapters=0) == whole
-    counts = count(pictures, (2, 2))
+    counts = count(pictures)
     if "encoder" not in train:
         counts = replace(counts, crop_patches=0, crop_pairs=0)
     without_attention = replace(sizes, encoder_attention=0, llm_attention=0, region_attention=0, region_values=0)
@@ -83,7 +85,7 @@ def test_attention_is_at_most_what_torch_counts_of_the_squares(step, train):
     """Torch counts the products of the whole square where the mask lets a part through, and not the region prompt's,
     which is an operator of ours."""
     model, batch, pictures = step
-    counts = count(pictures, (2, 2))
+    counts = count(pictures)
     if "encoder" not in train:
         counts = replace(counts, crop_patches=0, crop_pairs=0)
     only = replace(Sizes.of(model), **{

@@ -48,10 +48,10 @@ def portion_batches(run: Run, stage, world: World, splits=SPLITS) -> Iterator[Ba
 
 
 def of(run: Run, samples: list, asked: list) -> Batch:
-    capacity = run.config.data.capacity
+    capacity, crops = run.config.data.capacity, run.config.crops
     if not samples:  # as the loader hands it out where every picture of it is faulty
-        return join([Read([[]], [], [], [])], run.processor, capacity)
-    return collate(samples, asked, run.processor, capacity)
+        return join([Read([[]], [], [], [])], run.processor, capacity, crops)
+    return collate(samples, asked, run.processor, capacity, crops)
 
 
 def through_loader(run: Run, stage, world: World, steps: int) -> dict:

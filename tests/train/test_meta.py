@@ -86,8 +86,8 @@ def fused_on_meta(monkeypatch):
 
 def step(model, processor, samples, stage: Stage, capacity: int) -> Counter:
     """One step of a stage on meta, its optimiser and teacher included. Returns the crossings."""
-    batch = collate(samples, [processor.questions(sample, stage.tasks) for sample in samples], processor, capacity)
-    batch = batch.to(META)
+    asked = [processor.questions(sample, stage.tasks) for sample in samples]
+    batch = collate(samples, asked, processor, capacity, SMOKE.crops).to(META)
     model = model.to(META).train()
     groups = model.groups()
     freeze(groups, stage.train)
@@ -168,7 +168,8 @@ def test_a_step_on_a_gpu_never_waits(tiny, samples, stage):
     trained = [parameter for name in stage.train for parameter in groups[name]]
     before = torch.cuda.get_sync_debug_mode()
     for some, mode in ((samples, before), (samples[:3], "error")):
-        batch = collate(some, [processor.questions(sample, stage.tasks) for sample in some], processor, 256).to("cuda")
+        asked = [processor.questions(sample, stage.tasks) for sample in some]
+        batch = collate(some, asked, processor, 256, SMOKE.crops).to("cuda")
         torch.cuda.set_sync_debug_mode(mode)
         try:
             with torch.autocast("cuda", torch.bfloat16):

@@ -1,15 +1,18 @@
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from granvit.data.batches import collate
+from granvit.data.crops import Crops
 from granvit.data.loader import GranDataset
+from granvit.questions.schema import Region, Sample
 from granvit.toy.warmup import layout_embeds
 from granvit.train.build import build
 from granvit.train.distill import Teacher, distillation_loss
 from granvit.train.optimizer import freeze
-from granvit.train.step import stage_loss, warmup_loss
+from granvit.train.step import region_features, stage_loss, warmup_loss
 from granvit_kernels import PackedLayout
 
 
@@ -25,7 +28,7 @@ def first_batch(config, data, processor, stage, read=None):
     """Six images with up to five of their questions each."""
     samples = [(read or data.__getitem__)(i) for i in range(6)]
     asked = [processor.questions(sample, stage.tasks)[:5] for sample in samples]
-    return collate(samples, asked, processor, config.data.capacity)
+    return collate(samples, asked, processor, config.data.capacity, config.crops)
 
 
 def test_caption_loss_is_the_model_s_own(parts):
@@ -37,45 +40,89 @@ def test_caption_loss_is_the_model_s_own(parts):
 
 
 def test_distillation_compares_crops_with_regions_of_the_whole_image(parts):
-    """Against the plain way: the teacher sees each crop on its own, torch resizes and gathers."""
+    """Against the plain way: the teacher sees each crop on its own, and RoIAlign is written out."""
     config, data, model, processor = parts
     batch = first_batch(config, data, processor, config.pretrain)
     teacher = Teacher(model.encoder, 0.9)
-    distill = replace(config.distill, target="mse", crop_grid=(2, 2))
+    distill = replace(config.distill, target="mse", region_grid=(3, 2))
     losses = stage_loss(model, teacher, batch, config.pretrain, distill)
     expected = []
     features, layout = model.encode(batch.packed.images)
-    starts = layout.cu_seqlens.tolist()
+    starts, grids = layout.cu_seqlens.tolist(), layout.grids.tolist()
+    planes = [features[start : start + h * w].view(h, w, -1) for start, (h, w) in zip(starts, grids, strict=False)]
     boxes, images = batch.regions[batch.crop_regions].tolist(), batch.region_image[batch.crop_regions].tolist()
-    assert 0 < len(boxes) < len(batch.regions)
-    for box, image in zip(boxes, images, strict=True):
+    assert 0 < len(boxes) < len(batch.regions) and len({*map(tuple, batch.crop_grids.tolist())}) > 1
+    for box, image, grid in zip(boxes, images, batch.crop_grids.tolist(), strict=True):
         height, width = batch.packed.images[image].shape[:2]
         edges = [box[0] * width, box[1] * height, min(box[2] * width, width), min(box[3] * height, height)]
         crop = torch.tensor([[0, *edges]], dtype=torch.float64)
-        target, _ = model.encode([batch.packed.images[image]], crops=crop, grids=[(2, 2)])
-        h, w = layout.grids[image].tolist()
-        plane = features[starts[image] : starts[image + 1]].view(h, w, -1)
-        x1, y1, x2, y2 = box[0] * w, box[1] * h, box[2] * w, box[3] * h
-        cells = []
-        for row in range(2):
-            for column in range(2):
-                samples = []
-                for i in range(2):
-                    for j in range(2):
-                        y = y1 + (y2 - y1) * (row + (i + 0.5) / 2) / 2 - 0.5
-                        x = x1 + (x2 - x1) * (column + (j + 0.5) / 2) / 2 - 0.5
-                        y, x = min(max(y, 0), h - 1), min(max(x, 0), w - 1)
-                        y0, x0 = int(y), int(x)
-                        y_next, x_next = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
-                        a, b = y - y0, x - x0
-                        samples.append(
-                            (1 - a) * ((1 - b) * plane[y0, x0] + b * plane[y0, x_next])
-                            + a * ((1 - b) * plane[y_next, x0] + b * plane[y_next, x_next])
-                        )
-                cells.append(torch.stack(samples).mean(0))
-        expected.append(distillation_loss(torch.stack(cells), target, "mse"))
+        target, _ = model.encode([batch.packed.images[image]], crops=crop, grids=[tuple(grid)])
+        theirs = aligned(target.view(*grid, -1), (0, 0, 1, 1), distill.region_grid)
+        expected.append(distillation_loss(aligned(planes[image], box, distill.region_grid), theirs, "mse"))
     torch.testing.assert_close(losses["loss_distill"], torch.stack(expected).mean(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(losses["loss"], losses["loss_caption"] + losses["loss_distill"])
+
+
+def aligned(plane: torch.Tensor, box: tuple[float, ...], bins: tuple[int, int]) -> torch.Tensor:
+    """RoIAlign [h * w, C] of a relative box in a feature map [H, W, C], sample by sample."""
+    (high, wide), (x1, y1, x2, y2) = plane.shape[:2], box
+    x1, y1, x2, y2 = x1 * wide, y1 * high, x2 * wide, y2 * high
+    counts = [max(1, math.ceil(side / number)) for side, number in zip((y2 - y1, x2 - x1), bins, strict=True)]
+    cells = []
+    for row in range(bins[0]):
+        for column in range(bins[1]):
+            samples = []
+            for i in range(counts[0]):
+                for j in range(counts[1]):
+                    y = y1 + (y2 - y1) * (row + (i + 0.5) / counts[0]) / bins[0] - 0.5
+                    x = x1 + (x2 - x1) * (column + (j + 0.5) / counts[1]) / bins[1] - 0.5
+                    y, x = min(max(y, 0), high - 1), min(max(x, 0), wide - 1)
+                    y0, x0 = int(y), int(x)
+                    y_next, x_next = min(y0 + 1, high - 1), min(x0 + 1, wide - 1)
+                    a, b = y - y0, x - x0
+                    samples.append(
+                        (1 - a) * ((1 - b) * plane[y0, x0] + b * plane[y0, x_next])
+                        + a * ((1 - b) * plane[y_next, x0] + b * plane[y_next, x_next])
+                    )
+            cells.append(torch.stack(samples).mean(0))
+    return torch.stack(cells)
+
+
+def test_region_features_are_torchvision_s(parts):
+    """Of boxes of all sizes, down to none, and of a long line's crop."""
+    ops = pytest.importorskip("torchvision.ops")
+    grids, bins = [(2, 128), (9, 7), (1, 1)], (4, 3)
+    layout = PackedLayout.from_grids(grids)
+    torch.manual_seed(0)
+    features = torch.randn(layout.num_tokens, 8)
+    boxes = torch.tensor([[0, 0, 1, 1], [0.1, 0.2, 0.7, 0.9], [0.3, 0.3, 0.301, 0.9]] * 3)
+    image = torch.arange(3).repeat_interleave(3)
+    ours = region_features(features, layout, boxes, image, bins).view(9, *bins, 8)
+    for number, (part, (h, w)) in enumerate(zip(features.split([256, 63, 1]), grids, strict=True)):
+        rois = [layout.to_grid(boxes, image)[image == number]]
+        plane = part.view(1, h, w, 8).permute(0, 3, 1, 2)
+        theirs = ops.roi_align(plane, rois, bins, 1.0, 0, aligned=True).permute(0, 2, 3, 1)
+        torch.testing.assert_close(ours[image == number], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_boxes_without_a_pixel_are_distilled_too(parts):
+    """One too thin for a width in float32, one of a pixel at the corner, one of 400 x 4 pixels, and the whole image."""
+    config, data, model, processor = parts
+    boxes = [(0, 0.2, 1e-9, 0.9), (1 - 1e-7, 1 - 1e-7, 1, 1), (0.1, 0.5, 0.9, 0.508), (0, 0, 1, 1)]
+    regions = tuple(Region(box, "a thing", "natural") for box in boxes)
+    image = torch.randint(0, 256, (500, 500, 3), dtype=torch.uint8)
+    sample = Sample("thin", image, None, regions, "", "")
+    asked = processor.questions(sample, ["bbox2caption"])
+    batch = collate([sample], [asked], processor, 512, Crops(tokens=64))
+    assert len(batch.crops) == 4 and [1, 64] in batch.crop_grids.tolist()
+    distill = replace(config.distill, target="mse")
+    losses = stage_loss(model, Teacher(model.encoder, 0.9), batch, config.pretrain, distill)
+    losses["loss"].backward()
+    assert losses["loss_distill"] > 0 and all(p.grad.isfinite().all() for p in model.encoder.parameters())
+    layout = PackedLayout.from_grids([model.config.grid(500, 500)])
+    features = torch.randn(layout.num_tokens, 4)
+    seen = region_features(features, layout, torch.tensor(boxes), torch.zeros(4, dtype=torch.int64), (2, 2))
+    assert (seen.abs().sum(1) > 0).all()
 
 
 def test_a_frozen_encoder_keeps_no_activations_and_gets_no_gradient(parts):

@@ -43,7 +43,7 @@ def sample(seed: int) -> Sample:
 def batch(processor, seed: int, images: int | None = None, capacity: int = 128):
     draw = random.Random(seed)
     samples = [sample(draw.randrange(1000)) for _ in range(images or draw.randrange(4, 9))]
-    return collate(samples, [processor.questions(one, TASKS) for one in samples], processor, capacity)
+    return collate(samples, [processor.questions(one, TASKS) for one in samples], processor, capacity, SMOKE.crops)
 
 
 def run(model, teacher, one, stage) -> SimpleNamespace:

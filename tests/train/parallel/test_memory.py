@@ -30,7 +30,8 @@ def parts(tiny):
     noise = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (h, w, 3), generator=noise, dtype=torch.uint8) for h, w in ((40, 60), (64, 64))]
     samples = [Sample(str(i), image, "a scene", regions, "test", "") for i, image in enumerate(images)]
-    return model.train(), collate(samples, [processor.questions(one, TASKS) for one in samples], processor, 128)
+    asked = [processor.questions(one, TASKS) for one in samples]
+    return model.train(), collate(samples, asked, processor, 128, SMOKE.crops)
 
 
 def step(model, batch, stage, autocast: bool = False) -> tuple[int, dict[str, torch.Tensor]]:
