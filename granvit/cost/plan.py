@@ -51,9 +51,9 @@ def _known(name: str | None) -> str | None:
 
 def report(plan: PlanConfig, console: Console) -> None:
     """Print all tables. Raises ValueError for shapes that are not known and data that is none."""
-    stages = [stage for stage in (plan.run.pretrain, plan.run.adapt) if stage.runs]
+    stages = [stage for stage in plan.run.stages if stage is not plan.run.sft]
     if not stages:
-        raise ValueError("nothing to plan: pretrain.steps and adapt.steps are 0")
+        raise ValueError("nothing to plan: align.steps, pretrain.steps and adapt.steps are 0")
     config = config_of(plan.run.model)
     data = dataset(plan, console)
     note = ""

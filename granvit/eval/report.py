@@ -103,6 +103,7 @@ def headlines(summary: dict[str, Any]) -> list[dict[str, Any]]:
     claims = (
         ("Captions of boxes after stage 1", "ROUGE-L", "bbox2caption_rouge_l", pretrain.get("after", {}), (
             ("blind floor", summary["floors"].get("blind", {})),
+            ("before stage 1", summary["mean"]["stages"].get("align", {}).get("after", {})),
             ("another image", pretrain.get("other_image", {})),
             ("text alone", pretrain.get("text_only", {})),
         )),

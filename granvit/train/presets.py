@@ -130,9 +130,18 @@ class Distill:
             raise ValueError(f"distill.regions is {self.regions}; it is at least 1, or null (those asked about)")
 
 
+# The rate is LLaVA's for the same phase; the paper has no such phase.
+_ALIGN = Stage(
+    "align", train=("projector",), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), steps=0, packs=16, learning_rate=1e-3,
+    warmup_steps=20,
+)  # fmt: skip
 _PRETRAIN = Stage("pretrain", train=("encoder", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), distill=1.0)
 _ADAPT = Stage("adapt", train=("projector", "llm"), tasks=(GLOBAL_CAPTION, CAPTION2BBOX))
 _SFT = Stage("sft", train=("projector", "llm"), tasks=(CHAT,), steps=0, packs=16, learning_rate=2e-5, warmup_steps=100)
+
+
+PHASES = ("warmup", "align", "pretrain", "adapt", "sft")
+"""The names of a run's phases in their order; all but the warm-up are stages, each evaluated before and after."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,9 @@ class TrainConfig:
     adapt: Stage
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    align: Stage = _ALIGN
+    """A first stage for a new projector behind a pretrained encoder: the projector alone learns, for a few hundred
+    steps, because the rates that such an encoder bears are slow for random weights. 0 steps: none, as in the paper."""
     sft: Stage = _SFT
     """A third stage, on conversations; 0 steps: none."""
     distill: Distill = field(default_factory=Distill)
@@ -187,7 +199,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         at_least("config", self, seeds=1, threads=0, checkpoint_every=1, keep_checkpoints=1, keep_every=0, log_every=1)
         at_least("config", self, failed_saves=1, nonfinite_limit=1)
-        for name in ("warmup", "pretrain", "adapt", "sft"):
+        for name in PHASES:
             stage = getattr(self, name)
             if stage.name != name:
                 raise ValueError(f"{name}.name is {stage.name!r}; checkpoints and report know it as {name!r}")
@@ -211,7 +223,7 @@ class TrainConfig:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages that have steps, in their order; the warm-up is none of them."""
-        return tuple(stage for stage in (self.pretrain, self.adapt, self.sft) if stage.runs)
+        return tuple(stage for stage in (getattr(self, name) for name in PHASES[1:]) if stage.runs)
 
 
 def at_least(owner: str, fields: object, **least: int) -> None:

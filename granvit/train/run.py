@@ -75,7 +75,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
     began = time.perf_counter()
     started = world.first(lambda: resumes(folder, config))
     if not config.stages:
-        raise ValueError("no stage has steps: pretrain.steps, adapt.steps and sft.steps are 0")
+        raise ValueError("no stage has steps: align.steps, pretrain.steps, adapt.steps and sft.steps are 0")
     if config.data.path == "":
         raise ValueError(f"data.path: the preset {config.preset} has no data of its own; give --data.path DIR")
     console = RunConsole(config, world.leads)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from granvit.lora import Lora
-from granvit.train.presets import PRESETS, Model, TrainConfig, load_config
+from granvit.train.presets import PHASES, PRESETS, Model, TrainConfig, load_config
 
 SFT_STEPS = 5000
 """Of the command sft, where no run says another number."""
@@ -69,7 +69,7 @@ def _run_config(path: str | None, name: str) -> TrainConfig:
             break
     pretrained = run.model.llm is not None or run.model.whole is not None
     off = {"steps": 0, "epochs": None}
-    stages = {other: replace(getattr(run, other), **off) for other in ("warmup", "pretrain", "adapt", "sft")}
+    stages = {other: replace(getattr(run, other), **off) for other in PHASES}
     stages[name] = getattr(run if pretrained or name == "sft" else compact, name)
     return replace(run, preset=name, output=f"runs/{name}", control=False, seeds=1, **stages)
 

@@ -129,9 +129,10 @@ def test_a_run_that_is_finished_can_be_planned_anew(small_config, tiny, sample_s
     for path in (tmp_path, tmp_path / "export"):
         assert config_of(Model(encoder=str(path))).vision_config.hidden_size == model.encoder.config.hidden_size
     whole = replace(small_config, model=Model(whole=str(tmp_path)))
-    report(PlanConfig(replace(whole, pretrain=replace(whole.pretrain, steps=0)), rows=20), Console(width=200))
+    stages = {"pretrain": replace(whole.pretrain, steps=0), "align": replace(whole.align, steps=2)}
+    report(PlanConfig(replace(whole, **stages), rows=20), Console(width=200))
     said = capsys.readouterr().out
-    assert "adapt" in said and "pretrain" not in said
+    assert "adapt" in said and "align" in said and "pretrain" not in said
     with pytest.raises(ValueError, match="nothing to plan"):
         none = {name: replace(getattr(whole, name), steps=0) for name in ("pretrain", "adapt")}
         report(PlanConfig(replace(whole, **none)), Console())

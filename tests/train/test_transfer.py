@@ -18,7 +18,7 @@ from granvit.lora import Lora, adapters
 from granvit.model import VisionEncoder
 from granvit.train.__main__ import parse
 from granvit.train.checkpoint import Checkpoints
-from granvit.train.presets import PRESETS, Model, save_config
+from granvit.train.presets import PHASES, PRESETS, Model, save_config
 from granvit.train.run import train
 
 FEW = ("--adapt.steps", "2", "--adapt.packs", "2", "--adapt.warmup-steps", "0")
@@ -238,20 +238,30 @@ def test_conversations_without_a_test_split_are_learnt_and_not_scored(run, chats
     assert (folder / "report" / "index.html").is_file()
 
 
-def test_sft_can_be_the_third_stage_of_a_run(small_config, chats, tmp_path):
-    few = {"steps": 1, "packs": 2, "warmup_steps": 0}
+def test_stages_before_and_after_the_papers_two(small_config, chats, tmp_path):
+    """align first, which only the projector learns from, and sft last."""
+    few = {"steps": 2, "packs": 2, "warmup_steps": 0}  # the rate of the last one is 0
     config = dataclasses.replace(
         small_config,
         output=str(tmp_path / "run"),
         data=dataclasses.replace(small_config.data, chat=str(chats)),
-        **{name: dataclasses.replace(getattr(small_config, name), **few) for name in ("pretrain", "adapt", "sft")},
+        **{name: dataclasses.replace(getattr(small_config, name), **few) for name in PHASES[1:]},
     )
     train(config)
     stages = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())["mean"]["stages"]
-    assert list(stages) == ["pretrain", "adapt", "sft"]
+    assert list(stages) == ["align", "pretrain", "adapt", "sft"]
+    kept = Checkpoints(tmp_path / "run" / "checkpoints", 1)
+    before, after = (load_file(kept.final(name) / "rank-00000.safetensors") for name in ("warmup", "align"))
+    model = [name for name in before if name.startswith("model.")]
+    changed = {name.split(".")[1] for name in model if not before[name].equal(after[name])}
+    assert changed >= {"projector", "region_prompt"} and not changed & {"encoder", "llm"}
+    line, _ = (line for line in lines_of(tmp_path / "run") if line["stage"] == "align" and "loss" in line)
+    assert line["loss"] == line["loss_caption"] and not line["loss_distill"]
+    assert stages["pretrain"]["before"] == stages["align"]["after"]
+    assert "before stage 1" in (tmp_path / "run" / "report" / "index.html").read_text()
     accuracy = stages["sft"]["before"].pop("chat_token_accuracy")
     assert stages["sft"]["before"] == stages["adapt"]["after"] and 0 <= accuracy <= 1
-    assert trained(tmp_path / "run")[-1] == ("sft", 1)
+    assert trained(tmp_path / "run")[-1] == ("sft", 2)
 
 
 @pytest.mark.slow
