@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from granvit.cost.reading import Reading, assumed_reading, measured_reading, pro
 from granvit.cost.recipes import Recipes, activation_bytes, compare, gpu_hours, memory, per_image, repeated
 from granvit.cost.shapes import ALSO, config_of, on_meta
 from granvit.data.loader import GranDataset
+from granvit.data.mixture import open_split
 from granvit.data.sample import cached_sample
 from granvit.model import GranViTConfig
 from granvit.train.presets import PRESETS, load_config
@@ -62,7 +64,12 @@ def report(plan: PlanConfig, console: Console) -> None:
     sizes = Sizes.of(on_meta(config, plan.run.model.lora))
     readings, recipes = {}, {}
     for stage in stages:
-        reading = measured_reading(plan, stage, data, processor) if data else assumed_reading(plan, config, stage)
+        if data is None:
+            reading = assumed_reading(plan, config, stage)
+        else:
+            reading = measured_reading(plan, stage, data, processor)
+        if plan.run.data.path is None:  # of the sample set a part was looked at
+            reading = replace(reading, images=reading.images * plan.run.data.images / SAMPLE_ROWS)
         readings[stage.name] = reading
         recipes[stage.name] = compare(reading.rows, plan.samples, plan.run.data.capacity)
     for line in _summary(plan, sizes, stages, readings, recipes, note):
@@ -83,13 +90,13 @@ def report(plan: PlanConfig, console: Console) -> None:
 
 def dataset(plan: PlanConfig, console: Console) -> GranDataset | None:
     """The dataset that lengths come from: data.path, the sample set where it is None, none where it is empty."""
-    path = plan.run.data.path
-    if path == "":
+    if plan.run.data.path == "":
         return None
-    if path is None:
+    paths = plan.run.data.paths
+    if plan.run.data.path is None:
         with console.status("building pictures of the sample set (once)"):
-            path = str(cached_sample(SAMPLE_ROWS, pages=plan.run.data.pages))
-    return GranDataset(path)
+            paths = (str(cached_sample(SAMPLE_ROWS, pages=plan.run.data.pages)),)
+    return open_split(paths)
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], caption: str | None = None) -> Table:

@@ -14,6 +14,7 @@ from granvit.cost.config import ASSUMED, PlanConfig
 from granvit.cost.flops import Asked, Picture, pictures_of
 from granvit.data.lengths import Lengths, lengths_of
 from granvit.data.loader import GranDataset, spread
+from granvit.data.mixture import shares
 from granvit.data.planning import Lane, Order, packs_of
 from granvit.eval.loading import find_model
 from granvit.model import GranViTConfig, GranViTProcessor
@@ -95,8 +96,9 @@ def assumed_reading(plan: PlanConfig, config: GranViTConfig, stage: Stage) -> Re
     region = Question(plan.prompt_tokens + plan.answer_tokens, plan.answer_tokens)
     caption = Question(plan.prompt_tokens + plan.caption_tokens, plan.caption_tokens)
     reading = Reading(ASSUMED, region, caption, [], 0, plan.images, 0)
-    mean, random = plan.regions / plan.images, np.random.default_rng(0)
-    numbers = random.geometric(1 / mean, plan.rows) if mean >= 1 else random.random(plan.rows) < mean
+    mean = plan.regions / plan.images
+    place = np.random.default_rng(0).permutation((np.arange(plan.rows) + 0.5) / plan.rows)  # quantiles, in any order
+    numbers = 1 + np.log1p(-place) // np.log1p(-1 / mean) if mean > 1 else place < mean
     pictures = [typical(plan, config, stage, reading, int(number), plan.image_size) for number in numbers]
     asked = [asked for picture in pictures for asked in picture.asked]
     lengths = Lengths(
@@ -140,7 +142,7 @@ def _packs(plan: PlanConfig, stage: Stage, lengths: Lengths) -> int:
 
 def measured_reading(plan: PlanConfig, stage: Stage, data: GranDataset, processor: GranViTProcessor) -> Reading:
     """The packs of one pass over `plan.rows` rows of a dataset, planned as the trainer plans them."""
-    looked_at = spread(len(data), plan.rows)
+    looked_at = _looked_at(data, plan)
     samples = [sample for sample in map(data.annotations, looked_at) if sample is not None]
     tasks = sorted(stage.tasks)
     lengths = lengths_of(samples, processor, tasks)
@@ -168,6 +170,19 @@ def measured_reading(plan: PlanConfig, stage: Stage, data: GranDataset, processo
         len(data) * len(flat) / max(1, len(looked_at)),
         stage.packs or _packs(plan, stage, lengths),
     )
+
+
+def _looked_at(data: GranDataset, plan: PlanConfig) -> list[int]:
+    """At most `plan.rows` rows, evenly spread over the dataset; of a mixture, as many of each dataset as its share is,
+    one more than once where it is drawn so often."""
+    weights = plan.run.data.weights
+    if weights is None:
+        return list(spread(len(data), plan.rows))
+    number, rows, first = min(plan.rows, len(data)), [], 0
+    for part, share in zip(data.parts, shares([], weights), strict=True):
+        rows += (first + np.linspace(0, len(part), round(number * share), endpoint=False).astype(int)).tolist()
+        first += len(part)
+    return rows
 
 
 def _mean(asked: Sequence[Asked]) -> Question:

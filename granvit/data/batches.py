@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, islice, repeat, zip_longest
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -20,8 +22,9 @@ from granvit.data.backlog import Backlog
 from granvit.data.collate import Batch, Read, collate, join  # noqa: F401  (collate: for users' code)
 from granvit.data.crops import ASKED, Crops
 from granvit.data.faults import FaultLog
-from granvit.data.lengths import TOO_LONG, as_it_is, measure, start_worker, too_long
+from granvit.data.lengths import TOO_LONG, Lengths, as_it_is, measure, start_worker, too_long
 from granvit.data.loader import GranDataset
+from granvit.data.mixture import Mixed
 from granvit.data.parallel import progress, shared_memory
 from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Order, Pack
@@ -69,6 +72,8 @@ class PackLoader:
         read and decode, each for lanes of its own, and where there are fewer lanes than that, threads in them; 0: here.
     epochs: passes over the data after which iteration ends (the last batches then have empty sequences); None: never.
         Assign to `steps` what another loader of these arguments counted, and no rank plans other ranks' sequences.
+    weights: shares of the images that are drawn from each dataset of a mixture (granvit.data.mixture), of any sum;
+        None: each image of each once an epoch. With weights an epoch has as many images as all of them.
     window: images a sequence's place chooses among. pixels: False leaves pictures undecoded, blanks of their size.
     crops: which regions a teacher looks at; None: there is no teacher.
 
@@ -97,6 +102,7 @@ class PackLoader:
         window: int = 512,
         pixels: bool = True,
         crops: Crops | None = ASKED,
+        weights: Sequence[float] | None = None,
     ) -> None:
         least = {"capacity": capacity, "packs": packs, "ranks": ranks, "window": window}
         _check_arguments(tasks, rank, **least | ({} if questions is None else {"questions": questions}))
@@ -110,15 +116,18 @@ class PackLoader:
             raise ValueError(
                 f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens{faults}"
             )
-        order = Order(dataset.groups, packs, seed, self.lengths.image)
+        order = _order(dataset, packs, seed, self.lengths, weights)
         self.lanes = [
             Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)
         ]
-        if isinstance(dataset.rows, ParquetRows):  # every lane has row groups of its own in use
-            dataset.rows.keep(LANE_BYTES * packs // ranks)
+        for part in dataset.parts:
+            if isinstance(part.rows, ParquetRows):  # every lane has row groups of its own in use
+                part.rows.keep(LANE_BYTES * packs // ranks)
         self.step = 0
         self._known = {"seed": seed, "packs": packs, "capacity": capacity, "questions": questions, "window": window}
         self._known |= {"epochs": epochs, "rows": len(dataset), "tasks": {t: tasks[t] for t in self.lengths.tasks}}
+        self._known["datasets"] = [len(part) for part in dataset.parts] if len(dataset.parts) > 1 else None
+        self._known["weights"] = None if weights is None else [float(weight) for weight in weights]
         self._known["checksum"] = self.lengths.checksum(dataset.groups)
         self.faults = FaultLog(len(dataset) // ranks, dataset.faults.budget)
         self._note(fault for fault in self.lengths.faults if fault[0] % ranks == rank)
@@ -175,6 +184,22 @@ class PackLoader:
             self.faults.add(row, self.dataset.name(row), DataFault(kind, message))
             if len(self.faults.faulty) > self.faults.allowed + NAMED_FAULTS:
                 self.faults.check()
+
+
+def _order(
+    dataset: GranDataset, lanes: int, seed: int, lengths: Lengths, weights: Sequence[float] | None
+) -> Order | Mixed:
+    """Raises ValueError for weights that don't fit the datasets."""
+    parts = dataset.parts
+    if weights is not None and (len(weights) != len(parts) or not all(0 < weight < math.inf for weight in weights)):
+        raise ValueError(f"weights must be a finite number > 0 for each of {len(parts)} datasets, got {list(weights)}")
+    ends = np.cumsum([len(part) for part in parts])
+    orders = []
+    for number, (part, end) in enumerate(zip(parts, ends.tolist(), strict=True)):
+        # Another seed for each, or two datasets of the same pictures would show them at the same time.
+        own = zlib.crc32(f"{seed} {number}".encode()) if number else seed
+        orders.append(Order(part.groups, lanes, own, lengths.image[end - len(part) : end]))
+    return orders[0] if len(orders) == 1 else Mixed(orders, weights)
 
 
 class _Counted(Dataset):

@@ -87,8 +87,10 @@ def measure(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[s
 
     The first time every row's text is read and tokenised, by a process a core where there are many, with a progress
     bar; of several processes on one machine (ranks) one does it and the others wait. The cache (`cache_folder`) knows
-    dataset, tokenizer and settings apart.
+    dataset, tokenizer and settings apart; a mixture's datasets are measured one by one.
     """
+    if len(dataset.parts) > 1:
+        return _joined([measure(part, processor, tasks) for part in dataset.parts])
     path = cache_folder() / f"lengths-{_fingerprint(dataset, processor, tasks)}.npz"
     if (lengths := _cached(path, tasks)) is not None:
         return lengths
@@ -147,6 +149,16 @@ def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, ta
     )
 
 
+def _joined(parts: Sequence[Lengths]) -> Lengths:
+    """The lengths of one dataset's rows behind another's."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("image", "question", "task")}
+    starts = np.cumsum(np.concatenate([[0], *(np.diff(part.starts) for part in parts)]))
+    firsts = np.cumsum([0, *(len(part.image) for part in parts)]).tolist()
+    pairs = zip(parts, firsts, strict=False)
+    faults = [(first + row, *fault) for part, first in pairs for row, *fault in part.faults]
+    return Lengths(parts[0].tasks, starts=starts, faults=faults, **arrays)
+
+
 def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...]) -> Lengths:
     chunks = [range(start, min(start + _CHUNK, len(dataset))) for start in range(0, len(dataset), _CHUNK)]
     workers = min(os.cpu_count() or 1, len(dataset) // _WORTH)
@@ -161,11 +173,8 @@ def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
     measured = [reader[range(0)], *progress(loader, "Measuring questions", len(chunks))]
-    parts = [part for part, _ in measured]
-    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("image", "question", "task")}
-    counts = np.concatenate([np.diff(part.starts) for part in parts])
     faults = [fault for _, several in measured for fault in several]
-    return Lengths(tasks, starts=np.concatenate([[0], np.cumsum(counts)]), faults=faults, **arrays)
+    return replace(_joined([part for part, _ in measured]), faults=faults)
 
 
 class _Measured(Dataset):

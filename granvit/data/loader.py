@@ -70,6 +70,15 @@ class GranDataset:
         self.split = split
         self.faults = FaultLog(len(rows), fault_budget)
 
+    @property
+    def parts(self) -> list[GranDataset]:
+        """The datasets that this one is a mixture of (granvit.data.mixture): itself alone."""
+        return [self]
+
+    def ids(self) -> list[str]:
+        """All rows' ids, faulty ones' too."""
+        return self._texts["id"][:]
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -16,11 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from granvit.data.lengths import Lengths
 from granvit_kernels import plan_packing
+
+if TYPE_CHECKING:
+    from granvit.data.mixture import Mixed
 
 FULL = 0.98
 """A pack that is filled less waits in the window for better company."""
@@ -48,6 +52,8 @@ class Candidate:
 
 Pack = list[tuple[int, list[int]]]
 """One sequence: rows, each with the numbers of the questions that are asked of it."""
+RowsOfPass = tuple[np.ndarray, np.ndarray]
+"""int64 [n] row numbers, and which pass over their dataset each is of: questions are drawn anew in each."""
 
 
 def fill(candidates: Sequence[Candidate], capacity: int, wanted: int | None) -> tuple[list[Pack], list[Candidate]]:
@@ -135,7 +141,7 @@ class Order:
         number = np.arange(len(starts)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.starts = starts + number * np.repeat(groups, pieces) // np.repeat(pieces, pieces)
         self.ends = np.append(self.starts[1:], rows)
-        self.lanes, self.seed = lanes, seed
+        self.lanes, self.seed, self.size = lanes, seed, rows
         self._single = len(self.starts) == rows  # each row alone: shuffled already
         self._by_length = np.arange(0)
         if not self._single:
@@ -155,10 +161,24 @@ class Order:
         anyhow = random.permutation(len(place))
         return anyhow[np.argsort(place[anyhow], kind="stable")]
 
+    def stream(self, lane: int, epochs: int | None) -> Iterator[RowsOfPass]:
+        """The lane's rows of so many epochs (None: without end), at most CHUNK at a time."""
+        for epoch in count() if epochs is None else range(epochs):
+            for rows in self.rows(lane, epoch):
+                yield rows, np.full(len(rows), epoch)
+
+    def count(self, lane: int, epoch: int) -> int:
+        """How many rows the lane has in this epoch."""
+        mine = self._mine(lane, epoch)
+        return int((self.ends[mine] - self.starts[mine]).sum())
+
+    def _mine(self, lane: int, epoch: int) -> np.ndarray:
+        # Another lane is the first in each epoch: where there are fewer groups than lanes, all have some in time.
+        return self._groups(epoch)[(lane + epoch) % self.lanes :: self.lanes]
+
     def rows(self, lane: int, epoch: int) -> Iterator[np.ndarray]:
         """int64 arrays of at most CHUNK row numbers: all that the lane has in this epoch, in its order."""
-        # Another lane is the first in each epoch: where there are fewer groups than lanes, all have some in time.
-        mine = self._groups(epoch)[(lane + epoch) % self.lanes :: self.lanes]
+        mine = self._mine(lane, epoch)
         for number, start in enumerate(range(0, len(mine), CHUNK if self._single else MIX)):
             if self._single:
                 yield self.starts[mine[start : start + CHUNK]]
@@ -179,7 +199,7 @@ class Lane:
     def __init__(
         self,
         lengths: Lengths,
-        order: Order,
+        order: Order | Mixed,
         lane: int,
         weights: Mapping[str, float],
         capacity: int,
@@ -206,11 +226,8 @@ class Lane:
             yield from packs
 
     def _candidates(self) -> Iterator[Candidate]:
-        epoch = 0
-        while self.epochs is None or epoch < self.epochs:
-            for rows in self.order.rows(self.lane, epoch):
-                yield from draw(self.lengths, rows, self.weights, self.capacity, self.order.seed, epoch)
-            epoch += 1
+        for rows, passes in self.order.stream(self.lane, self.epochs):
+            yield from draw(self.lengths, rows, self.weights, self.capacity, self.order.seed, passes)
 
 
 MEASURED_IMAGES = 16_384
@@ -237,13 +254,14 @@ def packs_of(
 
 
 def draw(
-    lengths: Lengths, rows: np.ndarray, weights: Mapping[str, float], capacity: int, seed: int, epoch: int
+    lengths: Lengths, rows: np.ndarray, weights: Mapping[str, float], capacity: int, seed: int, passes: np.ndarray | int
 ) -> list[Candidate]:
     """Those of the rows (int64 [n]) of which something can be asked in `capacity` tokens, in their order, each with its
-    questions in the order of this seed's epoch: sampled without replacement by their tasks' weights (Efraimidis and
-    Spirakis), never one of weight 0."""
+    questions in the order of this seed's pass (int64 [n], or of all): sampled without replacement by their tasks'
+    weights (Efraimidis and Spirakis), never one of weight 0."""
     starts = lengths.starts
-    rows = rows[lengths.image[rows] > 0]
+    asked = starts[rows + 1] > starts[rows]
+    rows, passes = rows[asked], np.broadcast_to(passes, asked.shape)[asked]
     counts = starts[rows + 1] - starts[rows]
     owner = np.repeat(np.arange(len(rows)), counts)
     offset = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -253,7 +271,7 @@ def draw(
     weight = np.array([weights[t] and max(weights[t] / most, 1e-300) for t in lengths.tasks])[lengths.task[number]]
     chosen = (weight > 0) & (lengths.question[number] <= (capacity - lengths.image[rows])[owner])
     owner, offset, number = owner[chosen], offset[chosen], number[chosen]
-    key = np.log(_uniform(number, seed, epoch)) / weight[chosen]
+    key = np.log(_uniform(number, seed, passes[owner])) / weight[chosen]
     by = np.lexsort((-key, owner))
     offset, number = offset[by], number[by]
     cuts = np.searchsorted(owner, np.arange(len(rows) + 1))
@@ -265,9 +283,12 @@ def draw(
     return candidates
 
 
-def _uniform(number: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A number in (0, 1) for each question, by SplitMix64: no state, so that it's the same whoever draws it."""
-    salt = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+def _uniform(number: np.ndarray, seed: int, passes: np.ndarray) -> np.ndarray:
+    """A number in (0, 1) for each question of its pass, by SplitMix64: no state, so that it's the same whoever draws
+    it."""
+    different, which = np.unique(passes, return_inverse=True)
+    salts = [np.random.SeedSequence([seed, n]).generate_state(1, np.uint64)[0] for n in different.tolist()]
+    salt = np.array(salts, np.uint64)[which]
     x = number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)

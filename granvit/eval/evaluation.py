@@ -57,6 +57,7 @@ def ask(
             region = sample.regions[question.region]
             truth = {"id": sample.id, "source": sample.source, "task": question.task, "kind": region.kind}
             truth |= {"box": list(region.box), "caption": region.caption}
+            truth |= {"dataset": sample.dataset} if sample.dataset else {}
             yield Asked(question, sample, row, truth)
 
 

@@ -118,7 +118,7 @@ def is_of_size(metric: str) -> bool:
 
 def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBUTES) -> dict[str, float]:
     """Every metric by name: over all predictions, per kind (prefix natural_ or ocr_) and per source (prefix
-    SOURCE/).
+    SOURCE/); of a mixture also per dataset (prefix "dataset NAME/").
 
     Names: bbox2caption_{rouge_l, exact, cider} and bbox2caption_ATTRIBUTE of the sources that have a vocabulary;
     caption2bbox_{acc50, miou, unparsed}, the first two also by the object's size (caption2bbox_acc50_small, see SIZES);
@@ -148,10 +148,10 @@ def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIB
     for prediction, row in rows:
         source, kind, task = prediction["source"], prediction["kind"], prediction["task"]
         for name, value in row.items():
-            for prefix in ("", f"{kind}_", f"{source}/"):
+            for prefix in ("", f"{kind}_", f"{source}/", *_of_dataset(prediction)):
                 groups[f"{prefix}{task}_{name}"].append(float(value))
         if kind == "ocr" and task == BBOX2CAPTION:
-            for prefix in ("", f"{source}/"):
+            for prefix in ("", f"{source}/", *_of_dataset(prediction)):
                 texts[prefix].append((prediction["caption"], prediction["answer"]))
 
     metrics = {name: fmean(values) for name, values in groups.items()}
@@ -162,10 +162,15 @@ def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIB
     return metrics
 
 
+def _of_dataset(prediction: Prediction) -> tuple[str, ...]:
+    """The prefix of a prediction's dataset, where several were mixed."""
+    return (f"dataset {prediction['dataset']}/",) if prediction.get("dataset") else ()
+
+
 def counts(predictions: list[Prediction]) -> dict[str, int]:
-    """Number of predictions a task: over all, per kind and per source, with the prefixes of `summarise`."""
+    """Number of predictions a task: over all, per kind, source and dataset, with the prefixes of `summarise`."""
     total: dict[str, int] = defaultdict(int)
     for p in predictions:
-        for prefix in ("", f"{p['kind']}_", f"{p['source']}/"):
+        for prefix in ("", f"{p['kind']}_", f"{p['source']}/", *_of_dataset(p)):
             total[prefix + p["task"]] += 1
     return dict(total)

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from granvit.data.loader import GranDataset
+from granvit.data.mixture import open_split
 from granvit.data.page import encoded
 from granvit.eval.curves import draw_curves
 from granvit.eval.metrics import SIZES, Prediction, exact, iou, is_attribute, rouge_l
@@ -271,14 +271,14 @@ def choose(predictions: dict[str, list[Prediction]]) -> list[dict[str, Any]]:
     return groups
 
 
-def _images(path: str, wanted: set[str]) -> dict[str, dict[str, Any]]:
+def _images(path: str | list[str], wanted: set[str]) -> dict[str, dict[str, Any]]:
     """Data URI and shape of the test images with these ids; ValueError naming one that the data set lacks.
 
     The run has already kept to its fault budget: no other row is read here, and no fault ends the report.
     """
-    dataset = GranDataset(path, split="test", fault_budget=1.0)
+    dataset = open_split([path] if isinstance(path, str) else path, "test", fault_budget=1.0)
     images: dict[str, dict[str, Any]] = {}
-    for i, name in enumerate(dataset.rows["id"][:]):
+    for i, name in enumerate(dataset.ids()):
         if name not in wanted or name in images or (sample := dataset[i]) is None:
             continue
         image = Image.fromarray(sample.image.numpy())

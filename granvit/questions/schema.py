@@ -46,7 +46,7 @@ Conversation = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """A checked row. `image` is uint8 [H, W, 3], oriented as EXIF says."""
+    """A checked row. `image` is uint8 [H, W, 3], oriented as EXIF says. dataset: its name, where several are mixed."""
 
     id: str
     image: torch.Tensor
@@ -55,3 +55,4 @@ class Sample:
     source: str
     licence: str
     conversations: tuple[Conversation, ...] = ()
+    dataset: str = ""

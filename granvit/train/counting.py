@@ -33,6 +33,7 @@ def order_arguments(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         "questions": config.data.questions_per_image,
         "seed": order_seed(config, stage),
         "epochs": stage.passes,
+        "weights": None if stage.name == config.sft.name and config.data.chat else config.data.weights,
     }
 
 

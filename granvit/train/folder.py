@@ -23,7 +23,13 @@ LOCK = ".lock"
 
 def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
     """Write down at `path` which data a run is trained on. Raises ValueError where that says something else already."""
-    ours = {name: {"rows": len(split), "fingerprint": split.fingerprint} for name, split in splits.items()}
+    ours = {}
+    for name, split in splits.items():
+        if len(split.parts) == 1:
+            ours[name] = {"rows": len(split), "fingerprint": split.fingerprint}
+        else:  # in their order: it is the rows'
+            parts = zip(split.names, split.parts, strict=True)
+            ours[name] = [{"name": own, "rows": len(part), "fingerprint": part.fingerprint} for own, part in parts]
     if not path.exists():
         write_aside(path, json.dumps(ours, indent=1))
         return

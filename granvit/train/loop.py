@@ -6,7 +6,8 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -35,6 +36,9 @@ from granvit.train.stages import Stage
 from granvit.train.step import Share
 
 log = logging.getLogger(__name__)
+
+IMAGES_OF = "images {}"
+"""Under which name a line of metrics.jsonl has a dataset's images, where several are mixed."""
 
 LossOf = Callable[[GranViT, "Teacher | None", int, Batch, Share], dict[str, Tensor]]
 """(model, teacher, step, batch, share) -> losses, as `stage_loss` gives them."""
@@ -127,10 +131,12 @@ class Phase:
         """One step of the optimiser on what all ranks have. Returns its line for the log: without "loss" where no image
         could be read, with "skipped" where loss or gradient was not finite."""
         self.step += 1
-        counts = ("targets", "regions", "asked", "images", "tokens")
-        totals = self.world.total(*(number for batch in batches for number in _count(batch)))
+        names = getattr(self.loader.dataset, "names", [])  # of a mixture's datasets
+        counts = ("targets", "regions", "asked", "images", "tokens", *map(IMAGES_OF.format, names))
+        totals = self.world.total(*(number for batch in batches for number in _count(batch, names)))
         step = {name: sum(totals[i :: len(counts)]) for i, name in enumerate(counts)}
         line = {"regions": int(step["asked"]), "images": int(step["images"]), "tokens": int(step["tokens"])}
+        line |= {name: int(step[name]) for name in counts[5:]}
         if not step["targets"]:
             return line
         # What a model draws at random is a function of the step: there is no generator's state to be kept.
@@ -204,9 +210,11 @@ def faulty(answers: Tensor, batch: Batch) -> list[int]:
     return owner[~answers.isfinite().to(owner.device)].unique().tolist()
 
 
-def _count(batch: Batch) -> tuple[int, ...]:
+def _count(batch: Batch, names: Sequence[str]) -> tuple[int, ...]:
     tokens = int((batch.packed.image_index >= 0).sum())
-    return len(batch.packed.targets), len(batch.crops), batch.packed.regions, len(batch.samples), tokens
+    of = Counter(sample.dataset for sample in batch.samples) if names else {}
+    numbers = len(batch.packed.targets), len(batch.crops), batch.packed.regions, len(batch.samples), tokens
+    return *numbers, *(of[name] for name in names)
 
 
 def train_phase(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,8 +21,12 @@ from granvit.train.stages import Stage
 class Data:
     """Where the pictures come from."""
 
-    path: str | None = None
-    """Folder of a Gran dataset with the splits train and test; None: the sample set, built once and kept in a cache."""
+    path: str | tuple[str, ...] | None = None
+    """Folder of a Gran dataset with the splits train and test, or several that are mixed; None: the sample set, built
+    once and kept in a cache."""
+    weights: tuple[float, ...] | None = None
+    """Shares of the images that are drawn from each of several datasets, of any sum. An epoch then has as many images
+    as all of them together. None: each image of each once an epoch."""
     chat: str | None = None
     """Folder of the Gran dataset whose conversations the stage sft learns; None: `path` has them."""
     images: int = 10_000
@@ -44,8 +49,20 @@ class Data:
         at_least("data", self, images=1, capacity=1, eval_images=2, workers=0)
         if self.questions_per_image is not None:
             at_least("data", self, questions_per_image=1)
+        if self.weights is not None:
+            number, fit = len(self.paths), all(0 < weight < math.inf for weight in self.weights)
+            if not fit or len(self.weights) != number or number < 2:
+                raise ValueError(
+                    f"data.weights is {self.weights}; it takes a finite number above 0 for each of several datasets, "
+                    f"data.path names {number}"
+                )
         if not 0 <= self.fault_budget <= 1:
             raise ValueError(f"data.fault_budget is {self.fault_budget}; it takes a share from 0 to 1")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The datasets that are mixed, one or more; none where `path` names none."""
+        return () if not self.path else (self.path,) if isinstance(self.path, str) else self.path
 
 
 @dataclass(frozen=True)

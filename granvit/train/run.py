@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import resource
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch, collate
 from granvit.data.loader import GranDataset, open_dataset
+from granvit.data.mixture import described, open_split
 from granvit.data.sample import cached_sample
 from granvit.eval import evaluate
 from granvit.eval.chat import score_chat
@@ -86,6 +88,9 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
         data = config.data.path
     complete = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
     splits = open_splits(complete)
+    for name in ("train", "chat"):
+        for line in described(splits[name], config.data.weights) if name in splits else ():
+            console.say(f"{name}: {line}")
     folders = {folder: complete}
     if config.seeds > 1:
         seeds = range(config.seed, config.seed + config.seeds)
@@ -135,22 +140,23 @@ def open_splits(config: TrainConfig) -> dict[str, GranDataset]:
     data, splits = config.data, {}
     if any(stage is not config.sft for stage in config.stages) or config.warmup.runs:
         for split in ("train", "test"):
-            splits[split] = GranDataset(data.path, split, data.fault_budget)
+            splits[split] = open_split(data.paths, split, data.fault_budget)
             _need_regions(splits[split])
-    elif _has(data.path, "train") and _has(data.path, "test"):
-        both = {split: GranDataset(data.path, split, data.fault_budget) for split in ("test", "train")}
+    elif _have(data.paths, "train") and _have(data.paths, "test"):
+        both = {split: open_split(data.paths, split, data.fault_budget) for split in ("test", "train")}
         splits |= both if all(map(_regions, both.values())) else {}
     if config.sft.runs:
-        chats = data.chat or data.path
-        splits["chat"] = GranDataset(chats, "train", data.fault_budget)
-        if _has(chats, "test"):
-            splits["chat_test"] = GranDataset(chats, "test", data.fault_budget)
+        chats = (data.chat,) if data.chat else data.paths
+        splits["chat"] = open_split(chats, "train", data.fault_budget)
+        if _have(chats, "test"):
+            splits["chat_test"] = open_split(chats, "test", data.fault_budget)
     return splits
 
 
-def _has(path: str, split: str) -> bool:
-    dataset = open_dataset(path)
-    return split in dataset if isinstance(dataset, dict) else split == "train"
+def _have(paths: Sequence[str], split: str) -> bool:
+    """Whether all of these datasets have the split."""
+    opened = map(open_dataset, paths)
+    return all(split in dataset if isinstance(dataset, dict) else split == "train" for dataset in opened)
 
 
 def _regions(data: GranDataset) -> bool:
@@ -158,8 +164,9 @@ def _regions(data: GranDataset) -> bool:
 
 
 def _need_regions(data: GranDataset) -> None:
-    if not _regions(data):
-        raise ValueError(f"{data.path}: its split {data.split} has no region, so nothing can be asked about one")
+    for part in data.parts:
+        if not _regions(part):
+            raise ValueError(f"{part.path}: its split {part.split} has no region, so nothing can be asked about one")
 
 
 class Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from granvit.data.loader import GranDataset
+from granvit.data.mixture import shares
 from granvit.eval import floors
 from granvit.train.metrics_log import write_aside
 from granvit.train.presets import TrainConfig
@@ -61,6 +63,7 @@ def write_summary(
         "data": {
             "path": config.data.path,
             **{name: len(split) for name, split in splits.items()},
+            **_mixture(splits, config.data.weights),
             "evaluated": config.data.eval_images,
         },
         "config": asdict(config),
@@ -71,6 +74,14 @@ def write_summary(
     }
     path.write_text(json.dumps(summary, indent=1))
     return path
+
+
+def _mixture(splits: dict[str, GranDataset], weights: Sequence[float] | None) -> dict[str, dict[str, float]]:
+    """{"shares": {dataset: the share of images that are drawn from it}}; nothing where none are mixed."""
+    train = splits.get("train")
+    if train is None or len(train.parts) == 1:
+        return {}
+    return {"shares": dict(zip(train.names, shares(train.sizes, weights), strict=True))}
 
 
 def mean(trees: list[Any]) -> Any:

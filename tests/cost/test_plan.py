@@ -9,8 +9,10 @@ from rich.console import Console
 from granvit.cost import plan as planning
 from granvit.cost.flops import Asked, Picture, Sizes, count, one_question_each, operations, packed, padded
 from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_reading, measurements, memory, parse, report
+from granvit.cost.reading import _looked_at
 from granvit.cost.shapes import config_of, on_meta
 from granvit.data.loader import GranDataset
+from granvit.data.mixture import Mixture
 from granvit.lora import Lora
 from granvit.train.build import build
 from granvit.train.presets import PRESETS, Model
@@ -102,6 +104,22 @@ def test_a_chat_template_is_counted(small_config, llm_folder, sample_set):
         models[mode] = [[*ours.image_part(2), *ids] for ids in ours.prompt_ids(["What is it?"])]
         assert models[mode] == [[*theirs.image_part(2), *ids] for ids in theirs.prompt_ids(["What is it?"])]
     assert len(models["auto"][0]) > len(models["none"][0])
+
+
+def test_a_mixture_is_looked_at_by_its_shares(small_config, sample_set, tmp_path):
+    (tmp_path / "same").symlink_to(sample_set)
+    paths, number = (str(sample_set), str(tmp_path / "same")), len(GranDataset(sample_set))
+    data = replace(small_config.data, path=paths, weights=(1, 3))
+    stage = replace(small_config.pretrain, steps=None, epochs=2)
+    config = replace(small_config, data=data, pretrain=stage)
+    plan = PlanConfig(config, rows=60)
+    mixed = Mixture([GranDataset(path) for path in paths])
+    assert np.bincount(np.array(_looked_at(mixed, plan)) // number).tolist() == [15, 45]
+    processor, _ = planning.processor_for(plan, config_of(config.model), mixed)
+    reading = measured_reading(plan, stage, mixed, processor)
+    sees = planning.seen(stage, reading, data.capacity)
+    assert sees.images == pytest.approx(4 * number, rel=0.05) and sees.times == 2
+    assert sees.steps == pytest.approx(sees.images / (reading.packs * len(reading.rows[0])), rel=0.5)
 
 
 def test_an_llm_under_adapters_is_frozen():

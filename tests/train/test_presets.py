@@ -28,6 +28,17 @@ def test_config_reloads_a_run_and_flags_go_on_top(tmp_path):
     assert config == replace(PRESETS["compact"], seed=7, output="again")
 
 
+def test_several_datasets_and_their_weights(tmp_path):
+    mixed = parse(["smoke", "--data.path", "some/a", "b", "--data.weights", "2", "1"])
+    assert mixed.data.paths == mixed.data.path == ("some/a", "b") and mixed.data.weights == (2.0, 1.0)
+    save_config(mixed, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == mixed
+    single = parse(["smoke", "--data.path", "a"])
+    assert single.data.path == "a" and single.data.paths == ("a",) and PRESETS["paper"].data.paths == ()
+    save_config(single, tmp_path / "config.yaml")
+    assert "path: a\n" in (tmp_path / "config.yaml").read_text()
+
+
 def test_paper_s_preset_says_what_the_paper_says():
     paper = PRESETS["paper"]
     for stage in (paper.pretrain, paper.adapt):
@@ -92,6 +103,7 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
         ("--llm.lora", "-1", "lora: rank is -1"),
         ("--llm.lora", "8", "model.lora.rank is 8; an LLM made from scratch"),
         ("--sft.steps", "-1", "sft.steps is -1"),
+        ("--data.weights", "1 2", "data.weights is (1.0, 2.0); it takes"),
         ("--pretrain.epochs", "2", "pretrain.epochs is 2; exactly"),
     ],
 )

@@ -209,6 +209,34 @@ def test_several_seeds_are_averaged(small_config, tmp_path):
     assert (tmp_path / "run" / "report" / "index.html").is_file()
 
 
+def test_a_mixture_is_trained_on_by_its_weights_and_evaluated_by_dataset(small_config, sample_set, tmp_path, capsys):
+    rows = datasets.load_from_disk(str(sample_set))
+    few = {name: rows[name].select(range(0, len(rows[name]), 3)) for name in ("train", "test")}
+    datasets.DatasetDict(few).save_to_disk(tmp_path / "few")
+    few_steps = {"steps": 3, "packs": 4}
+    stages = ("warmup", "pretrain", "adapt")
+    short = {stage: dataclasses.replace(getattr(small_config, stage), **few_steps) for stage in stages}
+    paths = (str(sample_set), str(tmp_path / "few"))
+    data = dataclasses.replace(small_config.data, path=paths, weights=(1.0, 3.0))
+    config = dataclasses.replace(small_config, output=str(tmp_path / "run"), data=data, **short)
+    train(config)
+    name = sample_set.name
+    said = capsys.readouterr().out
+    assert f"train: {name}, {len(rows['train'])} images, 25.0 % of those drawn" in said and "75.0 % of those" in said
+    lines = training_lines(tmp_path / "run")
+    assert all(line[f"images {name}"] + line["images few"] == line["images"] for line in lines)
+    assert sum(line["images few"] for line in lines) > 0.6 * sum(line["images"] for line in lines)
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    assert summary["data"]["shares"] == {name: 0.25, "few": 0.75}
+    after = summary["mean"]["stages"]["adapt"]["after"]
+    assert {"caption2bbox_acc50", f"dataset {name}/caption2bbox_acc50", "dataset few/caption2bbox_acc50"} <= set(after)
+    prints = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
+    assert [part["name"] for part in prints] == [name, "few"] and len({part["fingerprint"] for part in prints}) == 2
+    other = dataclasses.replace(data, path=paths[::-1])
+    with pytest.raises(ValueError, match="not the one that the run"):
+        train(dataclasses.replace(config, data=other))
+
+
 def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(finished):
     config, _ = finished
     with pytest.raises(ValueError, match="seed: 0 there, 5 now"):
