@@ -159,6 +159,8 @@ def _count_boxes(statistics: Statistics, row: dict[str, Any]) -> None:
 
 
 def _count_sample(statistics: Statistics, sample: Sample) -> None:
+    if not sample.image.numel():  # conversations alone
+        return
     height, width = sample.image.shape[:2]
     statistics.sizes.append((width, height))
     statistics.regions_of.append(len(sample.regions))

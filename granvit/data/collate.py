@@ -72,12 +72,14 @@ def collate(
 def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int, crops: Crops | None = ASKED) -> Batch:
     """The batch of what was read, sequences of the reads in turn.
 
-    Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call.
+    Images of one shape become neighbours, because the encoder attends to each run of equal grids in one call. Samples
+    without an image come last, so that images are numbered as their samples are.
     """
     samples = [sample for read in reads for sample in read.samples]
     asked = [questions for read in reads for questions in read.asked]
     parts = [part for read in reads for part in read.parts]
-    order = sorted(range(len(samples)), key=lambda i: samples[i].image.shape[0] / samples[i].image.shape[1])
+    shapes = [sample.image.shape for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: shapes[i][0] / shapes[i][1] if shapes[i][1] else float("inf"))
     place = np.argsort(order)
     firsts = np.cumsum([0, *(len(read.samples) for read in reads)])
     plans = [

@@ -131,9 +131,14 @@ class Filter(Source):
         number, stock, repeats_a_picture = record.data
         row = open_rows(self.data, self.split)[number]
         sample = parse_row(row, lambda fault: notes.fault(record, fault), decode=False)
+        if not sample.image.numel() and not self.min_regions:  # conversations alone, which no other rule is about
+            return row | {"image": None}
         size = (row["width"], row["height"])
         if repeats_a_picture:
             notes.drop("same picture image")
+            return None
+        if not sample.image.numel():
+            notes.drop("too few regions image")
             return None
         if rule := next((name for name, keeps in IMAGE_RULES.items() if not keeps(self, *size)), None):
             notes.drop(f"{rule} image")

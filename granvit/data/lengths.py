@@ -41,7 +41,8 @@ TOO_LONG = "the image with its shortest question takes more than {} tokens"
 class Lengths:
     """Tokens of N rows and their Q questions.
 
-    image: int32 [N], the image part; 0 where a row can't be used or nothing can be asked of it.
+    image: int32 [N], the image part, of a row without picture bos alone; 0 where a row can't be used or nothing can be
+        asked of it.
     starts: int64 [N + 1]: the questions of row i, in the order of `processor.questions`, are starts[i]:starts[i + 1].
     question: int32 [Q], prompt and answer, of all turns. task: int8 [Q], index into `tasks`.
     faults: (row, kind, message) of what could be seen without the pictures.

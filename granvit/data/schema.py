@@ -39,7 +39,8 @@ FEATURES = Features(
 
 CHAT_FEATURES = Features({**FEATURES, "conversations": [[{"role": Value("string"), "content": Value("string")}]]})
 """The columns with the optional one, for training on chat: conversations about the picture, each a list of turns, the
-user's (`role` "user") and the assistant's ("assistant") by turns."""
+user's (`role` "user") and the assistant's ("assistant") by turns. A row of these may have no picture: image, width and
+height are null then, and so are caption and regions."""
 
 BOX_TOLERANCE = 1e-3
 """A box may leave [0, 1] by this much (rounding of other people's converters) and is cut to the image."""
@@ -58,7 +59,8 @@ def parse_row(
     Without `drop`, the first fault is raised. With it, faults of single regions and conversations are handed to `drop`,
     those are left out, and only what makes the whole row useless is raised. Without `decode`, the picture
     is not looked at, and the sample's image is a blank of the row's width and height, which must be possible. With it,
-    the picture must have that width and height.
+    the picture must have that width and height. A row of conversations may lack picture, width and height: its sample's
+    image has no pixels.
 
     Raises DataFault of kind `id`, `caption`, `regions`, `conversations`, `empty_row`, `source`, `licence`, `size` or of
     `decode_image`, `parse_region` or `parse_conversation`.
@@ -79,9 +81,13 @@ def parse_row(
         if not isinstance(row.get(name) or "", str):
             raise DataFault(name, f"{name} must be null or a string, got {row[name]!r:.80}")
     width, height = row.get("width"), row.get("height")
-    if not all(isinstance(side, int) and side >= 1 for side in (width, height)):
+    if width is None and height is None and _no_picture(row.get("image")):
+        if not conversations or regions or caption is not None:
+            raise DataFault("size", "a row without picture, width and height takes conversations, and nothing else")
+        image = torch.zeros(0, 0, 3, dtype=torch.uint8)
+    elif not all(isinstance(side, int) and side >= 1 for side in (width, height)):
         raise DataFault("size", f"width and height must be integers >= 1, got {width!r} and {height!r}")
-    if decode:
+    elif decode:
         picture = decode_image(row.get("image"), max_pixels)
         check_size(width, height, picture)
         image = torch.from_numpy(np.array(picture))
@@ -97,6 +103,10 @@ def parse_row(
         licence=row.get("licence") or "",
         conversations=tuple(conversations),
     )
+
+
+def _no_picture(image: Any) -> bool:
+    return image is None or (isinstance(image, Mapping) and not any(image.get(key) for key in ("bytes", "path")))
 
 
 def _parse_each(

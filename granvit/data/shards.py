@@ -433,7 +433,7 @@ class RowWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        self._bytes += len(row["image"]["bytes"])
+        self._bytes += len(row["image"]["bytes"]) if row["image"] else 0
         if len(self._rows) >= ROW_GROUP_ROWS or self._bytes >= ROW_GROUP_BYTES:
             self._flush()
 

@@ -32,15 +32,16 @@ def score_chat(
     the conversation before it, over at most `limit` rows of `dataset`.
 
     {} where no row has a conversation of at most `capacity` tokens with its image. blind: "other_image" shows another
-    image of the dataset with every conversation (`other_images`); {} where there is no other. rank, ranks, total:
-    processes that share the conversations; total sums numbers over them. The model is put back into training mode if
-    it was.
+    image of the dataset with every conversation that has one (`other_images`); {} where there is no other. rank,
+    ranks, total: processes that share the conversations; total sums numbers over them. The model is put back into
+    training mode if it was.
     """
     rows = spread(len(dataset), limit)
     conversing = {row: sample for row in rows if (sample := dataset[row]) is not None and sample.conversations}
-    if blind == "other_image" and len(conversing) < 2:
+    pictured = {row: sample for row, sample in conversing.items() if sample.image.numel()}
+    if blind == "other_image" and len(pictured) < 2:
         return {}
-    shown = other_images(conversing) if blind == "other_image" else conversing
+    shown = conversing | other_images(pictured) if blind == "other_image" else conversing
     pairs = [
         (replace(sample, image=shown[row].image), question)
         for row, sample in conversing.items()

@@ -239,7 +239,9 @@ class GranViTProcessor(ProcessorMixin):
         return questions(sample, tasks, self.box_style, self.box_format, self.bins)
 
     def image_tokens(self, height: int, width: int) -> int:
-        """How many `<image>` markers an image of height x width pixels takes."""
+        """How many `<image>` markers an image of height x width pixels takes; 0 x 0 is no image."""
+        if height == width == 0:
+            return 0
         rows, columns = token_grid(height, width, self.patch_size, self.max_image_tokens, self.pixel_shuffle)
         return rows * columns
 

@@ -57,11 +57,13 @@ class Writer(Protocol):
 class PackedBatch:
     """Images and their questions in B sequences of L tokens.
 
-    images: list of uint8 [H, W, 3], in the order of the samples; image i of everything below is images[i].
+    images: list of uint8 [H, W, 3], of the samples that have one, in their order.
     input_ids, position_ids, labels: int64 [B, L]; labels are -100 off the answers (and their eos).
-    image_index: int64 [B, L], index into images, -1 for padding.
+    image_index: int64 [B, L], the sample's number, -1 for padding. One without an image has an image part without image
+        tokens, empty where the tokenizer has no bos.
     question_index: int64 [B, L], 0 in an image part, 1.. the image's questions, 0 for padding.
-    boxes: float32 [R, 4], relative xyxy, and box_image_index: int64 [R]: the asked boxes with region tokens.
+    boxes: float32 [R, 4], relative xyxy, and box_image_index: int64 [R], index into images: the asked boxes with region
+        tokens.
     image_slots: int64 [N], where in the flattened [B * L] the image tokens stand, in images' order;
     region_slots: int64 [R * K], the same for region tokens, in boxes' order;
     answer_slots: int64 [A], the places whose next token is an answer's, so whose hidden states are scored,
@@ -168,7 +170,9 @@ def pack_parts(
             place += lengths[i]
     scored = _slots([part.labels != IGNORE for part in parts], starts)
     boxes = [box for asked in questions for question in asked for box in question.boxes]
-    owners = [i for i, asked in enumerate(questions) for question in asked for _ in question.boxes]
+    pictured = [sample.image.numel() > 0 for sample in samples]
+    number = np.cumsum(pictured) - 1
+    owners = [number[i] for i, asked in enumerate(questions) for question in asked for _ in question.boxes]
     tensors = {
         "input_ids": ids,
         "position_ids": positions,
@@ -183,7 +187,7 @@ def pack_parts(
         "targets": labels.ravel()[scored],
     }
     return PackedBatch(
-        images=[sample.image for sample in samples],
+        images=[sample.image for sample, has in zip(samples, pictured, strict=True) if has],
         segments=find_segments(image_index, question_index),
         regions=sum(question.region is not None for asked in questions for question in asked),
         **{name: torch.from_numpy(value) for name, value in tensors.items()},

@@ -46,7 +46,11 @@ Conversation = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """A checked row. `image` is uint8 [H, W, 3], oriented as EXIF says. dataset: its name, where several are mixed."""
+    """A checked row.
+
+    image: uint8 [H, W, 3], oriented as EXIF says; [0, 0, 3] where there is none. dataset: its name, where several are
+    mixed.
+    """
 
     id: str
     image: torch.Tensor

@@ -155,7 +155,8 @@ class Phase:
             (losses["loss"] * self.world.ranks).backward()
             parts.append({name: value.detach() for name, value in losses.items()})
         line |= self._update(parts, batches)
-        seen = "features" in parts[0] and "skipped" not in line  # there is no rank of what isn't finite
+        # There is no rank of what isn't finite, and none of no features: conversations alone have no picture.
+        seen = len(parts[0].get("features", ())) and "skipped" not in line
         if seen and (self.step % self.config.log_every == 0 or self.step == 1):
             line |= {f"features_{k}": v for k, v in feature_statistics(parts[0]["features"]).items()}
         return line

@@ -403,8 +403,9 @@ class Run:
         self.model.eval()
         test = self.splits["test"]
         samples = [test[i] for i in range(min(64, len(test)))]
+        images = [s.image.to(self.device) for s in samples if s is not None and s.image.numel()]
         with eager():
-            features, _ = self.model.encode([s.image.to(self.device) for s in samples if s is not None])
+            features, _ = self.model.encode(images)
         return {f"{name}_{when}": value for name, value in feature_statistics(features).items()}
 
     @property

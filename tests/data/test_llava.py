@@ -91,14 +91,21 @@ def test_a_row_a_picture_with_all_of_its_conversations(folder):
     assert ("conversations written", 4) in summary.lines()
 
 
-def test_text_alone_is_counted_and_said(folder, capsys):
-    text = item()
+def test_text_alone_is_kept_a_row_a_conversation(folder, tmp_path):
+    text = item("a.jpg", "Who are you?", "A model.")
     del text["image"]
-    source = llava(folder, text, item(), item(None), item(""))
-    assert main(["convert", "llava", source.annotations, "--images", source.images, "--output", f"{folder}/out"]) == 0
-    assert "left out: conversation without image" in (told := capsys.readouterr().err)
-    assert [line.split()[-1] for line in told.splitlines() if "without image" in line] == ["3"]
-    assert len(GranDataset(folder / "out")) == 1
+    source = llava(folder, text, item(), item(None, "Hi", "Hello."), item("", "1 + 1?", "2.", "Sure?", "Yes."))
+    summary, rows = convert(source, folder / "out")
+    assert list(rows) == ["llava/text/0", f"llava/{COCO}", "llava/text/2", "llava/text/3"]
+    assert (summary.kept, summary.conversations, summary.faulty) == (4, 4, 0) and not summary.dropped
+    row = rows["llava/text/3"]
+    assert said(row) == [["1 + 1?", "2.", "Sure?", "Yes."]]
+    assert [row[name] for name in ("image", "width", "height", "caption", "regions")] == [None] * 4 + [[]]
+    data = GranDataset(folder / "out")
+    for i, shape in enumerate([(0, 0, 3), (32, 48, 3), (0, 0, 3), (0, 0, 3)]):
+        assert (data[i].image.numel() > 0) == (data.annotations(i).image.numel() > 0) == (shape[0] > 0)
+        assert len(data[i].conversations) == 1
+    assert convert(Filter(str(folder / "out"), short_side=0, min_regions=0), tmp_path / "kept")[1] == rows
 
 
 SAID = {"from": "human", "value": "What?"}
@@ -112,6 +119,7 @@ BUS = {"from": "gpt", "value": "A bus."}
         (item(7), "image must be a path"),
         (item("\ud800.jpg"), "image must be a path"),
         (item(["a.jpg", COCO]), "has 2 images"),
+        (item(None), "says <image>, but names none"),
         (item("a.jpg", "<image><image> Which is larger?", "This."), "says <image> 2 times"),
         (item("a.jpg", "<image> Which?", "This.", "And <image>?", "No."), "says <image> 2 times"),
         (item(conversations=None), "conversations must be a list of objects"),
@@ -176,15 +184,17 @@ def test_filter_keeps_conversations(folder, tmp_path):
 
 def test_chats_are_read_measured_and_packed(folder, tiny, monkeypatch):
     monkeypatch.setenv("GRANVIT_CACHE", str(folder / "cache"))
-    source = llava(folder, item("a.jpg"), item(COCO, "What?", "A <region>.", "Sure?", "Yes."), item(COCO))
+    alone = item(None, "Hi", "Hello.")
+    source = llava(folder, item("a.jpg"), item(COCO, "What?", "A <region>.", "Sure?", "Yes."), alone, item(COCO))
     convert(source, folder / "out")
     _, processor = tiny()
     options = {"capacity": 120, "packs": 1, "workers": 0, "epochs": 1}
     loader = PackLoader(GranDataset(folder / "out"), processor, {"chat": 1.0}, **options)
     (batch,) = list(loader)
     answers = processor.tokenizer.decode(batch.packed.targets)
-    assert sorted(answers.split("<eos>")) == ["", "A bus.", "A bus.", "A region.", "Yes."]
-    asked = [processor.turn_ids(processor.questions(loader.dataset[row], ["chat"])) for row in (0, 1)]
+    assert sorted(answers.split("<eos>")) == ["", "A bus.", "A bus.", "A region.", "Hello.", "Yes."]
+    assert len(batch.samples) == 3 and len(batch.packed.images) == 2 and not batch.samples[2].image.numel()
+    asked = [processor.turn_ids(processor.questions(loader.dataset[row], ["chat"])) for row in (0, 1, 2)]
     lengths = [sum(len(ids) for turn in turns for ids in turn) for questions in asked for turns in questions]
     assert loader.lengths.question.tolist() == lengths
     assert int((batch.packed.image_index >= 0).sum()) == int(loader.lengths.image.sum() + loader.lengths.question.sum())

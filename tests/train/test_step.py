@@ -7,13 +7,17 @@ import torch
 from granvit.data.batches import collate
 from granvit.data.crops import Crops
 from granvit.data.loader import GranDataset
+from granvit.questions.packing import pack_questions
 from granvit.questions.schema import Region, Sample
 from granvit.toy.warmup import layout_embeds
 from granvit.train.build import build
 from granvit.train.distill import Teacher, distillation_loss
 from granvit.train.optimizer import freeze
+from granvit.train.presets import Distill
+from granvit.train.stages import Stage
 from granvit.train.step import region_features, stage_loss, warmup_loss
 from granvit_kernels import PackedLayout
+from tests.conftest import TASKS
 
 
 @pytest.fixture()
@@ -37,6 +41,44 @@ def test_caption_loss_is_the_model_s_own(parts):
     losses = stage_loss(model, None, batch, config.pretrain, config.distill)
     torch.testing.assert_close(losses["loss_caption"], model(batch.packed).loss, rtol=1e-5, atol=1e-6)
     assert losses["loss"] is losses["loss_caption"] and "loss_distill" not in losses
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
+def test_conversations_without_a_picture(tiny, samples, bos, monkeypatch):
+    """Packed behind pictures or alone, they give the LLM's own loss, with bos before them and without."""
+    model, processor = tiny(box_style="tokens")
+    if not bos:
+        monkeypatch.setattr(processor, "image_part", lambda count: [processor.image_token_id] * count)
+    chats = ((("how many?", "3 of them"), ("sure?", "yes")), (("which one is red?", "the star"),))
+    nothing = torch.zeros(0, 0, 3, dtype=torch.uint8)
+    texts = [Sample(f"t{i}", nothing, None, (), "", "", chats[: i + 1]) for i in range(2)]
+    pictured = [samples[1], samples[2]]
+    ids = (TASKS[1], "chat")
+    mixed = [texts[0], samples[1], texts[1], samples[2]]
+    batch = collate(mixed, [processor.questions(sample, ids) for sample in mixed], processor, 400)
+    assert [sample.id for sample in batch.samples[2:]] == ["t0", "t1"] and len(batch.packed.images) == 2
+    asked = [processor.questions(sample, ids) for sample in mixed]
+    assert pack_questions(mixed, asked, processor, 400).box_image_index.unique().tolist() == [0, 1]
+    stage = Stage("sft", train=("projector", "llm"), tasks=("chat",))
+    losses = stage_loss(model, None, batch, stage, Distill())
+    without = collate(pictured, [processor.questions(sample, ids) for sample in pictured], processor, 400)
+    expected = [stage_loss(model, None, without, stage, Distill())["answers"]]
+    for sample in texts:
+        for turns in processor.turn_ids(processor.questions(sample, ["chat"])):
+            ids, scored = processor.image_part(0), [False] * len(processor.image_part(0))
+            for prompt, answer in turns:
+                ids, scored = ids + prompt + answer, scored + [False] * len(prompt) + [True] * len(answer)
+            hidden = model.llm.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
+            each = torch.nn.functional.cross_entropy(model.logits(hidden)[:-1], torch.tensor(ids[1:]), reduction="none")
+            expected.append(each[torch.tensor(scored[1:])].detach())
+    torch.testing.assert_close(losses["answers"], torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+    alone = collate(texts, [processor.questions(sample, ["chat"]) for sample in texts], processor, 400)
+    losses = stage_loss(model, None, alone, stage, Distill())
+    torch.testing.assert_close(losses["answers"], torch.cat(expected[1:]), rtol=1e-4, atol=1e-5)
+    losses["loss"].backward()
+    gradients = [parameter.grad for parameter in model.projector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_distillation_compares_crops_with_regions_of_the_whole_image(parts):

@@ -4,7 +4,7 @@ What tools that write the format call these is read too: "images" (a list), "mes
 "assistant".
 
 A picture is named by many items, one a conversation: they become one row, whose picture is then encoded once for all of
-them. Items are joined in SQLite, on disk, since there are millions.
+them. An item without a picture becomes a row of its own. Items are joined in SQLite, on disk, since there are millions.
 """
 
 from __future__ import annotations
@@ -62,17 +62,20 @@ class Llava(FolderSource):
             database.execute("PRAGMA synchronous = OFF")
             database.execute("CREATE TABLE items (n INTEGER PRIMARY KEY, image TEXT, turns TEXT)")
             for index, (_, item) in enumerate(elements(self.annotations)):
-                if isinstance(item, dict) and _either(item, "image", "images") in (None, "", []):
-                    notes.drop("conversation without image")
-                    continue
                 try:
                     values = (index, _image(item), json.dumps(_turns(item)))
                     database.execute("INSERT INTO items VALUES (?, ?, ?)", values)
                 except DataFault as fault:
                     notes.unreadable(f"{self.annotations}[{index}]", fault)
             database.execute("CREATE INDEX by_image ON items (image, n)")
-            pictures = database.execute("SELECT image, min(n) AS first FROM items GROUP BY image ORDER BY first")
-            for image, first in pictures:
+            alone = "CASE WHEN image IS NULL THEN n END"
+            rows = database.execute(f"SELECT image, min(n) AS first FROM items GROUP BY image, {alone} ORDER BY first")
+            for image, first in rows:
+                if image is None:
+                    (turns,) = database.execute("SELECT turns FROM items WHERE n = ?", (first,)).fetchone()
+                    data = {"image": None, "conversations": [json.loads(turns)]}
+                    yield Record(f"{self.name}/text/{first}", f"{self.annotations}[{first}]", data)
+                    continue
                 conversations = database.execute("SELECT turns FROM items WHERE image = ? ORDER BY n", (image,))
                 data = {"image": image, "conversations": [json.loads(turns) for (turns,) in conversations]}
                 aliases = tuple(f"{name}/{match[1]}" for name, known in _ELSEWHERE if (match := known.search(image)))
@@ -80,14 +83,18 @@ class Llava(FolderSource):
 
     def row(self, record: Record, notes: Notes) -> dict[str, Any]:
         image, conversations = record.data["image"], record.data["conversations"]
-        content = self.read_image(self.images, image)
         told = {"source": self.name, "licence": self.licence, "conversations": conversations}
+        if image is None:
+            return {"id": record.id, **dict.fromkeys(("image", "width", "height", "caption")), "regions": [], **told}
+        content = self.read_image(self.images, image)
         return picture_row(record, content, image, (), notes, **told)
 
 
-def _image(item: Any) -> str:
-    """The path of an item's only image."""
-    image = _either(item, "image", "images") if isinstance(item, dict) else None
+def _image(item: Any) -> str | None:
+    """The path of an item's only image, None where it has none."""
+    image = _either(item, "image", "images") if isinstance(item, dict) else 0
+    if image in (None, "", []):
+        return None
     if isinstance(image, list):
         if len(image) > 1:
             raise DataFault("images", f"has {len(image)} images; a conversation about one is accepted")
@@ -115,6 +122,8 @@ def _turns(item: dict[str, Any]) -> list[dict[str, str]]:
             marked += text.count(IMAGE)
             text = text.replace(IMAGE, "").strip()
         turns.append({"role": role, "content": text})
+    if marked and _image(item) is None:
+        raise DataFault("images", f"says {IMAGE}, but names none")
     if marked > 1:
         raise DataFault("images", f"says {IMAGE} {marked} times; a conversation about one is accepted")
     return conversation_turns(parse_conversation(turns))
