@@ -155,6 +155,7 @@ def _seen_column(stage: Stage, reading: Reading, capacity: int) -> dict[str, str
         "steps": f"{sees.steps:,.0f}",
         "images a step": f"{sees.images_a_step:.1f}",
         "sequences a step": f"{reading.packs * stage.accumulate}",
+        "GPUs that share these": " ".join(str(n) for n in range(1, reading.packs + 1) if reading.packs % n == 0),
         "images": _many(sees.images),
         "times that each is seen": f"{sees.times:.3g}",
         "regions asked about": _many(sees.asked),

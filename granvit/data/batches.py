@@ -110,12 +110,14 @@ class PackLoader:
         self.rank, self.ranks, self.workers, self.pixels, self.crops = rank, ranks, workers, pixels, crops
         self.lengths = measure(dataset, processor, sorted(tasks))
         shortest = self.lengths.shortest(tasks)
-        if not (shortest <= capacity).any():
-            kinds = Counter(kind for _, kind, _ in self.lengths.faults)
-            faults = f"; faults: {dict(kinds)}" if kinds else ""
-            raise ValueError(
-                f"{dataset.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens{faults}"
-            )
+        ends = np.cumsum([len(part) for part in dataset.parts])
+        for part, fits in zip(dataset.parts, np.split(shortest <= capacity, ends[:-1]), strict=True):
+            if not fits.any():
+                kinds = Counter(kind for _, kind, _ in self.lengths.faults)
+                faults = f"; faults: {dict(kinds)}" if kinds else ""
+                raise ValueError(
+                    f"{part.path}: no image with a question of {sorted(tasks)} fits {capacity} tokens{faults}"
+                )
         order = _order(dataset, packs, seed, self.lengths, weights)
         self.lanes = [
             Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)

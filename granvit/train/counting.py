@@ -69,6 +69,17 @@ def counted(
     return replace(config, **stages)
 
 
+def check_ranks(config: TrainConfig, ranks: int) -> None:
+    """Raises ValueError where so many ranks can't share a stage's sequences evenly."""
+    for stage in (config.warmup, *config.stages):
+        if stage.runs and stage.packs % ranks:
+            name = stage.name
+            raise ValueError(
+                f"{name}: {stage.packs} sequences a batch ({name}.packs, or what {name}.images come to) are no "
+                f"multiple of {ranks} ranks; give a multiple, --{name}.packs N --{name}.images None, or other images"
+            )
+
+
 def with_counts(stage: Stage, steps: int, packs: int) -> Stage:
     """The stage with these numbers in place of `epochs` and `images`."""
     return replace(stage, steps=steps, packs=packs, passes=stage.epochs or stage.passes, epochs=None, images=None)

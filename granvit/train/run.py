@@ -30,7 +30,7 @@ from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
 from granvit.train.checkpoint import Checkpoints, check_room, load
 from granvit.train.console import CONTROL, RunConsole, closing_words, hush
-from granvit.train.counting import counted, needs_counting, order_arguments
+from granvit.train.counting import check_ranks, counted, needs_counting, order_arguments
 from granvit.train.distill import feature_statistics
 from granvit.train.folder import locked, resumes, same_data
 from granvit.train.guard import Termination, termination
@@ -230,13 +230,7 @@ class Run:
 
         with self.console.waiting(COUNTING) if needs_counting(self.config) else nullcontext():
             self.config = self.world.first(count)
-        for stage in (self.config.warmup, *self.config.stages):
-            if stage.runs and stage.packs % self.world.ranks:
-                raise ValueError(
-                    f"{stage.name}: {stage.packs} sequences a batch ({stage.name}.packs, or what {stage.name}.images "
-                    f"come to) are no multiple of {self.world.ranks} ranks; give --{stage.name}.packs N "
-                    f"--{stage.name}.images None with a multiple, or other images"
-                )
+        check_ranks(self.config, self.world.ranks)
 
     def chosen_data(self, stage: Stage) -> GranDataset:
         """What a stage is trained on."""

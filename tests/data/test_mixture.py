@@ -114,4 +114,10 @@ def test_what_can_not_be_mixed_is_named(paths, processor, tmp_path):
     for weights in ((1, 2), (1, 2, 0), (1, 2, float("nan"))):
         with pytest.raises(ValueError, match="weights must be a finite number > 0 for each of 3 datasets"):
             loader(paths, processor, weights=weights)
+    nothing = gran_rows(3)
+    for row in nothing:
+        row |= {"regions": [], "caption": "a scene"}
+    mixture = Mixture([GranDataset(paths[0]), GranDataset(datasets.Dataset.from_list(nothing, features=FEATURES))])
+    with pytest.raises(ValueError, match="in memory.*no image with a question of .'bbox2caption'"):
+        PackLoader(mixture, processor, {"bbox2caption": 1.0}, capacity=400, packs=2, weights=(1, 1))
     assert dataset_name("hf://datasets/x/gran.parquet") == "gran" and dataset_name("/data/pages/") == "pages"

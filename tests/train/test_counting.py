@@ -8,7 +8,7 @@ import pytest
 from granvit.data.batches import PackLoader
 from granvit.data.loader import GranDataset
 from granvit.train import counting
-from granvit.train.counting import counted, order_arguments
+from granvit.train.counting import check_ranks, counted, order_arguments
 
 
 @pytest.fixture
@@ -33,6 +33,8 @@ def test_every_image_is_seen_so_many_times_by_any_ranks(config, sample_set, tiny
         loader.steps = stage.steps * stage.accumulate
         return [[[row for row, _ in pack] for pack in packs] for packs in loader.plan()]
 
+    with pytest.raises(ValueError, match=f"pretrain: {stage.packs} sequences a batch .* no multiple of 7 ranks"):
+        check_ranks(replace(whole, warmup=replace(whole.warmup, steps=0)), 7)
     alone = rows(0, 1)
     assert len(alone) == stage.steps * stage.accumulate
     seen = Counter(row for packs in alone for pack in packs for row in pack)
