@@ -28,6 +28,7 @@ from granvit.model import GranViT, GranViTProcessor
 from granvit.model.config import cached_fit_grid
 from granvit.questions.prompts import Question
 from granvit.questions.schema import Sample
+from granvit.train.parallel.compiling import blocks
 
 PARTS = ("encoder", "teacher", "projector", "llm", "output")
 
@@ -36,6 +37,7 @@ PARTS = ("encoder", "teacher", "projector", "llm", "output")
 class Sizes:
     """What the operations of a model depend on: weights of its matrices, a of its attention, parameters of its groups.
 
+    encoder_prefix: class and register tokens that stand before an image's patches in the encoder.
     cells, geometry: what embeds the places of image tokens and of boxes. region_logits: the region prompt's, of every
     patch; region_values: of its queries' means; region: its projector. (Its queries are folded into W_key once a step,
     which is not counted.) output: the LLM's output table; locations: the rows of location tokens. adapters: the
@@ -58,6 +60,7 @@ class Sizes:
     locations: int
     parameters: dict[str, int]
     adapters: int = 0
+    encoder_prefix: int = 0
 
     @classmethod
     def of(cls, model: GranViT) -> Sizes:
@@ -67,10 +70,12 @@ class Sizes:
         text = llm.config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         added = sum(parameter.numel() for parameter in adapters(llm))
+        encoder = sum(map(_weights, blocks(model.encoder)))
         parameters = {name: sum(p.numel() for p in group) for name, group in model.groups().items()}
         return cls(
-            patch=_weights(model.encoder.embeddings),
-            encoder=_weights(model.encoder.encoder),
+            patch=_weights(model.encoder) - encoder,
+            encoder=encoder,
+            encoder_prefix=getattr(model.encoder, "leading", 0),
             encoder_attention=vision.num_hidden_layers * vision.hidden_size,
             projector=_weights(model.projector),
             cells=0 if model.cell_positions is None else _weights(model.cell_positions),
@@ -90,7 +95,7 @@ class Sizes:
 
 
 def _weights(module: nn.Module) -> int:
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | Conv1D))
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d | Conv1D))
 
 
 @dataclass(frozen=True)
@@ -275,14 +280,19 @@ def operations(sizes: Sizes, counts: Counts, train: Iterable[str]) -> Operations
     def attention(a: int, pairs: int, gradient: bool) -> int:
         return 4 * a * pairs * (3 if gradient else 1)
 
+    def encoded(images: int, patches: int, pairs: int, learns: bool) -> int:
+        more = sizes.encoder_prefix
+        return (
+            matrices(sizes.patch, patches, learns, False)
+            + matrices(sizes.encoder, patches + more * images, learns, learns)
+            + attention(sizes.encoder_attention, pairs + more * (2 * patches + more * images), learns)
+        )
+
     ours = encoder or projector  # gradients inside the projectors
     return Operations(
         {
-            "encoder": matrices(sizes.patch, counts.patches, encoder, False)
-            + matrices(sizes.encoder, counts.patches, encoder, encoder)
-            + attention(sizes.encoder_attention, counts.patch_pairs, encoder),
-            "teacher": matrices(sizes.patch + sizes.encoder, counts.crop_patches, False, False)
-            + attention(sizes.encoder_attention, counts.crop_pairs, False),
+            "encoder": encoded(counts.images, counts.patches, counts.patch_pairs, encoder),
+            "teacher": encoded(counts.crops, counts.crop_patches, counts.crop_pairs, False),
             "projector": matrices(sizes.projector, counts.image_tokens, projector, ours)
             + matrices(sizes.cells, counts.image_tokens, projector, False)
             + matrices(sizes.geometry, counts.prompts, projector, False)

@@ -194,7 +194,7 @@ def typical(
     plan: PlanConfig, config: GranViTConfig, stage: Stage, reading: Reading, regions: int, image_size: tuple[int, int]
 ) -> Picture:
     """An image of that size with its regions' questions, and its global caption's where that is asked for."""
-    patch, merge = config.vision_config.patch_size, config.pixel_shuffle
+    patch, merge = config.patch_size, config.pixel_shuffle
     grid = cached_fit_grid(*image_size, patch, config.max_image_tokens)
     tokens = -(-grid[0] // merge) * -(-grid[1] // merge)
     with_tokens = config.box_style != "text" and BBOX2CAPTION in stage.tasks

@@ -90,7 +90,9 @@ def activation_bytes(config: GranViTConfig, stage: Stage, tokens: int, patches: 
     llm = tokens * text.num_hidden_layers if gradients or "llm" in stage.train else 0
     encoder = patches * vision.num_hidden_layers if "encoder" in stage.train else 0
     gated = 18 * text.hidden_size + 8 * text.intermediate_size
-    every = llm * gated + encoder * (18 * vision.hidden_size + 4 * vision.intermediate_size)
+    # DINOv2 has a ratio where others have a size
+    mlp = getattr(vision, "intermediate_size", None) or vision.mlp_ratio * vision.hidden_size
+    every = llm * gated + encoder * (18 * vision.hidden_size + 4 * mlp)
     return every, 2 * (llm * text.hidden_size + encoder * vision.hidden_size)
 
 

@@ -10,9 +10,9 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config,
 from granvit.eval.loading import find_encoder, find_model
 from granvit.lora import Lora, add_adapters
 from granvit.model import GranViT, GranViTConfig
+from granvit.model.encoders import checkpoint_config
 from granvit.model.llm import TOY, TOY_FOLDER
 from granvit.model.processing import CONFIGURED
-from granvit.model.vision import checkpoint_config
 from granvit.train.presets import Model
 
 
@@ -92,7 +92,7 @@ def on_meta(config: GranViTConfig, lora: Lora | None = None) -> GranViT:
     return model
 
 
-def _encoder(model: Model) -> Siglip2VisionConfig:
+def _encoder(model: Model) -> PretrainedConfig:
     if model.encoder is None:
         sizes = _siglip2(model.encoder_width, 4 * model.encoder_width, model.encoder_layers, model.encoder_heads)
         return Siglip2VisionConfig(**{**sizes, "patch_size": model.patch_size, "num_patches": 64})

@@ -43,8 +43,8 @@ def find_model(path: str | Path) -> Path:
 
 
 def find_encoder(path: str | Path) -> Path | str:
-    """What VisionEncoder.from_siglip2 takes for the encoder that `path` means: a run's or an export's, else `path` as
-    it is (a folder of SigLIP's or SigLIP2's, or a hub name).
+    """What load_encoder takes for the encoder that `path` means: a run's or an export's, else `path` as
+    it is (a folder of a checkpoint, or a hub name).
 
     ValueError for a run without one encoder: an unfinished one, or one of several seeds.
     """

@@ -10,6 +10,8 @@ from transformers import AutoConfig, PretrainedConfig, Siglip2VisionConfig
 
 from granvit_kernels import fit_grid
 
+from .adapter import FAMILIES, patch_side
+
 BOX_STYLES = ("text", "tokens", "both")
 BOX_FORMATS = ("text", "bins")
 
@@ -30,8 +32,9 @@ class GranViTConfig(PretrainedConfig):
     Where the paper leaves something unknown, the field says what was chosen and why.
 
     Args:
-        vision_config: a `Siglip2VisionConfig` (or its dict). The encoder is the product: it keeps the
-            configuration of the transformers model as which it is exported.
+        vision_config: a `Siglip2VisionConfig`, or the configuration of another encoder (see adapter.FAMILIES), or its
+            dict. The encoder is the product: it keeps the configuration of the transformers model as which it is
+            exported.
         text_config: the configuration of a causal LM (or its dict, with `model_type`).
         pixel_shuffle: 1, or 2 to merge 2 x 2 neighbouring image tokens into one before the projector (unknown
             in the paper). 1 by default: at a few hundred tokens an image, detail is worth more than the
@@ -63,11 +66,11 @@ class GranViTConfig(PretrainedConfig):
     """
 
     model_type = "granvit"
-    sub_configs = {"vision_config": Siglip2VisionConfig, "text_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     def __init__(
         self,
-        vision_config: Siglip2VisionConfig | dict | None = None,
+        vision_config: PretrainedConfig | dict | None = None,
         text_config: PretrainedConfig | dict | None = None,
         pixel_shuffle: int = 1,
         region_tokens: int = 1,
@@ -92,8 +95,13 @@ class GranViTConfig(PretrainedConfig):
             vision_config = Siglip2VisionConfig(vision_use_head=False)
         if text_config is None:
             text_config = AutoConfig.for_model("llama")
-        vision_config = _configuration("vision_config", vision_config, Siglip2VisionConfig, Siglip2VisionConfig)
+        vision_config = _configuration("vision_config", vision_config, PretrainedConfig, _vision_config)
         text_config = _configuration("text_config", text_config, PretrainedConfig, AutoConfig.for_model)
+        if not isinstance(vision_config, Siglip2VisionConfig) and vision_config.model_type not in FAMILIES:
+            raise ValueError(
+                f"vision_config: got {type(vision_config).__name__}, accepted is a Siglip2VisionConfig, or one of type "
+                f"{', '.join(FAMILIES)}"
+            )
         _one_of("pixel_shuffle", pixel_shuffle, (1, 2))
         _one_of("box_style", box_style, BOX_STYLES)
         _one_of("box_format", box_format, BOX_FORMATS)
@@ -101,8 +109,9 @@ class GranViTConfig(PretrainedConfig):
         _positive("region_tokens", region_tokens)
         _positive("bins", bins)
         _positive("max_image_tokens", max_image_tokens)
-        for name in ("hidden_size", "num_attention_heads", "patch_size"):
+        for name in ("hidden_size", "num_attention_heads"):
             _positive(f"vision_config.{name}", getattr(vision_config, name))
+        _positive("vision_config.patch_size", patch_side(vision_config))
         _positive("text_config.hidden_size", getattr(text_config, "hidden_size", None))
         heads = vision_config.num_attention_heads if region_heads is None else region_heads
         _positive("region_heads", heads)
@@ -144,6 +153,11 @@ class GranViTConfig(PretrainedConfig):
         self.end_of_turn_token_id = end_of_turn_token_id
 
     @property
+    def patch_size(self) -> int:
+        """Side of the encoder's patches in pixels."""
+        return patch_side(self.vision_config)
+
+    @property
     def location_tokens(self) -> int:
         """Number of location tokens that exist: `bins`, or none when boxes are written as text."""
         return self.bins if self.box_format == "bins" else 0
@@ -161,7 +175,7 @@ class GranViTConfig(PretrainedConfig):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """The encoder's grid (h, w) in patches for an image of height x width pixels."""
-        return cached_fit_grid(height, width, self.vision_config.patch_size, self.max_image_tokens)
+        return cached_fit_grid(height, width, self.patch_size, self.max_image_tokens)
 
     def image_tokens(self, height: int, width: int) -> int:
         """How many tokens an image of height x width pixels takes in the LLM's sequence."""
@@ -170,8 +184,7 @@ class GranViTConfig(PretrainedConfig):
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of those tokens: `grid`, merged by the pixel shuffle."""
-        patch = self.vision_config.patch_size
-        return token_grid(height, width, patch, self.max_image_tokens, self.pixel_shuffle)
+        return token_grid(height, width, self.patch_size, self.max_image_tokens, self.pixel_shuffle)
 
 
 def _configuration(name: str, given, kind: type, build: Callable[..., PretrainedConfig]) -> PretrainedConfig:
@@ -184,6 +197,10 @@ def _configuration(name: str, given, kind: type, build: Callable[..., Pretrained
         return build(**given)
     except Exception as error:  # on a damaged dict transformers raises whatever the damage leads to
         raise ValueError(f"{name}: no {kind.__name__} can be made of its dict: {error}") from error
+
+
+def _vision_config(model_type: str = "siglip2_vision_model", **values) -> PretrainedConfig:
+    return AutoConfig.for_model(model_type, **values)
 
 
 def _is_integer(value) -> bool:

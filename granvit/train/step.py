@@ -62,7 +62,7 @@ def stage_loss(
     with record_function("granvit.pack_patches"):
         patches, _ = pack_patches(
             images,
-            config.vision_config.patch_size,
+            config.patch_size,
             config.image_mean,
             config.image_std,
             crops=crops,

@@ -46,7 +46,7 @@ def sft_config(model: str | None) -> TrainConfig:
 def check_adapt(config: TrainConfig, flags: Collection[str]) -> None:
     """Raises ValueError where the flags named no encoder or no LLM."""
     if not config.model.encoder or not config.model.llm:
-        raise ValueError("adapt takes --encoder RUN (or an export, or a SigLIP2) and --llm NAME_OR_FOLDER")
+        raise ValueError("adapt takes --encoder RUN (or an export, or a checkpoint) and --llm NAME_OR_FOLDER")
 
 
 def check_sft(config: TrainConfig, flags: Collection[str]) -> None:

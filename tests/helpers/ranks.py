@@ -121,6 +121,23 @@ def keep_outcomes(world: World, folder: Path) -> None:
             torch.save(cases, folder / f"{parallel}.pt")
 
 
+def adapted(config: TrainConfig, folder: Path, world: World, parallel: str) -> dict[str, dict]:
+    """{case: lines and weights} of an encoder that runs through the adapter."""
+    config = replace(config, parallel=parallel)
+    run = Run(config, folder / f"adapted-{parallel}-{world.ranks}", world, torch.device("cpu"), Termination())
+    cases = {f"{stage.name} steps": through_loader(run, stage, world, 2) for stage in (config.pretrain, config.adapt)}
+    return cases | {"pretrain splits": through_splits(run, config.pretrain, world)}
+
+
+def keep_adapted(world: World, folder: Path) -> None:
+    """As `keep_outcomes`."""
+    config = load_config(folder / "config.yaml")
+    for parallel in ("ddp", "fsdp"):
+        cases = adapted(config, folder, world, parallel)
+        if world.leads:
+            torch.save(cases, folder / f"{parallel}.pt")
+
+
 def train(_: World, folder: Path) -> None:
     """`python -m granvit.train --config FOLDER/config.yaml`; what it says is added to FOLDER/output."""
     with open(folder / "output", "a") as output:

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from granvit.model import VisionEncoder
+from granvit.model.encoders import checkpoint_config
 from granvit.model.packed_attention import packed_attention
-from granvit.model.vision import checkpoint_config
 from granvit_kernels import PackedLayout, pack_patches
 
 GRIDS = [(16, 16), (16, 16), (5, 9), (1, 1), (23, 4), (5, 9)]

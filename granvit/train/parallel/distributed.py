@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from granvit.model import GranViT
+from granvit.model.adapter import AdaptedEncoder
 from granvit.train.guard import Failed
 from granvit.train.parallel.compiling import blocks
 
@@ -126,12 +127,21 @@ def distribute(
     # Autocast casts what layers take. FSDP would cast whatever is given to a module, the boxes of a batch too.
     policy = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (model, teacher):
-        for block in blocks(module) if module is not None else ():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+        for unit in units(module) if module is not None else ():
+            if unit is not teacher:
+                fully_shard(unit, mesh=mesh, mp_policy=policy)
     if teacher is not None:  # no backward puts it back into pieces
         fully_shard(teacher, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(losses, mesh=mesh, mp_policy=policy)
     return losses
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """What FSDP gathers at once: transformer blocks, and an adapted encoder as a whole. Its blocks run once for each
+    grid of a rank's images, of which ranks have different numbers, and each would wait for the others."""
+    whole = [module for module in model.modules() if isinstance(module, AdaptedEncoder)]
+    within = {block for encoder in whole for block in blocks(encoder)}
+    return whole + [block for block in blocks(model) if block not in within]
 
 
 def synchronise(module: nn.Module, wanted: bool) -> None:
