@@ -1,4 +1,4 @@
-"""`python -m granvit_kernels`: a table of which backend runs where, and why the others don't."""
+"""`python -m granvit_kernels`: which backend runs where, which libraries are used, and why the others are not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import backends, native
+from . import backends, libraries, native
 
 
 def main() -> None:
@@ -29,6 +29,11 @@ def main() -> None:
         verdict = "[green]yes[/green]" if reason is None else "[red]no[/red]"
         table.add_row("" if operator == last else operator, name, verdict, reason or "")
         last = operator
+    console.print(table)
+    table = Table("part of a training step", "library", "used", "why not")
+    for part, name, reason in libraries.survey():
+        verdict = "[green]yes[/green]" if reason is None else "[red]no[/red]"
+        table.add_row(part, name, verdict, reason or "")
     console.print(table)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from granvit_kernels import PackedLayout
+from granvit_kernels import PackedLayout, libraries
 
 try:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func as flash_attn_2
 except ImportError:
-    flash_attn_varlen_func = None
+    flash_attn_2 = None
+try:
+    from flash_attn_interface import flash_attn_varlen_func as flash_attn_3
+except ImportError:
+    flash_attn_3 = None
 try:  # torch >= 2.11
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
@@ -23,17 +28,32 @@ except ImportError:
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     """Softmax attention of q, k, v [T, H, D] within each image. Returns [T, H, D].
 
-    On CUDA in half precision by flash attention (flash-attn if it is installed, else torch.nn.attention.varlen), else
-    by one SDPA call for each run of consecutive images of equal length: a batch of crops of one grid is one call.
+    On CUDA in half precision by flash attention: torch.nn.attention.varlen, or the library that GRANVIT_LIBRARIES names
+    (see granvit_kernels.libraries). Else by one SDPA call for each run of consecutive images of equal length: a batch
+    of crops of one grid is one call.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        if flash_attn_varlen_func is not None:
-            cu, longest = layout.cu_seqlens, layout.max_seqlen
-            return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
-        if varlen_attn is not None:
-            cu, longest = layout.cu_seqlens, layout.max_seqlen
-            return varlen_attn(q, k, v, cu, cu, longest, longest)
-    return sdpa_by_image(q, k, v, layout)
+    name = flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
+    if name is None:
+        return sdpa_by_image(q, k, v, layout)
+    function = {"flash-attn-3": flash_attn_3, "flash-attn-2": flash_attn_2, "torch": varlen_attn}[name]
+    return by_flash(function, q, k, v, layout)
+
+
+@torch.compiler.assume_constant_result
+def flash_attention() -> str | None:
+    """Which flash attention runs on this GPU: the library that is named, torch's, or flash-attn 2 where torch is too
+    old to have one; None where there is none. Raises RuntimeError where the one that is named can't run."""
+    name = libraries.named("encoder's attention")
+    if name is None and varlen_attn is not None:
+        return "torch"
+    return name or ("flash-attn-2" if flash_attn_2 is not None else None)
+
+
+def by_flash(function: Callable, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    """All of them take q, k, v, where sequences begin in q and k, int32 [B + 1], and their longest in q and k, ints."""
+    cu, longest = layout.cu_seqlens, layout.max_seqlen
+    out = function(q, k, v, cu, cu, longest, longest)
+    return out[0] if isinstance(out, tuple) else out  # flash-attn 3's first releases return log-sum-exp too
 
 
 @torch.compiler.disable  # it would unroll the loop and compile anew for every batch

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from granvit.train.apex import fused_adam
 from granvit.train.stages import GROUPS, Stage
+from granvit_kernels import libraries
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of Jordan's quintic iteration; five of them bring singular values near 1."""
@@ -48,17 +50,21 @@ def make_optimizer(
         ):
             if members:
                 parameters.append({"params": members, "lr": rate, "rate": rate, "weight_decay": decay, "muon": muon})
-    # fused: one pass over each tensor; a quarter of the time of the default on a CPU
-    optimizer = (
-        Muon(parameters, stage.betas) if matrices else torch.optim.AdamW(parameters, betas=stage.betas, fused=True)
-    )
+    apex = not matrices and libraries.named("AdamW") is not None
+    if apex:
+        optimizer = fused_adam(parameters, stage.betas)
+    elif matrices:
+        optimizer = Muon(parameters, stage.betas)
+    else:  # fused: one pass over each tensor; a quarter of the time of the default on a CPU
+        optimizer = torch.optim.AdamW(parameters, betas=stage.betas, fused=True)
     for group in parameters:
         for parameter in group["params"]:  # now, so that a checkpoint always has the same tensors
             if group["muon"]:
                 optimizer.state[parameter] = {"momentum": torch.zeros_like(parameter)}
                 continue
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+            step = torch.zeros((), device="cpu" if apex else parameter.device)
+            optimizer.state[parameter] = {"step": step, **moments}
     return optimizer
 
 
