@@ -35,7 +35,7 @@ ADAMW = (
     "--adapt.learning-rate 1e-3"
 )
 SIXTEEN = "--model.patch-size 16 --model.max-image-tokens 36 --model.pixel-shuffle 1"
-SHORT = "--warmup.steps 250 --pretrain.steps 250 --adapt.steps 200"
+SHORT = "--warmup.steps 200 --pretrain.steps 300 --adapt.steps 300"
 CHANGES = {
     "smoke": "",
     "36 patches of 16 pixels": SIXTEEN,
