@@ -1,6 +1,6 @@
 """Makes the tiny LLM of granvit/toy/llm, which the preset quick starts with: "llm-toy" to `--llm`.
 
-    python bench/warm_llm.py [--steps 1500]
+    python bench/warm_llm.py [--steps 1000]
 
 A Llama-type LM from scratch is warmed up on text alone (granvit/toy/warmup.py: captions and boxes of the sample set's
 training pictures, no pixel) and written with its tokenizer. What its projectors and location tokens learn is left
@@ -31,7 +31,7 @@ from granvit.train.run import Run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     smoke = PRESETS["smoke"]

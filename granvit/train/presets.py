@@ -279,10 +279,11 @@ PRESETS: dict[str, TrainConfig] = {
         _SMOKE,
         preset="quick",
         output="runs/quick",
-        warmup=replace(_SMOKE.warmup, steps=150),
+        warmup=replace(_SMOKE.warmup, steps=60),  # llm-toy speaks; location tokens and cells' positions are new
         pretrain=replace(_SMOKE.pretrain, steps=250),
-        adapt=replace(_SMOKE.adapt, steps=100),
-        data=Data(images=2000, eval_images=40),
+        adapt=replace(_SMOKE.adapt, steps=150),
+        data=Data(images=2000, pages=0.05, eval_images=60),
+        model=replace(_SMOKE.model, llm="llm-toy"),
     ),
     "smoke": _SMOKE,
     "compact": TrainConfig(

@@ -67,7 +67,7 @@ def _run_config(path: str | None, name: str) -> TrainConfig:
         if path is not None and file.is_file() and (file.parent == folder or folder.name.startswith("seed-")):
             run = load_config(file)
             break
-    pretrained = run.model.llm is not None or run.model.whole is not None
+    pretrained = run.model.llm not in (None, PRESETS["quick"].model.llm) or run.model.whole is not None
     off = {"steps": 0, "epochs": None}
     stages = {other: replace(getattr(run, other), **off) for other in PHASES}
     stages[name] = getattr(run if pretrained or name == "sft" else compact, name)
