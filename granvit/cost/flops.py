@@ -112,8 +112,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image: its patches in the encoder, its tokens in the LLM, of which `head` are no image tokens (bos), its
-    questions, and the patches of each crop that a teacher sees of it."""
+    """An image: its patches in the encoder, its tokens in the LLM, of which `head` are no image tokens (bos, a system
+    part), its questions, and the patches of each crop that a teacher sees of it."""
 
     patches: int
     tokens: int

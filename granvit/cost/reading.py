@@ -204,7 +204,8 @@ def typical(
     caption = Asked(round(reading.caption.tokens), round(reading.caption.answers), region=False)
     asked = [region] * regions + [caption] * (GLOBAL_CAPTION in stage.tasks and stage.global_captions > 0)
     crops = (max(plan.run.distill.crop_tokens, cells),) * regions if stage.distill else ()
-    return Picture(grid[0] * grid[1], 1 + tokens, tuple(asked), crops)
+    head = next((picture.head for row in reading.rows for picture in row), 1)
+    return Picture(grid[0] * grid[1], head + tokens, tuple(asked), crops, head)
 
 
 def tokenizer_for(plan: PlanConfig, data: GranDataset) -> tuple[PreTrainedTokenizerBase, str]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from granvit.cost import plan as planning
 from granvit.cost.flops import Asked, Picture, Sizes, count, one_question_each, operations, packed, padded
 from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_reading, measurements, memory, parse, report
-from granvit.cost.reading import _looked_at
+from granvit.cost.reading import _looked_at, typical
 from granvit.cost.shapes import config_of, on_meta
 from granvit.data.loader import GranDataset
 from granvit.data.mixture import Mixture
@@ -101,6 +101,9 @@ def test_a_chat_template_is_counted(small_config, llm_folder, sample_set):
         model = replace(small_config.model, llm=str(llm_folder("qwen2")), chat_template=mode)
         run = PlanConfig(replace(small_config, model=model))
         ours, theirs = planning.processor_for(run, config_of(model), data)[0], build(model, data)[1]
+        reading = measured_reading(replace(run, rows=20), small_config.adapt, data, ours)
+        picture = typical(run, config_of(model), small_config.adapt, reading, 2, (64, 64))
+        assert picture.head == len(ours.image_part(0)) and picture.length > picture.tokens > picture.head
         models[mode] = [[*ours.image_part(2), *ids] for ids in ours.prompt_ids(["What is it?"])]
         assert models[mode] == [[*theirs.image_part(2), *ids] for ids in theirs.prompt_ids(["What is it?"])]
     assert len(models["auto"][0]) > len(models["none"][0])
