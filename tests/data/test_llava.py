@@ -184,8 +184,8 @@ def test_filter_keeps_conversations(folder, tmp_path):
 
 def test_chats_are_read_measured_and_packed(folder, tiny, monkeypatch):
     monkeypatch.setenv("GRANVIT_CACHE", str(folder / "cache"))
-    alone = item(None, "Hi", "Hello.")
-    source = llava(folder, item("a.jpg"), item(COCO, "What?", "A <region>.", "Sure?", "Yes."), alone, item(COCO))
+    text = item(None, "Hi", "Hello.")
+    source = llava(folder, item("a.jpg"), item(COCO, "What?", "A <region>.", "Sure?", "Yes."), text, item(COCO))
     convert(source, folder / "out")
     _, processor = tiny()
     options = {"capacity": 120, "packs": 1, "workers": 0, "epochs": 1}

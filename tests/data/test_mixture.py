@@ -71,15 +71,15 @@ def test_a_stop_and_other_ranks_change_nothing(paths, processor, weights):
     for ranks, steps, workers in ((1, 5, 0), (2, 4, 0), (1, 1000, 2)):
         parts = []
         for rank in range(ranks):
-            one = loader(paths, processor, weights=weights, rank=rank, ranks=ranks, workers=workers)
+            current = loader(paths, processor, weights=weights, rank=rank, ranks=ranks, workers=workers)
             if state is not None:
-                one.load_state_dict(state)
+                current.load_state_dict(state)
             parts.append([])
-            for batch in one:
+            for batch in current:
                 parts[-1].append(seen(batch, processor))
                 if len(parts[-1]) == steps:
                     break
-            after = one.state_dict()
+            after = current.state_dict()
         state = after
         batches += [joined(list(several)) for several in zip(*parts, strict=True)]
     assert batches == whole

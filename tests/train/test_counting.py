@@ -35,14 +35,14 @@ def test_every_image_is_seen_so_many_times_by_any_ranks(config, sample_set, tiny
 
     with pytest.raises(ValueError, match=f"pretrain: {stage.packs} sequences a batch .* no multiple of 7 ranks"):
         check_ranks(replace(whole, warmup=replace(whole.warmup, steps=0)), 7)
-    alone = rows(0, 1)
-    assert len(alone) == stage.steps * stage.accumulate
-    seen = Counter(row for packs in alone for pack in packs for row in pack)
+    single = rows(0, 1)
+    assert len(single) == stage.steps * stage.accumulate
+    seen = Counter(row for packs in single for pack in packs for row in pack)
     assert set(seen.values()) == {2} and len(seen) == len(data)
-    images = [sum(map(len, packs)) for packs in alone]
+    images = [sum(map(len, packs)) for packs in single]
     assert any(images[-stage.accumulate :]) and 16 <= sum(images[:2]) <= 72
     together = zip(rows(0, 2), rows(1, 2), strict=True)
-    assert [[pack for pair in zip(*both, strict=True) for pack in pair] for both in together] == alone
+    assert [[pack for pair in zip(*both, strict=True) for pack in pair] for both in together] == single
 
     monkeypatch.setattr(counting, "_count", None)  # it is kept
     assert counted(config, lambda stage: data, processor, known) == whole

@@ -228,6 +228,8 @@ def test_a_mixture_is_trained_on_by_its_weights_and_evaluated_by_dataset(small_c
     assert sum(line["images few"] for line in lines) > 0.6 * sum(line["images"] for line in lines)
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert summary["data"]["shares"] == {name: 0.25, "few": 0.75}
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "few: 75.0 % of the images drawn" in page and "<th>dataset few</th>" in page
     after = summary["mean"]["stages"]["adapt"]["after"]
     assert {"caption2bbox_acc50", f"dataset {name}/caption2bbox_acc50", "dataset few/caption2bbox_acc50"} <= set(after)
     prints = json.loads((tmp_path / "run" / "data.json").read_text())["train"]

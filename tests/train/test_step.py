@@ -73,8 +73,8 @@ def test_conversations_without_a_picture(tiny, samples, bos, monkeypatch):
             expected.append(each[torch.tensor(scored[1:])].detach())
     torch.testing.assert_close(losses["answers"], torch.cat(expected), rtol=1e-4, atol=1e-5)
 
-    alone = collate(texts, [processor.questions(sample, ["chat"]) for sample in texts], processor, 400)
-    losses = stage_loss(model, None, alone, stage, Distill())
+    batch = collate(texts, [processor.questions(sample, ["chat"]) for sample in texts], processor, 400)
+    losses = stage_loss(model, None, batch, stage, Distill())
     torch.testing.assert_close(losses["answers"], torch.cat(expected[1:]), rtol=1e-4, atol=1e-5)
     losses["loss"].backward()
     gradients = [parameter.grad for parameter in model.projector.parameters()]

@@ -68,8 +68,8 @@ class Llava(FolderSource):
                 except DataFault as fault:
                     notes.unreadable(f"{self.annotations}[{index}]", fault)
             database.execute("CREATE INDEX by_image ON items (image, n)")
-            alone = "CASE WHEN image IS NULL THEN n END"
-            rows = database.execute(f"SELECT image, min(n) AS first FROM items GROUP BY image, {alone} ORDER BY first")
+            apart = "CASE WHEN image IS NULL THEN n END"
+            rows = database.execute(f"SELECT image, min(n) AS first FROM items GROUP BY image, {apart} ORDER BY first")
             for image, first in rows:
                 if image is None:
                     (turns,) = database.execute("SELECT turns FROM items WHERE n = ?", (first,)).fetchone()
