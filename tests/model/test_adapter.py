@@ -149,8 +149,8 @@ def test_whole_models_checkpoints(kind, tmp_path):
     whole.save_pretrained(tmp_path)
     encoder = load_encoder(tmp_path)
     assert checkpoint_config(tmp_path).to_dict() == encoder.config.to_dict()
-    for name, value in encoder.to_transformers().state_dict().items():
-        assert torch.equal(value, part.state_dict()[name]), name
+    for name, value in encoder.to_transformers().state_dict().items():  # transformers 5.0 has CLIP's a module deeper
+        assert torch.equal(value, part.state_dict()[name.removeprefix("vision_model.")]), name
 
 
 def test_unfold_is_the_inverse_of_packing():
