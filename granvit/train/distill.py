@@ -9,17 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from granvit.train.parallel.distributed import summed
+MEMORY = 0.9
+"""So much less than a step's region features do those of the step before count in `Statistics`: ten steps' together."""
 
 
 class Teacher:
-    """An exponential moving average of an encoder: always in eval mode, never with gradients."""
+    """An exponential moving average of an encoder: always in eval mode, never with gradients. statistics: of what it
+    and the student see in regions."""
 
     def __init__(self, student: nn.Module, alpha: float) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"distill.alpha is {alpha}; it takes a number from 0 to 1")
         self.alpha = alpha
         self.encoder = copy.deepcopy(student).eval().requires_grad_(False)
+        self.statistics = Statistics(student.config.hidden_size, next(student.parameters()).device)
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
@@ -28,34 +31,76 @@ class Teacher:
         torch._foreach_mul_(ours, self.alpha)
         torch._foreach_add_(ours, theirs, alpha=1 - self.alpha)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds of it, by name."""
+        return self.encoder.state_dict() | {f"statistics.{k}": v for k, v in vars(self.statistics).items()}
 
-def distillation_loss(student: Tensor, teacher: Tensor, target: str, weight: float = 1.0, ranks: int = 1) -> Tensor:
-    """Distance of region features [N, C] to the teacher's [N, C], each in float32, as a scalar.
 
-    "mse" is the paper's. "cosine" and "layer_norm" compare each position's direction, "standardized" each channel's
-    pattern over the N positions of the batch (mean 0, variance 1), so that neither scale nor a constant can lower it.
-    ranks: processes that call this together, each with some of the positions; the sum of what they get is the loss of
-    all. weight: 0 on a rank whose positions don't count. Raises ValueError for another target.
+class Statistics:
+    """Running statistics of region features by channel: count [], mean [2, C] of the student's and the teacher's, and
+    covariance [3, C], both variances and what the two have in common.
+
+    In a step's loss they are constants, known from the steps before: so it is a sum over positions, whatever batches
+    and ranks these are cut into. They take in a step's features when it is over.
+    """
+
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.count = torch.zeros((), device=device)
+        self.mean = torch.zeros(2, channels, device=device)
+        self.covariance = torch.zeros(3, channels, device=device)
+
+    @torch.no_grad()
+    def moments(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of features [N, C]: their number, and the sums of what differs from the running means and of its products,
+        [6, C]. A step's are the sum of its parts'."""
+        x, y = student.float() - self.mean[0], teacher.float() - self.mean[1]
+        sums = [part.sum(0) for part in (x, y, x * x, y * y, x * y)]
+        return torch.stack([torch.full_like(sums[0], len(x)), *sums])
+
+    @torch.no_grad()
+    def update(self, moments: Tensor) -> None:
+        """Take in a step's moments, of at least one position."""
+        number, first, second = moments[0, 0], moments[1:3] / moments[0], moments[3:] / moments[0]
+        self.count.mul_(MEMORY).add_(number)
+        share = number / self.count
+        x, y = shift = share * first
+        self.mean.add_(shift)
+        self.covariance.lerp_(second, share).sub_(torch.stack([x * x, y * y, x * y]))
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, target: str, statistics: Statistics | None = None) -> Tensor:
+    """Distance of region features [N, C] to the teacher's [N, C], of each position, float32 [N].
+
+    "mse" is the paper's. "cosine" and "layer_norm" compare each position's direction. "standardized" compares each
+    channel's pattern over positions, so that neither scale nor a constant can lower it: its mean is 2 - 2 r where r is
+    the channels' mean correlation. It takes `statistics`, and is 0 before these have seen any position; None: those of
+    the features given. Raises ValueError for another target.
     """
     student, teacher = student.float(), teacher.float()
-    positions = summed(student.new_full((), weight * len(student)), ranks).clamp_min(1)
     if target == "cosine":
-        return weight * (1 - F.cosine_similarity(student, teacher, dim=-1)).sum() / positions
+        return 1 - F.cosine_similarity(student, teacher, dim=-1)
+    if target == "standardized":
+        if statistics is None:
+            statistics = Statistics(student.shape[-1], student.device)
+            statistics.update(statistics.moments(student, teacher))
+        return _standardized(student, teacher, statistics)
     if target == "layer_norm":
         width = (student.shape[-1],)
         student, teacher = F.layer_norm(student, width), F.layer_norm(teacher, width)
-    elif target == "standardized":
-        student, teacher = (_standardize(x, weight, positions, ranks) for x in (student, teacher))
     elif target != "mse":
         raise ValueError(f"distill.target is {target!r}; it takes standardized, layer_norm, cosine or mse")
-    return weight * (student - teacher).square().sum() / (positions * student.shape[-1])
+    return (student - teacher).square().mean(-1)
 
 
-def _standardize(x: Tensor, weight: float, positions: Tensor, ranks: int) -> Tensor:
-    """Mean 0 and variance 1 over all ranks' positions."""
-    x = x - summed(weight * x.sum(0), ranks) / positions
-    variance = summed(weight * x.square().sum(0), ranks) / positions
-    return x / (variance + 1e-4).sqrt()
+def _standardized(student: Tensor, teacher: Tensor, statistics: Statistics) -> Tensor:
+    """(x - y)^2 of standardised features x, y would fall where the student shrinks towards its mean, as the constant
+    statistics do not shrink with it. So each channel takes 2 (1 - x y) + r (x^2 - 1): that has the same mean, and the
+    gradient that (x - y)^2 has where the statistics are functions of the features. r: the channel's correlation."""
+    one, other, common = statistics.covariance
+    scale_x, scale_y = (one + 1e-4).rsqrt(), (other + 1e-4).rsqrt()
+    x, y = (student - statistics.mean[0]) * scale_x, (teacher - statistics.mean[1]) * scale_y
+    distance = 2 * (1 - x * y) + common * scale_x * scale_y * (x.square() - 1)
+    return distance.mean(-1) * (statistics.count > 0)
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ class Phase:
         for parameter, state in self.optimizer.state.items():
             tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
         if self.teacher is not None:
-            tensors |= {f"teacher.{name}": value for name, value in self.teacher.encoder.state_dict().items()}
+            tensors |= {f"teacher.{name}": value for name, value in self.teacher.tensors().items()}
         return tensors
 
     def values(self) -> dict[str, Any]:
@@ -147,8 +147,7 @@ class Phase:
         for number, batch in enumerate(batches):
             synchronise(self.losses, number == len(batches) - 1)
             weight = float(bool(batch.samples))
-            round_regions = totals[len(counts) * number + 1]
-            share = Share(step["targets"], step["regions"], round_regions, self.world.ranks, weight)
+            share = Share(step["targets"], step["regions"], weight)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                 losses = self.losses(self.step, (batch if weight else self.blank).to(self.device), share)
             # The ranks' gradients are averaged, but their losses are parts of a sum.
@@ -183,6 +182,8 @@ class Phase:
             self.optimizer.step()
             if self.teacher is not None:
                 self.teacher.update(self.model.encoder)
+                if "moments" in parts[0]:
+                    self.teacher.statistics.update(self.world.sum(sum(part["moments"] for part in parts)))
         if self.spikes.add(loss):
             ids = [sample.id for batch in batches for sample in batch.samples]
             log.warning("%s step %d: the loss jumped to %.4g; images: %s", self.stage.name, self.step, loss,

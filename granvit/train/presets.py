@@ -119,7 +119,7 @@ class Distill:
     """Self-distillation: an EMA teacher sees each region's crop alone, the student the whole image.
 
     The paper's loss is plain MSE ("mse"). On a small model it is lowered by shrinking the features, so the default
-    compares features that are standardised per channel over the batch, which no scaling or shift can lower.
+    compares features that are standardised per channel over steps, which no scaling or shift can lower.
     """
 
     target: Literal["standardized", "layer_norm", "cosine", "mse"] = "standardized"

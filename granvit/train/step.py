@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,28 +24,26 @@ LEAST = 1e-3  # of a patch
 class Share:
     """What a batch is a part of: all batches of a step, on all ranks.
 
-    answers, regions: the step's tokens of answers and its distilled regions. round_regions: those of the batches that
-    the ranks go through at the same time. weight: 0 for a batch that is gone through only because other ranks wait for
-    this one.
+    answers, regions: the step's tokens of answers and its distilled regions. weight: 0 for a batch that is gone through
+    only because other ranks wait for this one.
     """
 
     answers: float
     regions: float
-    round_regions: float
-    ranks: int = 1
     weight: float = 1.0
 
     @classmethod
     def whole(cls, batch: Batch) -> Share:
         """Of a batch that is a whole step."""
-        return cls(len(batch.packed.targets), len(batch.crops), len(batch.crops))
+        return cls(len(batch.packed.targets), len(batch.crops))
 
 
 def stage_loss(
     model: GranViT, teacher: Teacher | None, batch: Batch, stage: Stage, distill: Distill, share: Share | None = None
 ) -> dict[str, Tensor]:
-    """{"loss", "loss_caption", "loss_distill"} of a batch, and without gradient "features" [T, C], the student's, and
-    "answers" [A], the cross entropy of each answer token. Without a teacher or a crop there is no "loss_distill".
+    """{"loss", "loss_caption", "loss_distill"} of a batch, and without gradient "features" [T, C], the student's,
+    "answers" [A], the cross entropy of each answer token, and "moments", what the teacher's statistics take in of the
+    batch. Without a teacher, or a crop in the step, there is neither "loss_distill" nor "moments".
 
     L = L_caption + stage.distill * L_distill. L_caption is the mean cross entropy over the answers' tokens. With a
     `share` the losses are this batch's part of the step's: the parts' sum is the loss of the whole. Images and
@@ -78,7 +77,7 @@ def stage_loss(
     region_embeds = model.region_embeds(features, layout, batch.packed.boxes, batch.packed.box_image_index)
     losses = answer_losses(model, batch, image_embeds, region_embeds, share)
     losses["features"] = features.detach()
-    if teacher is not None and share.round_regions:
+    if teacher is not None and share.regions:
         crop_layout = PackedLayout.from_grids(batch.crop_grids, device=patches.device)
         with record_function("granvit.teacher"), torch.no_grad():
             target = teacher.encoder(patches[layout.num_tokens :], crop_layout)
@@ -88,8 +87,9 @@ def stage_loss(
             crop, corner = torch.arange(len(boxes), device=boxes.device), torch.zeros_like(boxes[:, :2])
             whole = torch.cat([corner, corner + 1], dim=1)
             target = region_features(target, crop_layout, whole, crop, distill.region_grid)
-            distance = distillation_loss(regions, target, distill.target, share.weight, share.ranks)
-        losses["loss_distill"] = distance * (share.round_regions / share.regions)
+            distance = distillation_loss(regions, target, distill.target, teacher.statistics)
+            losses["moments"] = share.weight * teacher.statistics.moments(regions, target)
+        losses["loss_distill"] = distance.sum() * (share.weight / (share.regions * prod(distill.region_grid)))
         losses["loss"] = losses["loss_caption"] + stage.distill * losses["loss_distill"]
     return losses
 

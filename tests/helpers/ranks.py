@@ -98,7 +98,7 @@ def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> 
         cases[f"{stage.name} splits"] = through_splits(run, stage, world)
     captions = replace(whole.pretrain, tasks=(GLOBAL_CAPTION,))
     cases["no region question"] = through_loader(run, captions, world, 3)
-    for target in ("mse", "cosine", "layer_norm"):
+    for target in ("mse", "cosine", "layer_norm", "standardized"):
         cases[f"{target} accumulated"] = accumulated(run, whole.pretrain, world, target)
     if parallel == "ddp":
         cases["muon"] = through_loader(run, replace(whole.pretrain, optimizer="muon"), world, 5)

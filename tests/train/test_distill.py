@@ -1,15 +1,23 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from granvit.train.distill import Teacher, distillation_loss, feature_statistics
+from granvit.train.distill import MEMORY, Statistics, Teacher, distillation_loss, feature_statistics
 
 TARGETS = ("standardized", "layer_norm", "cosine", "mse")
 
 
+class Student(nn.Linear):
+    config = SimpleNamespace(hidden_size=3)
+
+
 def test_teacher_is_the_exact_moving_average():
     torch.manual_seed(0)
-    student = nn.Linear(5, 3)
+    student = Student(5, 3)
     teacher = Teacher(student, alpha=0.9)
     expected = [p.detach().double().clone() for p in student.parameters()]
     for _ in range(20):
@@ -23,7 +31,7 @@ def test_teacher_is_the_exact_moving_average():
 
 
 def test_teacher_has_no_gradient_and_stays_in_eval_mode():
-    student = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    student = Student(5, 3).train()
     teacher = Teacher(student, alpha=0.5)
     assert not teacher.encoder.training and student.training
     assert not any(p.requires_grad for p in teacher.encoder.parameters())
@@ -32,31 +40,73 @@ def test_teacher_has_no_gradient_and_stays_in_eval_mode():
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_teacher_refuses_a_momentum_out_of_range(alpha):
     with pytest.raises(ValueError, match="distill.alpha"):
-        Teacher(nn.Linear(1, 1), alpha)
+        Teacher(Student(1, 1), alpha)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_loss_is_zero_for_equal_features_and_positive_else(target):
     torch.manual_seed(0)
     a, b = torch.randn(40, 8), torch.randn(40, 8)
-    assert distillation_loss(a, a, target).item() == pytest.approx(0, abs=1e-6)
-    assert distillation_loss(a, b, target).item() > 0.1
+    assert distillation_loss(a, a, target).mean().item() == pytest.approx(0, abs=1e-3)
+    assert distillation_loss(a, b, target).shape == (40,) and distillation_loss(a, b, target).mean() > 0.1
 
 
 def test_only_mse_is_lowered_by_shrinking_the_features():
     torch.manual_seed(0)
     a, b = torch.randn(200, 8), torch.randn(200, 8)
     for target in TARGETS:
-        whole, shrunk = distillation_loss(a, b, target), distillation_loss(0.1 * a, 0.1 * b, target)
+        whole, shrunk = (distillation_loss(k * a, k * b, target).mean().item() for k in (1, 0.1))
         if target == "mse":
             assert shrunk < 0.02 * whole
         else:
-            assert shrunk == pytest.approx(whole.item(), rel=0.05)
+            assert shrunk == pytest.approx(whole, rel=0.05)
+
+
+def test_standardized_has_the_gradient_of_the_distance_that_standardizes_by_its_own_statistics():
+    """So that shrinking, or moving, the student is worth nothing: the gradient is at right angles to both."""
+    torch.manual_seed(0)
+    teacher = torch.randn(300, 6) * torch.arange(1.0, 7) + 5
+    student = (0.3 * teacher + 2 * torch.randn(300, 6)).requires_grad_()
+    loss = distillation_loss(student, teacher, "standardized").mean()
+    (ours,) = torch.autograd.grad(loss, student)
+    x, y = ((f - f.mean(0)) / f.std(0, unbiased=False) for f in (student, teacher))
+    distance = (x - y).square().mean()
+    (exact,) = torch.autograd.grad(distance, student)
+    torch.testing.assert_close(loss, distance, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+    along = F.cosine_similarity(ours, student - student.mean(0), dim=0)
+    assert along.abs().max() < 1e-3 and ours.sum(0).abs().max() < 1e-3 * ours.abs().sum()
+
+
+def test_statistics_are_weighted_means_over_steps_however_these_are_cut():
+    """Against NumPy's covariance of all positions, each weighted by MEMORY to the power of its step's age."""
+    torch.manual_seed(0)
+    steps = [torch.randn(2, n, 4) * (k + 1) + torch.tensor([[[3.0]], [[-50.0]]]) * k for k, n in enumerate((90, 7, 40))]
+    whole, cut = Statistics(4), Statistics(4)
+    for student, teacher in steps:
+        whole.update(whole.moments(student, teacher))
+        cut.update(sum(cut.moments(*part) for part in zip(student.split(13), teacher.split(13), strict=True)))
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(vars(cut)[name], value, rtol=1e-5, atol=1e-5)
+    weights = np.concatenate([np.full(step.shape[1], MEMORY ** (2 - age)) for age, step in enumerate(steps)])
+    both = torch.cat(steps, dim=1).double().numpy()
+    for c in range(4):
+        expected = np.cov(both[:, :, c], aweights=weights, ddof=0)
+        entries = [expected[i] for i in ((0, 0), (1, 1), (0, 1))]
+        assert whole.covariance[:, c].tolist() == pytest.approx(entries, rel=1e-4)
+        assert whole.mean[:, c].tolist() == pytest.approx(np.average(both[:, :, c], 1, weights).tolist(), rel=1e-4)
+
+
+def test_before_any_step_nothing_is_standardized():
+    student = torch.randn(10, 4, requires_grad=True)
+    loss = distillation_loss(student, torch.randn(10, 4), "standardized", Statistics(4)).sum()
+    loss.backward()
+    assert loss == 0 and student.grad.abs().max() == 0
 
 
 def test_standardized_has_finite_gradients_for_constant_features():
     a = torch.ones(10, 4, requires_grad=True)
-    distillation_loss(a, torch.randn(10, 4), "standardized").backward()
+    distillation_loss(a, torch.randn(10, 4), "standardized").mean().backward()
     assert a.grad.isfinite().all()
 
 

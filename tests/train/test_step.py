@@ -15,7 +15,7 @@ from granvit.train.distill import Teacher, distillation_loss
 from granvit.train.optimizer import freeze
 from granvit.train.presets import Distill
 from granvit.train.stages import Stage
-from granvit.train.step import region_features, stage_loss, warmup_loss
+from granvit.train.step import Share, region_features, stage_loss, warmup_loss
 from granvit_kernels import PackedLayout
 from tests.conftest import TASKS
 
@@ -100,9 +100,39 @@ def test_distillation_compares_crops_with_regions_of_the_whole_image(parts):
         crop = torch.tensor([[0, *edges]], dtype=torch.float64)
         target, _ = model.encode([batch.packed.images[image]], crops=crop, grids=[tuple(grid)])
         theirs = aligned(target.view(*grid, -1), (0, 0, 1, 1), distill.region_grid)
-        expected.append(distillation_loss(aligned(planes[image], box, distill.region_grid), theirs, "mse"))
+        expected.append(distillation_loss(aligned(planes[image], box, distill.region_grid), theirs, "mse").mean())
     torch.testing.assert_close(losses["loss_distill"], torch.stack(expected).mean(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(losses["loss"], losses["loss_caption"] + losses["loss_distill"])
+
+
+@pytest.mark.parametrize("target", ["standardized", "layer_norm", "cosine", "mse"])
+def test_a_step_s_loss_is_the_sum_of_its_parts(parts, target):
+    """Of whichever parts, one of them without a region; and so are the gradients, and what statistics take in."""
+    config, data, model, processor = parts
+    samples = [data[i] for i in range(6)]
+    samples[3] = without_regions(samples[3])
+    asked = [processor.questions(sample, config.pretrain.tasks)[:5] for sample in samples]
+    teacher, distill = Teacher(model.encoder, 0.9), replace(config.distill, target=target)
+
+    def losses(batch, share=None):
+        return stage_loss(model, teacher, batch, config.pretrain, distill, share)
+
+    def cut(*parts):
+        return [collate(samples[p], asked[p], processor, config.data.capacity, config.crops) for p in parts]
+
+    (whole,) = cut(slice(6))
+    teacher.statistics.update(losses(whole)["moments"])
+    share = Share.whole(whole)
+    expected = losses(whole)
+    weight = model.encoder.post_layernorm.weight
+    (gradient,) = torch.autograd.grad(expected["loss_distill"], weight)
+    pieces = [losses(batch, share) for batch in cut(slice(2), slice(2, 3), slice(3, 4), slice(4, 6))]
+    for name in ("loss", "loss_caption", "loss_distill", "moments"):
+        total = sum(piece[name] for piece in pieces)
+        tolerance = 1e-4 if name == "moments" else 1e-6
+        torch.testing.assert_close(total, expected[name], rtol=tolerance, atol=tolerance)
+    summed = sum(torch.autograd.grad(piece["loss_distill"], weight)[0] for piece in pieces)
+    torch.testing.assert_close(summed, gradient, rtol=1e-4, atol=1e-6)
 
 
 def aligned(plane: torch.Tensor, box: tuple[float, ...], bins: tuple[int, int]) -> torch.Tensor:

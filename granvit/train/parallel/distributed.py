@@ -41,13 +41,17 @@ class World:
         """Whether this is the process that writes down what all have found."""
         return self.rank == 0
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """A tensor, summed over the ranks in float64."""
+        if self.ranks == 1:
+            return tensor
+        sums = tensor.double().cpu()
+        dist.all_reduce(sums, group=self.control)
+        return sums.to(tensor)
+
     def total(self, *numbers: float) -> list[float]:
         """Each number, summed over the ranks."""
-        if self.ranks == 1:
-            return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(sums, group=self.control)
-        return sums.tolist()
+        return list(numbers) if self.ranks == 1 else self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks."""
@@ -151,24 +155,3 @@ def synchronise(module: nn.Module, wanted: bool) -> None:
         module.require_backward_grad_sync = wanted
     elif isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
-
-
-class _Sum(torch.autograd.Function):
-    """Its backward shares the group of DDP's or FSDP's own: every rank must come to it at the same point among those.
-    They do, as the loss that is made last goes backwards first, and every rank's step has one (see loop.Phase.blank).
-    """
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous().clone()
-        dist.all_reduce(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return _Sum.apply(gradient)
-
-
-def summed(tensor: Tensor, ranks: int) -> Tensor:
-    """A tensor's sum over the ranks, through which gradients flow: every rank's loss depends on every rank's."""
-    return tensor if ranks == 1 else _Sum.apply(tensor)

@@ -14,8 +14,8 @@ from granvit.train.presets import save_config
 
 CASES = [
     "warmup steps", "warmup splits", "pretrain steps", "pretrain splits", "adapt steps", "adapt splits",
-    "no region question", "mse accumulated", "cosine accumulated", "layer_norm accumulated", "faulty pictures",
-    "pretrain with boxes as text", "adapt with boxes as text",
+    "no region question", "mse accumulated", "cosine accumulated", "layer_norm accumulated",
+    "standardized accumulated", "faulty pictures", "pretrain with boxes as text", "adapt with boxes as text",
 ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_losses_and_gradients_are_those_of_one_process(alone, together, parallel
         if name.endswith(".exp_avg"):
             limits = (1e-4 * largest, 1e-5 * largest)
         elif name.endswith(("k_proj.bias", "key.bias")):  # softmax takes a key's bias out again: all rounding
-            limits = (1e-3, 1e-3)
+            limits = (4e-3, 4e-3)
         if not (most <= limits[0] and mean <= limits[1]):
             wrong[name] = (most, mean)
     assert not wrong
@@ -86,8 +86,8 @@ def test_losses_and_gradients_are_those_of_one_process(alone, together, parallel
 def test_losses_in_bfloat16_are_those_of_one_process(alone, together, parallel):
     lines, expected = together[parallel]["in bfloat16"]["lines"], alone["in bfloat16"]["lines"]
     for line, other in zip(lines, expected, strict=True):
-        for name in ("loss_caption", "loss_distill", "grad_norm"):
-            assert line[name] == pytest.approx(other[name], rel=5e-3), (line, other)
+        for name, tolerance in (("loss_caption", 5e-3), ("loss_distill", 5e-3), ("grad_norm", 2e-2)):
+            assert line[name] == pytest.approx(other[name], rel=tolerance), (line, other)
 
 
 @pytest.mark.slow
@@ -107,10 +107,8 @@ def test_the_splits_are_what_they_are_to_be(alone):
     assert sum(line["images"] for line in alone["pretrain steps"]["lines"]) > 67  # and so, more than an epoch
 
 
-@pytest.mark.parametrize("target", ["mse", "cosine", "layer_norm"])
+@pytest.mark.parametrize("target", ["mse", "cosine", "layer_norm", "standardized"])
 def test_batches_one_after_the_other_are_one_batch(config, alone, tmp_path, target):
-    """Where the distance of a region depends on no other region. "standardized" compares with the regions of its batch,
-    so that its loss is that of the batches, weighted by their regions."""
     run = ranks.Run(
         replace(config, data=replace(config.data, path=f"{config.data.path}/whole"),
                 distill=replace(config.distill, target=target)),
