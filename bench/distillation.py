@@ -1,18 +1,30 @@
-"""Counts the bytes that distilling region features moves on top of the encoder: would one kernel for roi_gather and its
-loss pay?
+"""What the targets of self-distillation are worth, and what its features cost.
 
-    python bench/distillation.py
+    python bench/distillation.py targets [--seeds 3] [--steps WARMUP PRETRAIN ADAPT]
+    python bench/distillation.py bytes
 
-Runs both as a training step does, forward and backward, on the meta device: nothing is computed, and every operation's
-inputs and outputs are added up, as if no cache held any. The time at the bandwidth of an H200's large copy stands
-beside what the student's encoder alone takes at the peak of its tensor cores. A step takes longer than that, so the
-share is an upper bound; of the base encoder, a row also has the share of the step as measured.
+targets: trains the preset quick, on one thread, with each target and with none, and writes what captions (after stage
+1) and boxes (after stage 2) are worth and what became of the encoder's features
+(bench/results/distillation_targets.json). All targets of a seed go on from one warmed-up LLM. Runs that the file has of
+this commit are not done again.
+
+bytes: would one kernel for roi_gather and its loss pay? Runs both as a training step does, forward and backward, on the
+meta device: nothing is computed, and every operation's inputs and outputs are added up, as if no cache held any. The
+time at the bandwidth of an H200's large copy stands beside what the student's encoder alone takes at the peak of its
+tensor cores. A step takes longer than that, so the share is an upper bound; of the base encoder, a row also has the
+share of the step as measured (bench/results/distillation.json).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
+import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from rows import Rows, provenance, results_folder
@@ -21,11 +33,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from workloads import BINS
 
-from granvit.train.distill import distillation_loss
-from granvit_kernels import PackedLayout, roi_gather
+from granvit.data.sample import cached_sample
+from granvit.eval.metrics import is_attribute
+from granvit.machine import device_name
+from granvit.train.distill import Statistics, distillation_loss, feature_statistics
+from granvit.train.guard import Termination
+from granvit.train.parallel.distributed import World
+from granvit.train.presets import PRESETS, TrainConfig
+from granvit.train.run import Run
+from granvit.train.step import region_features
+from granvit_kernels import PackedLayout
 
-IMAGES, SIDE, REGIONS = 24, 32, 120
-"""As the measured training step has them (nvidia-h200-training.json), every image of the most patches."""
+TARGETS = ("mse", "cosine", "layer_norm", "standardized")
+METRICS = ("bbox2caption_rouge_l", "bbox2caption_exact", "caption2bbox_acc50", "effective_rank", "std")
+
+IMAGES, SIDE, REGIONS, CROP = 24, 32, 120, 16
+"""As the measured training step has them (nvidia-h200-training.json), every image of the most patches, and crops as the
+preset paper's."""
 
 SHAPES = {"base": (768, 12, 3072), "so400m": (1152, 27, 4304)}
 """SigLIP2's encoders: channels, layers, channels of the MLP."""
@@ -51,11 +75,16 @@ def row(shape: str, target: str) -> dict:
     channels, layers, mlp = SHAPES[shape]
     layout = PackedLayout.from_grids([(SIDE, SIDE)] * IMAGES).to("meta")
     features = torch.empty(layout.num_tokens, channels, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    crops = PackedLayout.from_grids([(CROP, CROP)] * REGIONS).to("meta")
+    seen = torch.empty(crops.num_tokens, channels, dtype=torch.bfloat16, device="meta")
     boxes, index = torch.empty(REGIONS, 4, device="meta"), torch.empty(REGIONS, dtype=torch.int64, device="meta")
-    teacher = torch.empty(REGIONS * BINS**2, channels, dtype=torch.bfloat16, device="meta")
+    statistics = Statistics(channels, torch.device("meta"))
     with Moved() as moved:
-        regions = roi_gather(features, layout, boxes, index, output_size=BINS)
-        distillation_loss(regions.reshape(teacher.shape), teacher, target).backward()
+        student = region_features(features, layout, boxes, index, (BINS, BINS))
+        teacher = region_features(seen, crops, boxes, index, (BINS, BINS))
+        distillation_loss(student, teacher, target, statistics).mean().backward()
+        if target == "standardized":
+            statistics.moments(student, teacher)
     # A token's products forward, and twice as many backward.
     operations = 3 * 2 * layers * (4 * channels**2 + 2 * channels * mlp) * layout.num_tokens
     seconds, encoder = moved.bytes / COPY, operations / PEAK
@@ -71,14 +100,88 @@ def step_seconds() -> float:
     return min(row["median"] for row in rows if row["provider"] == "granvit" and row["shape"] == "base")
 
 
-def main() -> None:
+def count_bytes() -> None:
     rows = Rows(results_folder() / "distillation.json", ("shape", "target"))
     for shape in SHAPES:
-        for target in ("mse", "cosine", "layer_norm", "standardized"):
+        for target in TARGETS:
             made = row(shape, target)
             rows.save({**made, **provenance("counted")})
             time = f"{made['seconds'] * 1e6:.0f} us, {made['share']:.2%} of the encoder's bound"
             print(f"{shape} {target}: {made['bytes'] / 1e6:.0f} MB, {time}")
+
+
+def of(target: str, seed: int, steps: list[int] | None) -> TrainConfig:
+    """The run that is measured: of the preset quick, but for the target."""
+    quick = PRESETS["quick"]
+    path = str(cached_sample(quick.data.images, seed=0, pages=quick.data.pages))
+    warmup, pretrain, adapt = steps or (quick.warmup.steps, quick.pretrain.steps, quick.adapt.steps)
+    distill = quick.distill if target == "none" else replace(quick.distill, target=target)
+    return replace(
+        quick,
+        warmup=replace(quick.warmup, steps=warmup),
+        pretrain=replace(quick.pretrain, steps=pretrain, distill=0.0 if target == "none" else quick.pretrain.distill),
+        adapt=replace(quick.adapt, steps=adapt),
+        distill=distill,
+        data=replace(quick.data, path=path, eval_images=120, workers=1),
+        seed=seed,
+        threads=1,
+        device="cpu",
+    )
+
+
+def trained(config: TrainConfig, folder: Path, warm: Path) -> dict[str, float]:
+    """Metrics of a run in `folder`. warm: a folder for the seed's warmed-up LLM, which the first run leaves there."""
+    if warm.exists():
+        shutil.copytree(warm, folder / "checkpoints")
+    run = Run(config, folder, World(), torch.device(config.device), Termination())
+    run.phase(config.warmup)
+    if not warm.exists():
+        shutil.copytree(folder / "checkpoints", warm)
+    began = time.perf_counter()
+    run.phase(config.pretrain)
+    seconds = time.perf_counter() - began
+    captions = run.evaluation(config.pretrain, config.pretrain.steps, "after")
+    test = run.splits["test"]
+    with torch.no_grad():
+        features, _ = run.model.eval().encode([test[i].image for i in range(min(64, len(test)))])
+    run.phase(config.adapt)
+    boxes = run.evaluation(config.adapt, config.adapt.steps, "after")
+    kept = {name: captions[name] for name in METRICS if name in captions}
+    kept |= {name: captions[name] for name in captions if name.startswith("bbox2caption_") and is_attribute(name)}
+    kept |= {"caption2bbox_acc50": boxes["caption2bbox_acc50"], "pretrain_seconds": seconds}
+    return kept | feature_statistics(features)
+
+
+def compare_targets(seeds: int, steps: list[int] | None) -> None:
+    rows = Rows(results_folder() / "distillation_targets.json", ("target", "seed"))
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as name:
+            for target in ("none", *TARGETS):
+                config = of(target, seed, steps)
+                key = {"target": target, "seed": seed, "steps": [config.warmup.steps, config.pretrain.steps,
+                                                                 config.adapt.steps]}  # fmt: skip
+                if not rows.has(**key):
+                    measured = trained(config, Path(name) / target, Path(name) / "warm")
+                    rows.save({**key, **measured, **provenance(device_name("cpu"))})
+    kept = rows.kept()
+    print(f"{'target':14}" + "".join(f"{name:>24}" for name in METRICS))
+    for target in ("none", *TARGETS):
+        runs = [row for row in kept if row["target"] == target]
+        columns = ([run[name] for run in runs] for name in METRICS)
+        shown = (f"{fmean(c):.3f} +- {stdev(c) if len(c) > 1 else 0:.3f}" for c in columns)
+        print(f"{target:14}" + "".join(f"{text:>24}" for text in shown))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("targets", "bytes"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, nargs=3, metavar=("WARMUP", "PRETRAIN", "ADAPT"))
+    arguments = parser.parse_args()
+    if arguments.what == "bytes":
+        count_bytes()
+    else:
+        compare_targets(arguments.seeds, arguments.steps)
 
 
 if __name__ == "__main__":

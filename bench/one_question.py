@@ -23,7 +23,7 @@ from granvit.model import GranViT, GranViTProcessor
 from granvit.model.region_prompt import box_features
 from granvit.questions.prompts import Question
 from granvit.questions.schema import Sample
-from granvit.train.distill import distillation_loss
+from granvit.train.distill import Statistics, distillation_loss
 from granvit.train.presets import Distill
 from granvit.train.stages import Stage
 from granvit_kernels import PackedLayout, pack_patches
@@ -141,13 +141,13 @@ def prepare(
 
     rows, labels = [], []
     written = zip(
-        grids,
+        (processor.image_tokens(*sample.image.shape[:2]) for sample, _ in pairs),
         processor.prompt_ids([q.prompt for _, q in pairs]),
         processor.answer_ids([q.answer for _, q in pairs]),
         strict=True,
     )
-    for grid, prompt, answer in written:
-        before = processor.image_part(grid[0] * grid[1]) + prompt
+    for tokens, prompt, answer in written:
+        before = processor.image_part(tokens) + prompt
         rows.append(before + answer)
         labels.append([False] * len(before) + [True] * len(answer))
     length, pad = max(map(len, rows)), processor.tokenizer.pad_token_id
@@ -197,11 +197,19 @@ def _coverage(box: Sequence[float], rows: int, columns: int) -> Tensor:
 class OneQuestion(nn.Module):
     """The same model, in transformers' parts: a copy of `model`'s weights."""
 
-    def __init__(self, model: GranViT, stage: Stage, distill: Distill, crops_at_once: bool = False) -> None:
+    def __init__(
+        self,
+        model: GranViT,
+        stage: Stage,
+        distill: Distill,
+        crops_at_once: bool = False,
+        statistics: Statistics | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.stage, self.distill, self.crops_at_once = deepcopy(model), stage, distill, crops_at_once
-        if model.config.pixel_shuffle != 1 or model.config.region_tokens != 1:
-            raise ValueError("the peer is written for pixel_shuffle 1 and one region token")
+        self.statistics = statistics
+        if model.config.region_tokens != 1:
+            raise ValueError("the peer is written for one region token")
         self.encoder = model.encoder.to_transformers().to(model.dtype)
         del self.model.encoder
         self.teacher = deepcopy(self.encoder).eval().requires_grad_(False) if stage.distill else None
@@ -220,7 +228,7 @@ class OneQuestion(nn.Module):
             seen = batch.pixel_values, batch.pixel_attention_mask, batch.spatial_shapes
             features = self._features(self.encoder, *seen)
         model, packed = self.model, features.flatten(0, 1)[batch.patches]
-        image = model.placed(model.projector(packed), batch.layout)
+        image = model.image_embeds(packed, batch.layout)
         given = torch.cat((image, self._prompts(features, batch)))
         embeds = model.embed_ids(batch.input_ids)
         embeds = embeds.flatten(0, 1).index_copy(0, torch.cat((batch.images, batch.prompts)), given.to(embeds.dtype))
@@ -233,7 +241,7 @@ class OneQuestion(nn.Module):
             with torch.no_grad():
                 target = self._teach(batch)
             regions = batch.boxes(features[batch.crop_samples])
-            losses["loss_distill"] = distillation_loss(regions, target, self.distill.target)
+            losses["loss_distill"] = distillation_loss(regions, target, self.distill.target, self.statistics).mean()
         return losses
 
     @staticmethod

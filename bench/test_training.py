@@ -106,7 +106,8 @@ def test_training(compare, data: GranDataset, name: str, sizes: Callable):
     gate(model, batch, theirs, stage)
 
     mine = deepcopy(model)
-    teacher = Teacher(mine.encoder, SMOKE.distill.alpha) if stage.distill else None
+    teacher = taught(mine, batch, stage)
+    statistics = teacher and teacher.statistics
 
     def ours():
         yield stage_loss(mine, teacher, batch, stage, SMOKE.distill)["loss"]
@@ -114,7 +115,7 @@ def test_training(compare, data: GranDataset, name: str, sizes: Callable):
     step = trainer(mine.groups(), stage, ours, mine.encoder, teacher and teacher.encoder, SMOKE.distill.alpha)
 
     def peer(at_once: bool) -> Callable[[], float]:
-        other = OneQuestion(model, stage, SMOKE.distill, at_once)
+        other = OneQuestion(model, stage, SMOKE.distill, at_once, statistics)
 
         def loss():
             losses = other.losses(theirs)
@@ -132,13 +133,23 @@ def test_training(compare, data: GranDataset, name: str, sizes: Callable):
     compare("training", name, workload, step, peers, count=regions, aims=aims, regions=regions, **bound)
 
 
+@torch.no_grad()
+def taught(model, batch, stage) -> Teacher | None:
+    """A teacher that knows the statistics of a step."""
+    if not stage.distill:
+        return None
+    teacher = Teacher(model.encoder, SMOKE.distill.alpha)
+    teacher.statistics.update(stage_loss(model, teacher, batch, stage, SMOKE.distill)["moments"])
+    return teacher
+
+
 def gate(model, batch, theirs, stage) -> None:
     """Raises AssertionError unless both sides compute the same losses from the same weights."""
-    teacher = Teacher(model.encoder, SMOKE.distill.alpha) if stage.distill else None
+    teacher = taught(model, batch, stage)
     with torch.no_grad():
         mine = stage_loss(model, teacher, batch, stage, SMOKE.distill)
         for at_once in (False, True):
-            other = OneQuestion(model, stage, SMOKE.distill, at_once).losses(theirs)
+            other = OneQuestion(model, stage, SMOKE.distill, at_once, teacher and teacher.statistics).losses(theirs)
             for name, loss in other.items():
                 torch.testing.assert_close(mine[name], loss, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert ("loss_distill" in mine) == bool(stage.distill)
