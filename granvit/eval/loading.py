@@ -50,7 +50,8 @@ def find_encoder(path: str | Path) -> Path | str:
     """
     folder = Path(path)
     if any((folder / name).exists() for name in ("config.yaml", "export", "encoder")):
-        folder = find_model(folder) / "encoder"
+        early = folder / "export" / "encoder"  # written when stage 1 ended
+        folder = early if (early / "config.json").is_file() else find_model(folder) / "encoder"
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no encoder: there is no config.json")
         return folder

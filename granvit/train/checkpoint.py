@@ -122,7 +122,7 @@ class Checkpoints:
         flipped bit must not send a run back, or a stage that has ended to its begin."""
 
         def last() -> Path | None:
-            folders = self._of(phase)
+            folders = checkpoints_of(self.folder, phase)
             if not folders:
                 return None
             try:
@@ -139,15 +139,6 @@ class Checkpoints:
         """The checkpoint with which `phase` ended, or None."""
         newest = self.newest(phase)
         return newest if newest is not None and newest.name.endswith("-final") else None
-
-    def _of(self, phase: str) -> list[Path]:
-        """The checkpoints of `phase`, the newest last."""
-        checkpoints = []
-        for path in self.folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and match["phase"] == phase and path.is_dir() and not path.is_symlink():
-                checkpoints.append((int(match["step"]), match["final"] is not None, path))
-        return [path for _, _, path in sorted(checkpoints)]
 
     def _write(self, name: str, planner: _Planner, body: dict) -> None:
         """The thread: all ranks write their files, then the first makes a checkpoint of them. All find the same
@@ -205,7 +196,7 @@ class Checkpoints:
 
     def _prune(self, phase: str, step: int, name: str) -> None:
         """Remove what isn't to be kept now that `name` is there."""
-        steps = {path: int(_NAME.fullmatch(path.name)["step"]) for path in self._of(phase)}
+        steps = {path: int(_NAME.fullmatch(path.name)["step"]) for path in checkpoints_of(self.folder, phase)}
         running = [path for path in steps if not path.name.endswith("-final")]
         # later ones: the run could not go on from them and went back, so they are none of its past
         past = [path for path in running if steps[path] <= step]
@@ -219,6 +210,16 @@ class Checkpoints:
                     shutil.rmtree(aside)
                 except OSError as error:
                     log.warning("the checkpoint %s, no longer needed, could not be removed: %s", path, error)
+
+
+def checkpoints_of(folder: Path, phase: str) -> list[Path]:
+    """The checkpoints of `phase` in a run's `checkpoints/`, the newest last."""
+    checkpoints = []
+    for path in folder.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match and match["phase"] == phase and path.is_dir() and not path.is_symlink():
+            checkpoints.append((int(match["step"]), match["final"] is not None, path))
+    return [path for _, _, path in sorted(checkpoints)]
 
 
 def load(

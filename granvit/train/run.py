@@ -25,6 +25,7 @@ from granvit.eval.report import write_report
 from granvit.lora import adapters, save_adapters
 from granvit.machine import commit, device_name
 from granvit.model import GranViT
+from granvit.model.formats import save
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
@@ -255,6 +256,7 @@ class Run:
             self.phase(stage)
             if "encoder" in stage.train:
                 features[stage.name] |= self._features("after")
+                self.world.first(lambda: self.model.save_encoder(self.folder / "export" / "encoder"))
             for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
                 if blind != "text" or "test" in self.splits:  # else there is nothing that it would measure
                     metrics[when] = self.evaluation(stage, stage.steps, when, blind)
@@ -411,9 +413,7 @@ class Run:
 
     def _export(self) -> None:
         folder = self.folder / "export"
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        self.model.save_encoder(folder / "encoder")
+        save(self.model, self.processor, folder)
         if adapters(self.model.llm):
             save_adapters(self.model.llm, folder / "lora")
 

@@ -1,0 +1,106 @@
+"""python -m granvit.export RUN_OR_CHECKPOINT --output DIR [--format granvit | encoder | lfm2-vl]: a model, at any time.
+
+A run that is under way gives what its newest checkpoint holds; RUN/checkpoints/STAGE-STEP is that checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# --help needs neither torch nor transformers, which take seconds to import: functions import them.
+if TYPE_CHECKING:
+    from granvit.model import GranViT, GranViTProcessor
+
+FORMATS = {
+    "granvit": "the whole model, for GranViT.from_pretrained and `python -m granvit.predict`",
+    "encoder": "the vision encoder and its image processor, for plain transformers",
+    "lfm2-vl": "the whole model as a Lfm2VlForConditionalGeneration, for plain transformers and what serves it",
+}
+
+
+def load_any(path: str | Path) -> tuple[GranViT, GranViTProcessor, str]:
+    """The model of a run (finished, or as its newest checkpoint has it), a checkpoint or a folder of save_pretrained's,
+    its processor, and where it came from.
+
+    Raises ValueError for anything else, and for a run whose configuration or data can't be read any more.
+    """
+    from granvit.eval.loading import load_model
+    from granvit.train.checkpoint import checkpoints_of
+
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        return *_from_checkpoint(path), str(path)
+    unfinished = (path / "checkpoints").is_dir() and not (path / "export" / "config.json").is_file()
+    if not unfinished:
+        return *load_model(path), str(path)
+    config = _configuration(path)
+    for stage in (*reversed(config.stages), config.warmup):
+        if written := checkpoints_of(path / "checkpoints", stage.name):
+            return *_from_checkpoint(written[-1]), str(written[-1])
+    raise ValueError(f"the run {path} has no checkpoint yet")
+
+
+def _from_checkpoint(checkpoint: Path) -> tuple[GranViT, GranViTProcessor]:
+    from granvit.train.build import build
+    from granvit.train.checkpoint import load
+    from granvit.train.loop import model_tensors
+    from granvit.train.run import open_splits
+
+    config = _configuration(checkpoint.resolve().parent.parent)
+    splits = open_splits(config)
+    model, processor = build(config.model, splits["train"] if "train" in splits else splits["chat"])
+    load(checkpoint, model_tensors(model), subset=True)  # it holds a teacher and moments too
+    return model.eval(), processor
+
+
+def _configuration(run: Path):
+    """The configuration of a run, or of the run whose seed the folder is."""
+    from granvit.train.presets import load_config
+
+    for folder in (run, run.parent):
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml")
+    raise ValueError(f"{run} is no run: there is no config.yaml in it")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m granvit.export",
+        description="Write the model of a run, finished or under way, to a folder.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {name:9}{text}" for name, text in FORMATS.items()),
+    )
+    parser.add_argument(
+        "model", metavar="RUN_OR_CHECKPOINT", help="a run, RUN/checkpoints/STAGE-STEP, or a folder of save_pretrained's"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is not there yet, or is empty")
+    parser.add_argument("--format", choices=FORMATS, default="granvit", help="see below (granvit)")
+    options = parser.parse_args(arguments)
+    folder = Path(options.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        parser.error(f"--output {folder}: it is there already; give a new or an empty folder")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        from transformers.utils import logging
+
+        from granvit.model.formats import save
+
+        logging.disable_progress_bar()
+        model, processor, source = load_any(options.model)
+        save(model, processor, Path(options.output), options.format)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{source} as {options.format} in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""python -m granvit.export, of runs finished and under way."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from granvit.eval.loading import find_encoder
+from granvit.export import main
+from granvit.model import GranViT, VisionEncoder
+from granvit.train.checkpoint import checkpoints_of
+from granvit.train.run import train
+
+
+@pytest.fixture(scope="module")
+def run(small_config, tmp_path_factory):
+    """A finished run of stage 1."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    stage = dataclasses.replace(small_config.pretrain, steps=3, warmup_steps=0)
+    none = dataclasses.replace(small_config.adapt, steps=0)
+    train(dataclasses.replace(small_config, output=str(folder), pretrain=stage, adapt=none, checkpoint_every=2))
+    return folder
+
+
+def weights(folder):
+    return GranViT.from_pretrained(folder).state_dict()
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_gives_its_export_again(run, tmp_path, capsys):
+    assert main([str(run), "--output", str(tmp_path / "again")]) == 0
+    assert equal(weights(tmp_path / "again"), weights(run / "export"))
+    assert str(run) in capsys.readouterr().out
+
+
+def test_a_run_under_way_gives_its_newest_checkpoint(run, tmp_path):
+    going = tmp_path / "going"
+    shutil.copytree(run, going, ignore=shutil.ignore_patterns("config.json", "result.json"))
+    (last,) = [path for path in checkpoints_of(going / "checkpoints", "pretrain") if path.name.endswith("-final")]
+    assert main([str(going), "--output", str(tmp_path / "newest")]) == 0
+    assert equal(weights(tmp_path / "newest"), weights(run / "export"))
+    shutil.rmtree(last)
+    assert main([str(going), "--output", str(tmp_path / "earlier")]) == 0
+    assert not equal(weights(tmp_path / "earlier"), weights(run / "export"))
+
+
+def test_the_encoder_is_there_when_stage_1_has_ended(run, tmp_path):
+    going = tmp_path / "going"
+    shutil.copytree(run / "export" / "encoder", going / "export" / "encoder")
+    (going / "config.yaml").touch()
+    assert find_encoder(going) == going / "export" / "encoder"
+    assert main([str(run), "--output", str(tmp_path / "encoder"), "--format", "encoder"]) == 0
+    theirs = AutoModel.from_pretrained(tmp_path / "encoder").state_dict()
+    assert equal(theirs, VisionEncoder.from_siglip2(run / "export" / "encoder").to_transformers().state_dict())
+
+
+def test_what_cant_be_exported_is_said(run, tmp_path, capsys):
+    assert main([str(run), "--output", str(tmp_path / "model"), "--format", "lfm2-vl"]) == 2
+    assert "box_style" in capsys.readouterr().err
+    assert main([str(tmp_path), "--output", str(tmp_path / "model")]) == 2
+    assert "no model in" in capsys.readouterr().err
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    assert main([str(tmp_path / "begun"), "--output", str(tmp_path / "model")]) == 2
+    assert "no config.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(run), "--output", str(run)])
+    assert "already" in capsys.readouterr().err
