@@ -10,7 +10,7 @@ from .processing import GranViTProcessor
 
 
 def save(model: GranViT, processor: GranViTProcessor, folder: str | Path, form: str = "granvit") -> None:
-    """Write a model to `folder`. form: "granvit", all of it, with its encoder in encoder/; "encoder", no more than that;
+    """Write a model to `folder`. form: "granvit", all of it, its encoder in encoder/; "encoder", no more than that;
     "lfm2-vl", see `save_lfm2_vl`. Raises ValueError where the model has no such form."""
     if form == "lfm2-vl":
         save_lfm2_vl(model, processor, folder)
