@@ -97,6 +97,29 @@ def test_statistics_are_weighted_means_over_steps_however_these_are_cut():
         assert whole.mean[:, c].tolist() == pytest.approx(np.average(both[:, :, c], 1, weights).tolist(), rel=1e-4)
 
 
+@pytest.mark.parametrize("target", ["standardized", "mse"])
+def test_a_student_that_can_not_see_all_shrinks_by_mse_alone(target):
+    """It sees the teacher's input under as much noise. (x - y)^2 by running statistics shrinks it too: they follow it
+    down, and the test then fails."""
+    torch.manual_seed(0)
+    student = Student(8, 3)
+    teacher = Teacher(student, alpha=0.9)
+    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+    spread = []
+    for _ in range(400):
+        seen = torch.randn(64, 8)
+        features, wanted = student(seen + torch.randn(64, 8)), teacher.encoder(seen)
+        loss = distillation_loss(features, wanted, target, teacher.statistics).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        teacher.update(student)
+        teacher.statistics.update(teacher.statistics.moments(features, wanted))
+        spread.append(features.detach().std(0).mean())
+    kept = torch.stack(spread[-20:]).mean() / torch.stack(spread[:20]).mean()
+    assert kept > 0.8 if target == "standardized" else kept < 0.5
+
+
 def test_before_any_step_nothing_is_standardized():
     student = torch.randn(10, 4, requires_grad=True)
     loss = distillation_loss(student, torch.randn(10, 4), "standardized", Statistics(4)).sum()
