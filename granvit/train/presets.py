@@ -253,7 +253,7 @@ def at_least(owner: str, fields: object, **least: int) -> None:
 _WARMUP = Stage("warmup", train=("llm", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION, CAPTION2BBOX), steps=0)
 
 # Muon for the linear layers and patches of 8 pixels: with AdamW and 16 pixels a model of this size tells colours, half
-# of the patterns and no shapes in the same time (docs/training.md).
+# of the patterns and no shapes in the same time (bench/perception.py takes each back).
 _SMOKE = TrainConfig(
     preset="smoke",
     output="runs/smoke",
