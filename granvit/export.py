@@ -29,6 +29,7 @@ def load_any(path: str | Path) -> tuple[GranViT, GranViTProcessor, str]:
     """
     from granvit.eval.loading import load_model
     from granvit.train.checkpoint import checkpoints_of
+    from granvit.train.presets import load_config
 
     path = Path(path)
     if (path / "manifest.json").is_file():
@@ -36,7 +37,7 @@ def load_any(path: str | Path) -> tuple[GranViT, GranViTProcessor, str]:
     unfinished = (path / "checkpoints").is_dir() and not (path / "export" / "config.json").is_file()
     if not unfinished:
         return *load_model(path), str(path)
-    config = _configuration(path)
+    config = load_config(_folder(path) / "config.yaml")
     for stage in (*reversed(config.stages), config.warmup):
         if written := checkpoints_of(path / "checkpoints", stage.name):
             return *_from_checkpoint(written[-1]), str(written[-1])
@@ -44,25 +45,32 @@ def load_any(path: str | Path) -> tuple[GranViT, GranViTProcessor, str]:
 
 
 def _from_checkpoint(checkpoint: Path) -> tuple[GranViT, GranViTProcessor]:
+    import torch
+
     from granvit.train.build import build
     from granvit.train.checkpoint import load
+    from granvit.train.folder import same_data
     from granvit.train.loop import model_tensors
-    from granvit.train.run import open_splits
+    from granvit.train.presets import load_config
+    from granvit.train.run import open_splits, with_data
 
-    config = _configuration(checkpoint.resolve().parent.parent)
-    splits = open_splits(config)
-    model, processor = build(config.model, splits["train"] if "train" in splits else splits["chat"])
+    run = _folder(checkpoint.resolve().parent.parent)
+    config, texts = load_config(run / "config.yaml"), None
+    if not (config.model.whole or config.model.llm):  # only then is the tokenizer made of the data's text
+        splits = open_splits(with_data(config))
+        if (run / "data.json").is_file():
+            same_data(run / "data.json", splits)
+        texts = splits["train"] if "train" in splits else splits["chat"]
+    model, processor = build(config.model, texts, getattr(torch, config.precision))
     load(checkpoint, model_tensors(model), subset=True)  # it holds a teacher and moments too
     return model.eval(), processor
 
 
-def _configuration(run: Path):
-    """The configuration of a run, or of the run whose seed the folder is."""
-    from granvit.train.presets import load_config
-
-    for folder in (run, run.parent):
+def _folder(run: Path) -> Path:
+    """Where the configuration of a run lies: in it, or above the folder of a seed or of the control."""
+    for folder in (run, run.parent, run.parent.parent):
         if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml")
+            return folder
     raise ValueError(f"{run} is no run: there is no config.yaml in it")
 
 

@@ -15,10 +15,13 @@ from granvit.toy.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
 from granvit.train.presets import Model
 
 
-def build(config: Model, data: GranDataset, frozen: torch.dtype = torch.float32) -> tuple[GranViT, GranViTProcessor]:
+def build(
+    config: Model, data: GranDataset | None, frozen: torch.dtype = torch.float32
+) -> tuple[GranViT, GranViTProcessor]:
     """A GranViT and its processor; what has no name in `config` is made from scratch, its tokenizer of `data`'s text.
 
-    frozen: the dtype of an LLM under adapters; whatever learns is float32.
+    data: None will do where the configuration names an LLM. frozen: the dtype of an LLM under adapters; whatever learns
+    is float32.
     Random weights come from torch's global generator: seed it before. Raises ValueError for a name that is no model.
     """
     if config.whole:

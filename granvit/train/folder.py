@@ -38,7 +38,8 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
     if differing:
         shown = "; ".join(f"{name}: {theirs.get(name)} there, {ours[name]} now" for name in differing)
         raise ValueError(
-            f"the dataset is not the one that the run in {path.parent} began with ({shown}); choose another --output"
+            f"the dataset is not the one that the run in {path.parent} began with ({shown}); a run on it "
+            "takes another --output"
         )
 
 

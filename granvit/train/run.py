@@ -82,12 +82,9 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
     if config.data.path == "":
         raise ValueError(f"data.path: the preset {config.preset} has no data of its own; give --data.path DIR")
     console = RunConsole(config, world.leads)
-    if config.data.path is None:
-        with console.waiting(f"the sample set: {config.data.images:,} pictures, drawn once and kept"):
-            data = world.first(lambda: str(cached_sample(config.data.images, seed=0, pages=config.data.pages)))
-    else:
-        data = config.data.path
-    complete = dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+    drawing = f"the sample set: {config.data.images:,} pictures, drawn once and kept"
+    with console.waiting(drawing) if config.data.path is None else nullcontext():
+        complete = world.first(lambda: with_data(config))
     splits = open_splits(complete)
     for name in ("train", "chat"):
         for line in described(splits[name], config.data.weights) if name in splits else ():
@@ -129,6 +126,14 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
         for line in closing_words(folder):
             console.say(line)
     return folder
+
+
+def with_data(config: TrainConfig) -> TrainConfig:
+    """The configuration with the sample set's folder where it names no data."""
+    if config.data.path is not None:
+        return config
+    folder = cached_sample(config.data.images, seed=0, pages=config.data.pages)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder)))
 
 
 def open_splits(config: TrainConfig) -> dict[str, GranDataset]:

@@ -1,7 +1,7 @@
 """python -m granvit.export, of runs finished and under way."""
 
-import dataclasses
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from granvit.eval.loading import find_encoder
 from granvit.export import main
 from granvit.model import GranViT, VisionEncoder
 from granvit.train.checkpoint import checkpoints_of
+from granvit.train.presets import load_config, save_config
 from granvit.train.run import train
 
 
@@ -18,9 +19,9 @@ from granvit.train.run import train
 def run(small_config, tmp_path_factory):
     """A finished run of stage 1."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    stage = dataclasses.replace(small_config.pretrain, steps=3, warmup_steps=0)
-    none = dataclasses.replace(small_config.adapt, steps=0)
-    train(dataclasses.replace(small_config, output=str(folder), pretrain=stage, adapt=none, checkpoint_every=2))
+    stage = replace(small_config.pretrain, steps=3, warmup_steps=0)
+    none = replace(small_config.adapt, steps=0)
+    train(replace(small_config, output=str(folder), pretrain=stage, adapt=none, checkpoint_every=2))
     return folder
 
 
@@ -47,6 +48,20 @@ def test_a_run_under_way_gives_its_newest_checkpoint(run, tmp_path):
     shutil.rmtree(last)
     assert main([str(going), "--output", str(tmp_path / "earlier")]) == 0
     assert not equal(weights(tmp_path / "earlier"), weights(run / "export"))
+
+
+def test_a_run_on_the_sample_set_gives_its_checkpoint(run, tmp_path, monkeypatch, capsys):
+    going = tmp_path / "going"
+    shutil.copytree(run, going, ignore=shutil.ignore_patterns("export"))
+    config = load_config(going / "config.yaml")
+    save_config(replace(config, data=replace(config.data, path=None)), going / "config.yaml")
+    monkeypatch.setattr("granvit.train.run.cached_sample", lambda *_, **__: config.data.path)
+    assert main([str(going), "--output", str(tmp_path / "model")]) == 0
+    assert equal(weights(tmp_path / "model"), weights(run / "export"))
+    # A tokenizer made of other data's text would read and write other words.
+    (going / "data.json").write_text('{"train": {"rows": 1}}')
+    assert main([str(going), "--output", str(tmp_path / "wrong")]) == 2
+    assert "not the one that the run" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
 
 
 def test_the_encoder_is_there_when_stage_1_has_ended(run, tmp_path):
