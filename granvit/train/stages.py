@@ -99,8 +99,10 @@ class Stage:
         return {task: known.get(task, 1.0) for task in self.tasks}
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at `step` (from 1) of `steps`: linear warm-up, then a cosine to zero."""
-        if step <= self.warmup_steps:
-            return step / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        """The share of the learning rate at `step` (from 1) of `steps`: linear warm-up, then a cosine to zero. Without
+        a warm-up the first step has the whole rate."""
+        warmup = max(1, self.warmup_steps)
+        if step <= warmup:
+            return step / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -141,3 +141,4 @@ def test_the_rate_rises_and_falls_to_zero():
         a > b for a, b in zip(rates[9:-1], rates[10:], strict=True)
     )
     assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert replace(stage, steps=1, warmup_steps=0).rate(1) == 1.0  # else it would learn nothing
