@@ -220,7 +220,7 @@ class TrainConfig:
             stage = getattr(self, name)
             if stage.name != name:
                 raise ValueError(f"{name}.name is {stage.name!r}; checkpoints and report know it as {name!r}")
-            if stage.optimizer == "muon" and self.parallel == "fsdp":
+            if stage.runs and stage.optimizer == "muon" and self.parallel == "fsdp":
                 raise ValueError(
                     f"{name}.optimizer is 'muon'; parallel fsdp keeps pieces of the matrices that it takes whole: "
                     "use parallel ddp, or adamw"
