@@ -36,15 +36,24 @@ def read_pixels(name_or_path: str | Path) -> dict[str, Any]:
 
     transformers' processors resize 8-bit images, so image_round is "pil" (which Pillow's versions before 13 are, with
     which most models were trained), unless the file is of a run of ours, which says what that run did.
-    Raises ValueError for pixels that pack_patches can't make.
+    Raises ValueError for a file that can't be read, and for pixels that pack_patches can't make.
     """
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
-    except OSError:
+    except (OSError, RecursionError) as error:
+        if (Path(name_or_path) / FILE).exists():
+            raise ValueError(f"{name_or_path}: {FILE} can't be read: {error}") from error
         return {}
+    try:
+        return _pixels(values)
+    except (AttributeError, ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{name_or_path}: {FILE} has pixels that can't be made: {error}") from error
+
+
+def _pixels(values: dict[str, Any]) -> dict[str, Any]:
     resample = values.get("resample", int(Image.Resampling.BICUBIC))
     if resample not in _RESAMPLES:
-        raise ValueError(f"{name_or_path}: {FILE} has resample {resample!r}, accepted are {_RESAMPLES}")
+        raise ValueError(f"resample is {resample!r}, accepted are {_RESAMPLES}")
     # A pixel becomes (x * scale - mean) / std; ours are scaled to [0, 1].
     scale = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255.0
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale

@@ -210,9 +210,21 @@ def test_pixels_of_a_preprocessor(settings, expected, tmp_path):
     assert expected.items() <= pixels.items() and (settings is None) == (pixels == {})
 
 
-def test_pixels_that_cannot_be_made(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"resample": 1}))
-    with pytest.raises(ValueError, match="resample 1, accepted"):
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ('{"resample": 1}', "resample is 1, accepted"),
+        ('{"resample": [3]}', "can't be made"),
+        ('{"rescale_factor": 0}', "can't be made"),
+        ('{"image_mean": 0.5}', "can't be made"),
+        (f'{{"image_std": [1{"0" * 400}, 1, 1]}}', "can't be made"),
+        ("[]", "can't be made"),
+        ('{"image_mean"', "can't be read"),
+    ],
+)
+def test_pixels_that_cannot_be_made(text, fault, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"preprocessor_config.json .*{fault}"):
         read_pixels(tmp_path)
 
 
