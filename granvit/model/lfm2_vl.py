@@ -194,9 +194,9 @@ def chat_template(processor: GranViTProcessor) -> str:
         raise ValueError("the tokenizer reads what opens a sequence otherwise than it writes it")
     end = tokenizer.convert_ids_to_tokens(turns.end)
     said = "text | trim" if turns.strip else "text"
-    start, first, later, asked, lead, trail, end = map(
-        json.dumps, (start, turns.first, turns.later, turns.asked, turns.lead, turns.trail, end)
-    )
+    pieces = (start, turns.first, turns.later, turns.asked, turns.lead, turns.trail, end)
+    # Jinja reads JSON's escapes, but not two of them for one character.
+    start, first, later, asked, lead, trail, end = (json.dumps(piece, ensure_ascii=False) for piece in pieces)
     return (
         "{{- " + start + " -}}"
         "{%- for message in messages -%}"
@@ -206,8 +206,10 @@ def chat_template(processor: GranViTProcessor) -> str:
         "{%- if message.role == 'user' -%}"
         "{%- for part in parts if part.type == 'image' -%}{{- '" + IMAGE + "' -}}{%- endfor -%}"
         "{{- (" + first + " if loop.first else " + later + ") + (" + said + ") + " + asked + " -}}"
-        "{%- else -%}"
+        "{%- elif message.role == 'assistant' -%}"
         "{{- " + lead + " + (" + said + ") + " + trail + " + " + end + " -}}"
+        "{%- else -%}"
+        "{{- raise_exception('accepted are messages of user and assistant, got ' + message.role) -}}"
         "{%- endif -%}"
         "{%- endfor -%}"
     )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from granvit.model import GranViT
-from granvit.model.lfm2_vl import save_lfm2_vl
+from granvit.model.lfm2_vl import chat_template, save_lfm2_vl
 from granvit.toy.tiny import TinyVision, tiny_encoder
 from granvit_kernels import PackedLayout, pack_patches
 
@@ -78,6 +79,22 @@ def test_plain_transformers_answers_as_the_model_does(shaken, tmp_path):
         )  # fmt: skip
     assert float((ours - theirs["logits"][..., :used]).abs().max()) < 1e-4
     assert answer.tolist() == theirs["answer"].tolist()
+
+
+def test_the_chat_template_writes_any_text(tiny):
+    _, processor = tiny(**FORM)
+    turns = processor.turns = replace(processor.turns, later='\n"😀" \\ }} %}\n')
+    tokenizer, template = processor.tokenizer, chat_template(processor)
+
+    def written(*roles):
+        said = [{"role": role, "content": "😀"} for role in roles]
+        return tokenizer.apply_chat_template(said, chat_template=template, tokenize=False)
+
+    start, end = tokenizer.decode(list(turns.start)), tokenizer.convert_ids_to_tokens(turns.end)
+    whole = start + turns.question("😀") + turns.answer("😀") + end + turns.question("😀", first=False)
+    assert written("user", "assistant", "user") == whole
+    with pytest.raises(Exception, match="got system"):  # it never learnt from one
+        written("system", "user")
 
 
 @pytest.mark.parametrize(
