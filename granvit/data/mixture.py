@@ -102,17 +102,19 @@ class Mixed:
     """In which order a lane sees the rows of a mixture (see Order, which says it for one dataset).
 
     orders: of each dataset. weights: shares of the images that are drawn; None: each image of each once an epoch. With
-    weights an epoch has as many images as all datasets together. A dataset goes on in the next epoch where it was, so
-    that none of its images is seen a second time before nearly all were seen once, however small its share; one of a
-    large share begins anew within the epoch. In every CHUNK rows of a lane the shares hold to a row, and the order is
-    random.
+    weights an epoch has as many images as all datasets together, at least one of each. A dataset goes on in the next
+    epoch where it was, so that none of its images is seen a second time before nearly all were seen once, however small
+    its share; one of a large share begins anew within the epoch. In every CHUNK rows of a lane the shares hold to a
+    row, and the order is random.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float] | None) -> None:
         self.orders, self.lanes, self.seed = list(orders), orders[0].lanes, orders[0].seed
         sizes = [order.size for order in orders]
         self._firsts = np.cumsum(sizes) - sizes
-        self._drawn = None if weights is None else [round(sum(sizes) * share) for share in shares(sizes, weights)]
+        self._drawn = None
+        if weights is not None:
+            self._drawn = [max(1, round(sum(sizes) * share)) for share in shares(sizes, weights)]
 
     def stream(self, lane: int, epochs: int | None) -> Iterator[RowsOfPass]:
         """Row numbers of the mixture, and which pass over their dataset they are of."""

@@ -34,7 +34,7 @@ def find_model(path: str | Path) -> Path:
         if kind != GranViT.config_class.model_type:
             raise ValueError(f"{candidate} holds a model of type {kind!r}, not a GranViT; give {ACCEPTED}")
         return candidate
-    if seeds := sorted(str(seed.parent) for seed in folder.glob("seed-*/export")):
+    if seeds := sorted(map(str, folder.glob("seed-*"))):
         raise ValueError(f"{folder} is a run of several seeds; choose one of {', '.join(seeds)}")
     if (folder / "config.yaml").is_file():
         raise ValueError(f"the run {folder} has no export/ yet: it is not finished")

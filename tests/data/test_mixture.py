@@ -101,6 +101,9 @@ def test_shares_hold_in_every_stretch_and_lanes_together_draw_exactly():
         for start in range(0, len(of) - 3000, 3000):
             assert abs(np.bincount(of[start : start + 3000], minlength=3) / 3000 - (0.25, 0.5, 0.25)).max() < 0.03
     assert counts.tolist() == [13_000, 26_000, 13_000]
+    rare = Mixed(orders, (1, 1e-9, 1))
+    rows = np.concatenate([rows for lane in range(lanes) for rows, _ in rare.stream(lane, 2)])
+    assert ((rows >= ends[0]) & (rows < ends[1])).sum() == 2  # one an epoch, however small its share
 
 
 def test_what_can_not_be_mixed_is_named(paths, processor, tmp_path):

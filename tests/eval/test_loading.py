@@ -30,7 +30,7 @@ def test_what_is_no_model_is_said(tmp_path):
     (tmp_path / "config.yaml").write_text("preset: smoke")
     with pytest.raises(ValueError, match="has no export/ yet: it is not finished"):
         find_model(tmp_path)
-    (tmp_path / "seed-1" / "export").mkdir(parents=True)
+    (tmp_path / "seed-1" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="several seeds; choose one of .*seed-1"):
         find_model(tmp_path)
 
