@@ -75,7 +75,7 @@ def write_report(run_dir: str | Path) -> Path:
     draw_curves(lines, summary).savefig(report / "curves.png", dpi=150)
 
     chosen = choose(predictions)
-    shown = {p["id"] for group in chosen for p in group["predictions"]}
+    shown = {_place(p) for group in chosen for p in group["predictions"]}
     images = _images(summary["data"]["path"], shown) if shown else {}
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         files("granvit.eval").joinpath("report.html").read_text(encoding="utf-8")
@@ -271,23 +271,32 @@ def choose(predictions: dict[str, list[Prediction]]) -> list[dict[str, Any]]:
     return groups
 
 
-def _images(path: str | list[str], wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Data URI and shape of the test images with these ids; ValueError naming one that the data set lacks.
+def _place(prediction: Prediction) -> tuple[str, str]:
+    """The dataset of a mixture, else "", and the id of the image that a prediction is about."""
+    return prediction.get("dataset", ""), prediction["id"]
+
+
+def _images(path: str | list[str], wanted: set[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Data URI and shape of the test images of these datasets and ids; ValueError naming one that is not there.
 
     The run has already kept to its fault budget: no other row is read here, and no fault ends the report.
     """
     dataset = open_split([path] if isinstance(path, str) else path, "test", fault_budget=1.0)
-    images: dict[str, dict[str, Any]] = {}
+    images: dict[tuple[str, str], dict[str, Any]] = {}
+    ids = {name for _, name in wanted}
     for i, name in enumerate(dataset.ids()):
-        if name not in wanted or name in images or (sample := dataset[i]) is None:
+        if name not in ids or (sample := dataset[i]) is None:
+            continue
+        place = sample.dataset, name
+        if place not in wanted or place in images:
             continue
         image = Image.fromarray(sample.image.numpy())
         image.thumbnail((LONG_SIDE, LONG_SIDE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=88)
-        images[name] = {"uri": encoded(buffer.getvalue(), "jpeg"), "size": image.size}
+        images[place] = {"uri": encoded(buffer.getvalue(), "jpeg"), "size": image.size}
     if missing := wanted - images.keys():
-        raise ValueError(f"{path} has no test image {sorted(missing)[0]!r}, of which predictions.json speaks")
+        raise ValueError(f"{path} has no test image {sorted(missing)[0][1]!r}, of which predictions.json speaks")
     return images
 
 
@@ -298,7 +307,7 @@ def _rectangle(box: list[float], size: tuple[int, int]) -> dict[str, float]:
 
 
 def _card(prediction: Prediction, images: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    image = images[prediction["id"]]
+    image = images[_place(prediction)]
     boxes = prediction["task"] == CAPTION2BBOX
     predicted = prediction["predicted_box"]
     return {

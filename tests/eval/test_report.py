@@ -12,7 +12,7 @@ from PIL import Image
 
 from granvit.eval.curves import draw_curves, smooth
 from granvit.eval.metrics import summarise
-from granvit.eval.report import attribute_table, choose, headlines, size_table, write_report
+from granvit.eval.report import _images, attribute_table, choose, headlines, size_table, write_report
 
 LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -257,6 +257,16 @@ def test_a_dataset_that_lacks_a_shown_image_is_named(tmp_path, summary):
     (run / "report" / "predictions.json").write_text(json.dumps(strangers))
     with pytest.raises(ValueError, match="has no test image 'stranger'"):
         write_report(run)
+
+
+def test_pictures_are_those_of_a_predictions_dataset(tmp_path, gran_rows):
+    """Datasets that are mixed may have pictures of equal ids."""
+    sizes = {"wide": (60, 20), "high": (20, 60)}
+    for name, size in sizes.items():
+        rows = gran_rows([("a", [(LEFT, "x", "natural")], "photos", size)])
+        datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / name)
+    images = _images([str(tmp_path / name) for name in sizes], {(name, "a") for name in sizes})
+    assert {name: image["size"] for (name, _), image in images.items()} == sizes
 
 
 def test_attributes_and_sizes_have_tables(summary):
