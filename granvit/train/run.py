@@ -256,11 +256,13 @@ class Run:
         last = None
         for stage in config.stages:
             metrics = stages[stage.name] = {"before": self.evaluation(stage, 0, "before", known=last)}
-            if "encoder" in stage.train:
+            learns = "encoder" in stage.train
+            if learns and "test" in self.splits:
                 features[stage.name] = self._features("before")
             self.phase(stage)
-            if "encoder" in stage.train:
+            if learns and "test" in self.splits:
                 features[stage.name] |= self._features("after")
+            if learns:
                 self.world.first(lambda: self.model.save_encoder(self.folder / "export" / "encoder"))
             for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
                 if blind != "text" or "test" in self.splits:  # else there is nothing that it would measure

@@ -233,7 +233,8 @@ def test_conversations_without_a_test_split_are_learnt_and_not_scored(run, chats
     alone.save_to_disk(tmp_path / "chats")
     folder = tmp_path / "run"
     train(parse(["sft", "--model", str(run / "export"), "--data.path", str(tmp_path / "chats"),
-                 "--output", str(folder), "--data.capacity", "256", "--precision", "float32", *SFT]))  # fmt: skip
+                 "--output", str(folder), "--data.capacity", "256", "--precision", "float32",
+                 "--sft.train", "encoder", "projector", "llm", *SFT]))  # fmt: skip
     assert trained(folder)[-1] == ("sft", 3) and load_model(folder)
     assert (folder / "report" / "index.html").is_file()
 
