@@ -96,8 +96,8 @@ def _standardized(student: Tensor, teacher: Tensor, statistics: Statistics) -> T
     """(x - y)^2 of standardised features x, y would fall where the student shrinks towards its mean, as the constant
     statistics do not shrink with it. So each channel takes 2 (1 - x y) + r (x^2 - 1): that has the same mean, and the
     gradient that (x - y)^2 has where the statistics are functions of the features. r: the channel's correlation."""
-    one, other, common = statistics.covariance
-    scale_x, scale_y = (one + 1e-4).rsqrt(), (other + 1e-4).rsqrt()
+    variance_x, variance_y, common = statistics.covariance
+    scale_x, scale_y = (variance_x + 1e-4).rsqrt(), (variance_y + 1e-4).rsqrt()
     x, y = (student - statistics.mean[0]) * scale_x, (teacher - statistics.mean[1]) * scale_y
     distance = 2 * (1 - x * y) + common * scale_x * scale_y * (x.square() - 1)
     return distance.mean(-1) * (statistics.count > 0)
