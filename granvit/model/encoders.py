@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PretrainedConfig, Siglip2VisionConfig
@@ -14,9 +16,11 @@ Encoder = VisionEncoder | AdaptedEncoder
 
 def load_encoder(name_or_path: str | Path, **kwargs) -> Encoder:
     """The encoder with a checkpoint's weights (hub name or folder; kwargs go to the vision model's from_pretrained), by
-    its model type. Raises ValueError, which lists what is accepted, for another type, and where weights are missing."""
-    kind = VisionEncoder.from_siglip2 if _model_type(name_or_path) in CHECKPOINTS else AdaptedEncoder.from_pretrained
-    return kind(name_or_path, **kwargs)
+    its model type. Raises ValueError, which lists what is accepted, for another type, and where weights are missing or
+    files are damaged."""
+    with _loading(name_or_path):
+        native = _model_type(name_or_path) in CHECKPOINTS
+        return (VisionEncoder.from_siglip2 if native else AdaptedEncoder.from_pretrained)(name_or_path, **kwargs)
 
 
 def random_encoder(config: PretrainedConfig) -> Encoder:
@@ -25,9 +29,21 @@ def random_encoder(config: PretrainedConfig) -> Encoder:
 
 
 def checkpoint_config(name_or_path: str | Path) -> PretrainedConfig:
-    """The configuration that `load_encoder` gives an encoder. Raises ValueError where it would."""
-    native = _model_type(name_or_path) in CHECKPOINTS
-    return (siglip2_config if native else adapted_config)(name_or_path)
+    """The configuration that `load_encoder` gives an encoder. Raises ValueError where it is none."""
+    with _loading(name_or_path):
+        native = _model_type(name_or_path) in CHECKPOINTS
+        return (siglip2_config if native else adapted_config)(name_or_path)
+
+
+@contextmanager
+def _loading(name_or_path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # on damaged files transformers raises whatever the damage leads to
+        kind = type(error).__name__
+        raise ValueError(f"name_or_path: {name_or_path} can't be loaded: {kind}: {error}") from error
 
 
 def _model_type(name_or_path: str | Path) -> str | None:

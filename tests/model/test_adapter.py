@@ -191,6 +191,10 @@ def test_what_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match="lacks weights"):
         load_encoder(tmp_path)
+    for damaged in ("[]", '{"model_type": ["dinov2"]}', '{"model_type": "dinov2", "patch_size": 0}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="can't be loaded"):
+            load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
