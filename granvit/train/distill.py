@@ -66,6 +66,7 @@ class Statistics:
         x, y = shift = share * first
         self.mean.add_(shift)
         self.covariance.lerp_(second, share).sub_(torch.stack([x * x, y * y, x * y]))
+        self.covariance[:2].clamp_(min=0)  # of a constant far from 0, rounding may leave less
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, target: str, statistics: Statistics | None = None) -> Tensor:
@@ -99,7 +100,8 @@ def _standardized(student: Tensor, teacher: Tensor, statistics: Statistics) -> T
     variance_x, variance_y, common = statistics.covariance
     scale_x, scale_y = (variance_x + 1e-4).rsqrt(), (variance_y + 1e-4).rsqrt()
     x, y = (student - statistics.mean[0]) * scale_x, (teacher - statistics.mean[1]) * scale_y
-    distance = 2 * (1 - x * y) + common * scale_x * scale_y * (x.square() - 1)
+    correlation = (common * scale_x * scale_y).clamp(-1, 1)
+    distance = 2 * (1 - x * y) + correlation * (x.square() - 1)
     return distance.mean(-1) * (statistics.count > 0)
 
 

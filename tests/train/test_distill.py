@@ -133,6 +133,18 @@ def test_standardized_has_finite_gradients_for_constant_features():
     assert a.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("mean", [50.0, 1e4])
+def test_statistics_of_nearly_constant_channels_far_from_zero_stay_sound(mean):
+    """Their variance is less than what rounding leaves of the mean's square; a NaN would skip all further steps."""
+    torch.manual_seed(0)
+    statistics = Statistics(64)
+    for _ in range(3):
+        student, teacher = (mean + torch.randn(64) + 1e-3 * torch.randn(40, 64) for _ in range(2))
+        statistics.update(statistics.moments(student, teacher))
+        assert (statistics.covariance[:2] >= 0).all()
+        assert distillation_loss(student, teacher, "standardized", statistics).abs().max() < 10
+
+
 def test_loss_names_the_targets_it_takes():
     with pytest.raises(ValueError, match="standardized, layer_norm, cosine or mse"):
         distillation_loss(torch.ones(2, 2), torch.ones(2, 2), "whitened")
