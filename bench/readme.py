@@ -13,6 +13,8 @@ from typing import Any
 from operator_tables import OPERATORS, comparisons, cpu_rows, others, tables_of
 from performance import RESULTS, ROOT, gpu_results, is_rival, markdown, write_performance
 
+from granvit.eval.metrics import SIZES
+
 BEGIN, END = "<!-- bench/readme.py writes from here: {} -->\n", "<!-- to here -->"
 
 
@@ -81,9 +83,7 @@ def benchmarks() -> list[str]:
 
 def cell(result: dict[str, Any], stage: str, when: str, metric: str) -> str:
     """Mean over the seeds in per cent, with the lowest and highest."""
-    values = [100 * seed["stages"][stage][when][metric] for seed in result["seeds"]]
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.1f}{spread}"
+    return spread([seed["stages"][stage][when][metric] for seed in result["seeds"]])
 
 
 def default_run() -> dict[str, Any]:
@@ -92,11 +92,14 @@ def default_run() -> dict[str, Any]:
 
 
 def reached() -> list[str]:
-    """Five rows by three figures: the demo, each stage, and what is reached without seeing the image."""
+    """Five rows by six figures: the demo, each stage, and what is reached without seeing the image."""
     result = default_run()
     metrics = {
         "caption of a box: ROUGE-L": "bbox2caption_rouge_l",
-        "the same: exact match": "bbox2caption_exact",
+        "exact": "bbox2caption_exact",
+        "names the colour": "bbox2caption_colour",
+        "the pattern": "bbox2caption_pattern",
+        "the kind": "bbox2caption_kind",
         "box of a sentence: IoU of 0.5 or more": "caption2bbox_acc50",
     }
     states = {
@@ -120,6 +123,24 @@ def reached() -> list[str]:
     ]
 
 
+def quick() -> list[str]:
+    """How long the default run takes, and what it reaches beside the best guess."""
+    result = json.loads((RESULTS / "training.json").read_text())["quick"]
+    (seed,) = result["seeds"]
+    captions, boxes = seed["stages"]["pretrain"]["after"], seed["stages"]["adapt"]["after"]
+    best = {name: max(floor.get(name, 0) for floor in result["floors"].values()) for name in boxes}
+
+    def figure(metrics: dict[str, float], name: str) -> str:
+        return f"{100 * metrics[name]:.0f} % (best guess without the image: {100 * best[name]:.0f})"
+
+    return [
+        f"It took {seed['seconds'] / 60:.1f} minutes on two cores ({result['device']}, commit {result['commit']}). "
+        f"Captions' ROUGE-L is then {figure(captions, 'bbox2caption_rouge_l')}, "
+        f"{figure(captions, 'bbox2caption_pattern')} of patterns are named right, and "
+        f"{figure(boxes, 'caption2bbox_acc50')} of boxes found.",
+    ]
+
+
 def picture() -> list[str]:
     """The rates of right answers that the picture's answers were drawn from."""
     result = default_run()
@@ -138,11 +159,13 @@ SOURCES = {"shapes": "scenes", "new combinations": "scenes-heldout", "text": "pa
 CAPTION_METRICS = {
     "ROUGE-L, all": "bbox2caption_rouge_l",
     "exact, all": "bbox2caption_exact",
+    **{f"{name} of shapes": f"bbox2caption_{name}" for name in ("colour", "pattern", "kind", "size")},
     **{f"ROUGE-L, {label}": f"{source}/bbox2caption_rouge_l" for label, source in SOURCES.items()},
 }
 BOX_METRICS = {
     "all": "caption2bbox_acc50",
     **{label: f"{source}/caption2bbox_acc50" for label, source in SOURCES.items()},
+    **{f"{size} boxes": f"caption2bbox_acc50_{size}" for size in SIZES},
     "mean IoU, all": "caption2bbox_miou",
 }
 
@@ -190,6 +213,48 @@ def variants(results: dict[str, Any]) -> list[str]:
     return markdown(head, rows)
 
 
+def choices() -> list[str]:
+    """Choices of the preset smoke taken back: what captions of test scenes name right, and boxes, after stage 2."""
+    rows = [row for row in json.loads((RESULTS / "perception.json").read_text()) if row["stage"] == "adapt"]
+    metrics = [*(f"bbox2caption_{name}" for name in ("colour", "pattern", "kind")), "caption2bbox_acc50"]
+    table = []
+    for change in dict.fromkeys(row["change"] for row in rows):
+        runs = [row for row in rows if row["change"] == change]
+        table.append([change, str(len(runs)), *(spread([run[metric] for run in runs]) for metric in metrics)])
+    return [
+        *markdown(["", "seeds", "colour", "pattern", "kind", "boxes, ACC@0.5"], table),
+        "",
+        f"Per cent, of {rows[0]['scenes']} test scenes, after stage 2 ({rows[0]['device']}, "
+        f"commits {', '.join(sorted({row['commit'] for row in rows}))}, `python bench/perception.py`).",
+    ]
+
+
+def targets() -> list[str]:
+    """The targets of self-distillation at the size of the preset quick."""
+    rows = json.loads((RESULTS / "distillation_targets.json").read_text())
+    shares = {"captions, ROUGE-L": "bbox2caption_rouge_l", "pattern": "bbox2caption_pattern"}
+    shares |= {"kind": "bbox2caption_kind", "boxes, ACC@0.5": "caption2bbox_acc50"}
+    table = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        runs = [row for row in rows if row["target"] == target]
+        cells = [spread([run[metric] for run in runs]) for metric in shares.values()]
+        cells += [spread([run["effective_rank"] for run in runs], 1, 1), spread([run["std"] for run in runs], 1, 2)]
+        table.append([target, *cells])
+    seeds = len({row["seed"] for row in rows})
+    return [
+        *markdown(["target", *shares, "effective rank", "standard deviation"], table),
+        "",
+        f"{seeds} seeds (lowest to highest), steps {' + '.join(map(str, rows[0]['steps']))}, per cent "
+        f"({rows[0]['device']}, commit {rows[0]['commit']}, `python bench/distillation.py targets`).",
+    ]
+
+
+def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
+    """Their mean, and the lowest and highest where there are several."""
+    mean, low, high = (factor * x for x in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
+
+
 def training() -> list[str]:
     results = json.loads((RESULTS / "training.json").read_text())
     default = default_run()
@@ -219,8 +284,9 @@ def training() -> list[str]:
 
 
 FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
-    "README.md": {"picture": picture, "benchmarks": benchmarks, "reached": reached},
+    "README.md": {"picture": picture, "quick": quick, "benchmarks": benchmarks, "reached": reached},
     "docs/results.md": {"training": training},
+    "docs/training.md": {"choices": choices, "targets": targets},
     "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }
 """{file: {the name in its markers: what makes its lines}}."""

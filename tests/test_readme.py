@@ -73,7 +73,7 @@ def test_the_example_of_the_model_answers_what_the_model_was_taught(tiny, tmp_pa
     photo = torch.from_numpy(np.array(decode_image((tmp_path / "photo.jpg").read_bytes())))
     model, processor = tiny(box_style="tokens", box_format="bins")
     teach(model, processor, photo)
-    export = tmp_path / "runs" / "smoke" / "export"
+    export = tmp_path / "runs" / "quick" / "export"
     model.save_pretrained(export)
     processor.save_pretrained(export)
     model.encoder.save_siglip2(export / "encoder")
