@@ -39,6 +39,9 @@ SIZES = ("tiny", "small", "medium", "large")
 BOUNDS = (0.15, 0.25, 0.35)
 """Sides from which an object is small, medium and large. Its side is the root of its box's share of the image."""
 
+THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
+"""IoUs over which the F1 of boxes is averaged, as COCO's."""
+
 
 @lru_cache(maxsize=1)
 def _rouge() -> RougeScorer:
@@ -121,7 +124,8 @@ def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIB
     SOURCE/); of a mixture also per dataset (prefix "dataset NAME/").
 
     Names: bbox2caption_{rouge_l, exact, cider} and bbox2caption_ATTRIBUTE of the sources that have a vocabulary;
-    caption2bbox_{acc50, miou, unparsed}, the first two also by the object's size (caption2bbox_acc50_small, see SIZES);
+    caption2bbox_{acc50, acc75, acc90, miou, f1, unparsed}, acc50 and miou also by the object's size
+    (caption2bbox_acc50_small, see SIZES);
     ocr_cer and ocr_exact (text regions of bbox2caption, to the letter). A metric without a prediction to measure is
     absent.
     """
@@ -141,7 +145,8 @@ def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIB
             unparsed = prediction["predicted_box"] is None
             row = {"acc50": overlap >= 0.5, "miou": overlap}
             row |= {f"{name}_{size(prediction['box'])}": value for name, value in row.items()}
-            rows.append((prediction, row | {"unparsed": unparsed}))
+            row |= {"acc75": overlap >= 0.75, "acc90": overlap >= 0.9, "unparsed": unparsed}
+            rows.append((prediction, row | {"f1": fmean(overlap >= threshold for threshold in THRESHOLDS)}))
 
     groups: dict[str, list[float]] = defaultdict(list)
     texts: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -155,6 +160,9 @@ def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIB
                 texts[prefix].append((prediction["caption"], prediction["answer"]))
 
     metrics = {name: fmean(values) for name, values in groups.items()}
+    for name in metrics:
+        if name.endswith(f"{CAPTION2BBOX}_f1"):  # of right boxes over sentences so far; F1 counts the boxes given, too
+            metrics[name] *= 2 / (2 - metrics[name.removesuffix("f1") + "unparsed"])
     for prefix, pairs in texts.items():
         truths, answers = [p[0] for p in pairs], [p[1] for p in pairs]
         metrics[f"{prefix}ocr_cer"] = cer(truths, answers)

@@ -46,7 +46,10 @@ TABLES = (
     (
         "Boxes of sentences",
         CAPTION2BBOX,
-        (("ACC@0.5", "acc50"), ("mean IoU", "miou"), ("unparsed", "unparsed")),
+        (
+            ("ACC@0.5", "acc50"), ("ACC@0.75", "acc75"), ("ACC@0.9", "acc90"), ("mean IoU", "miou"),
+            ("mean F1", "f1"), ("unparsed", "unparsed"),
+        ),
     ),
 )
 

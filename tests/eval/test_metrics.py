@@ -129,6 +129,14 @@ def test_a_box_that_could_not_be_parsed_counts_as_wrong_and_is_counted():
     assert metrics["caption2bbox_unparsed"] == pytest.approx(1 / 3)
     assert metrics["caption2bbox_acc50"] == pytest.approx(1 / 3)
     assert metrics["caption2bbox_miou"] == pytest.approx((0 + 1 + 0.4) / 3)
+    assert metrics["caption2bbox_f1"] == pytest.approx(2 * 1 / (2 + 3))
+
+
+def test_thresholds_of_iou():
+    truth = [0.0, 0.0, 1.0, 1.0]
+    metrics = summarise([box_answer(truth, [0.0, 0.0, 1.0, side]) for side in (0.92, 0.8, 0.52, 0.1)])
+    rates = {name: metrics[f"caption2bbox_{name}"] for name in ("acc50", "acc75", "acc90", "f1")}
+    assert rates == pytest.approx({"acc50": 3 / 4, "acc75": 2 / 4, "acc90": 1 / 4, "f1": (9 + 7 + 1) / 40})
 
 
 def test_an_overlap_of_one_half_is_a_hit():
