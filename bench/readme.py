@@ -113,31 +113,31 @@ def reached() -> list[str]:
     ]
     best = [max(floor.get(metric, 0) for floor in result["floors"].values()) for metric in metrics.values()]
     table.append(["best guess without the image", *(f"{100 * value:.1f}" for value in best)])
-    lowest, highest = (pick(seed["seconds"] for seed in result["seeds"]) / 60 for pick in (min, max))
+    times = sorted({f"{seed['seconds'] / 60:.0f}" for seed in result["seeds"]}, key=int)
     return [
         *markdown(["per cent", *metrics], table),
         "",
         f"Means of {len(result['seeds'])} seeds (lowest to highest) on {result['data']['evaluated']} test images; "
-        f"{lowest:.0f} to {highest:.0f} minutes a seed on two cores with other work ({result['device']}, commit "
-        f"{result['commit']}).",
+        f"{' to '.join(dict.fromkeys((times[0], times[-1])))} minutes a seed on two cores with other work "
+        f"({result['device']}, commit {result['commit']}).",
     ]
 
 
 def quick() -> list[str]:
-    """How long the default run takes, and what it reaches beside the best guess."""
+    """How long the default run takes, and what it reaches after stage 2 beside what it is to be measured against."""
     result = json.loads((RESULTS / "training.json").read_text())["quick"]
     (seed,) = result["seeds"]
-    captions, boxes = seed["stages"]["pretrain"]["after"], seed["stages"]["adapt"]["after"]
-    best = {name: max(floor.get(name, 0) for floor in result["floors"].values()) for name in boxes}
+    stage = seed["stages"]["adapt"]
+    best = {name: max(floor.get(name, 0) for floor in result["floors"].values()) for name in stage["after"]}
 
-    def figure(metrics: dict[str, float], name: str) -> str:
-        return f"{100 * metrics[name]:.0f} % (best guess without the image: {100 * best[name]:.0f})"
+    def figure(name: str) -> str:
+        reached, control, guess = (100 * of[name] for of in (stage["after"], stage["control"], best))
+        return f"{reached:.0f} % ({control:.0f} on a random encoder, {guess:.0f} by the best guess)"
 
     return [
-        f"It took {seed['seconds'] / 60:.1f} minutes on two cores ({result['device']}, commit {result['commit']}). "
-        f"Captions' ROUGE-L is then {figure(captions, 'bbox2caption_rouge_l')}, "
-        f"{figure(captions, 'bbox2caption_pattern')} of patterns are named right, and "
-        f"{figure(boxes, 'caption2bbox_acc50')} of boxes found.",
+        f"Training and evaluations took {seed['seconds'] / 60:.1f} minutes on two cores ({result['device']}, commit "
+        f"{result['commit']}). Captions' ROUGE-L was {figure('bbox2caption_rouge_l')}, patterns named right "
+        f"{figure('bbox2caption_pattern')}, boxes found {figure('caption2bbox_acc50')}.",
     ]
 
 
@@ -213,9 +213,20 @@ def variants(results: dict[str, Any]) -> list[str]:
     return markdown(head, rows)
 
 
+NOT_YET = "Not measured yet at three seeds."
+
+
+def kept(file: str) -> list[dict[str, Any]]:
+    """The rows of a result file, none where it isn't there."""
+    path = RESULTS / file
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def choices() -> list[str]:
     """Choices of the preset smoke taken back: what captions of test scenes name right, and boxes, after stage 2."""
-    rows = [row for row in json.loads((RESULTS / "perception.json").read_text()) if row["stage"] == "adapt"]
+    rows = [row for row in kept("perception.json") if row["stage"] == "adapt"]
+    if not rows:
+        return [NOT_YET]
     metrics = [*(f"bbox2caption_{name}" for name in ("colour", "pattern", "kind")), "caption2bbox_acc50"]
     table = []
     for change in dict.fromkeys(row["change"] for row in rows):
@@ -231,7 +242,9 @@ def choices() -> list[str]:
 
 def targets() -> list[str]:
     """The targets of self-distillation at the size of the preset quick."""
-    rows = json.loads((RESULTS / "distillation_targets.json").read_text())
+    rows = kept("distillation_targets.json")
+    if not rows:
+        return [NOT_YET]
     shares = {"captions, ROUGE-L": "bbox2caption_rouge_l", "pattern": "bbox2caption_pattern"}
     shares |= {"kind": "bbox2caption_kind", "boxes, ACC@0.5": "caption2bbox_acc50"}
     table = []
