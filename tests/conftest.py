@@ -129,7 +129,7 @@ def small_config(sample_set):
     from granvit.train.presets import PRESETS, Data, Model
 
     smoke = PRESETS["smoke"]
-    few = {"packs": 2, "warmup_steps": 2, "optimizer": "adamw"}  # which fsdp takes too
+    few = {"packs": 2, "warmup_steps": 2, "optimizer": "adamw", "learning_rate": 1e-3}  # which fsdp takes too
     return replace(
         smoke,
         output="",

@@ -75,7 +75,7 @@ def test_losses_and_gradients_are_those_of_one_process(alone, together, parallel
         if name.endswith(".exp_avg"):
             limits = (1e-4 * largest, 1e-5 * largest)
         elif name.endswith(("k_proj.bias", "key.bias")):  # softmax takes a key's bias out again: all rounding
-            limits = (4e-3, 4e-3)
+            limits = (1e-3, 1e-3)
         if not (most <= limits[0] and mean <= limits[1]):
             wrong[name] = (most, mean)
     assert not wrong
@@ -86,8 +86,8 @@ def test_losses_and_gradients_are_those_of_one_process(alone, together, parallel
 def test_losses_in_bfloat16_are_those_of_one_process(alone, together, parallel):
     lines, expected = together[parallel]["in bfloat16"]["lines"], alone["in bfloat16"]["lines"]
     for line, other in zip(lines, expected, strict=True):
-        for name, tolerance in (("loss_caption", 5e-3), ("loss_distill", 5e-3), ("grad_norm", 2e-2)):
-            assert line[name] == pytest.approx(other[name], rel=tolerance), (line, other)
+        for name in ("loss_caption", "loss_distill", "grad_norm"):
+            assert line[name] == pytest.approx(other[name], rel=5e-3), (line, other)
 
 
 @pytest.mark.slow
