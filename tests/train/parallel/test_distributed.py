@@ -86,8 +86,9 @@ def test_losses_and_gradients_are_those_of_one_process(alone, together, parallel
 def test_losses_in_bfloat16_are_those_of_one_process(alone, together, parallel):
     lines, expected = together[parallel]["in bfloat16"]["lines"], alone["in bfloat16"]["lines"]
     for line, other in zip(lines, expected, strict=True):
-        for name in ("loss_caption", "loss_distill", "grad_norm"):
-            assert line[name] == pytest.approx(other[name], rel=5e-3), (line, other)
+        # FSDP's norms and biases are bfloat16 too, where autocast leaves them float32: gradients of captions show it.
+        for name, tolerance in (("loss_caption", 5e-3), ("loss_distill", 5e-3), ("grad_norm", 2e-2)):
+            assert line[name] == pytest.approx(other[name], rel=tolerance), (line, other)
 
 
 @pytest.mark.slow
