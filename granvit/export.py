@@ -90,6 +90,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     folder = Path(options.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         parser.error(f"--output {folder}: it is there already; give a new or an empty folder")
+    for parent in folder.resolve().parents:
+        if (parent / "config.yaml").is_file():  # what lies in RUN/export is taken for what the run itself wrote
+            parser.error(f"--output {folder}: it is in the folder of a run, {parent}; give another")
     return options
 
 

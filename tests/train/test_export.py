@@ -85,3 +85,6 @@ def test_what_cant_be_exported_is_said(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(run), "--output", str(run)])
     assert "already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(run), "--output", str(run / "exported")])
+    assert "in the folder of a run" in capsys.readouterr().err
