@@ -223,7 +223,7 @@ def kept(file: str) -> list[dict[str, Any]]:
 
 
 def choices() -> list[str]:
-    """Choices of the preset smoke taken back: what captions of test scenes name right, and boxes, after stage 2."""
+    """Choices of the small presets taken back: what captions of test scenes name right, and boxes, after stage 2."""
     rows = [row for row in kept("perception.json") if row["stage"] == "adapt"]
     if not rows:
         return [NOT_YET]
@@ -235,7 +235,7 @@ def choices() -> list[str]:
     return [
         *markdown(["", "seeds", "colour", "pattern", "kind", "boxes, ACC@0.5"], table),
         "",
-        f"Per cent, of {rows[0]['scenes']} test scenes, after stage 2 ({rows[0]['device']}, "
+        f"Per cent, of up to {max(row['scenes'] for row in rows)} test scenes, after stage 2 ({rows[0]['device']}, "
         f"commits {', '.join(sorted({row['commit'] for row in rows}))}, `python bench/perception.py`).",
     ]
 
