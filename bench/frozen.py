@@ -60,7 +60,9 @@ def smoke() -> dict:
         model, processor = build(SMOKE.model, data)
         for stage in (SMOKE.pretrain, SMOKE.adapt):
             tasks = dict.fromkeys(stage.tasks, 1.0)
-            loader = PackLoader(data, processor, tasks, capacity=SMOKE.data.capacity, packs=PACKS, workers=0)
+            loader = PackLoader(
+                data, processor, tasks, capacity=SMOKE.data.capacity, packs=PACKS, workers=0, crops=SMOKE.crops
+            )
             batch = next(iter(loader))
             for name, one in trained(stage).items():
                 steps[f"{stage.name}, {name}"] = smoke_step(model.train(), batch, one)
