@@ -236,7 +236,7 @@ def choices() -> list[str]:
         *markdown(["", "seeds", "colour", "pattern", "kind", "boxes, ACC@0.5"], table),
         "",
         f"Per cent, of up to {max(row['scenes'] for row in rows)} test scenes, after stage 2 ({rows[0]['device']}, "
-        f"commits {', '.join(sorted({row['commit'] for row in rows}))}, `python bench/perception.py`).",
+        f"commit {', '.join(sorted({row['commit'] for row in rows}))}, `python bench/perception.py`).",
     ]
 
 
