@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
 from granvit.lora import adapters, merged
 from granvit.questions.prompts import IMAGE
+from granvit_kernels import pack_patches
 
+from .config import GranViTConfig
 from .granvit import GranViT
+from .preprocessor import write_preprocessor
 from .processing import GranViTProcessor
 from .vision import VisionEncoder
 
@@ -45,15 +47,12 @@ def save_lfm2_vl(model: GranViT, processor: GranViTProcessor, directory: str | P
     tokenizer.save_pretrained(directory)
     folder = Path(directory)
     # transformers 5.17 reads it of the tokenizer's, later ones of the processor's
-    _edit(folder / "tokenizer_config.json", {"use_image_special_tokens": False, "processor_class": "Lfm2VlProcessor"})
-    _edit(
-        folder / "processor_config.json",
-        {
-            "processor_class": "Lfm2VlProcessor",
-            "use_image_special_tokens": False,
-            "image_processor": image_settings(model),
-        },
-    )
+    settings = {"use_image_special_tokens": False, "processor_class": "Lfm2VlProcessor"}
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        _edit(folder / name, settings)
+    config = model.config
+    mean, std, resample = config.image_mean, config.image_std, config.image_resample
+    write_preprocessor(folder, image_processor(config), mean, std, resample, "pil")  # it rounds whatever ours does
 
 
 def to_lfm2_vl(model: GranViT) -> Lfm2VlForConditionalGeneration:
@@ -79,8 +78,9 @@ def to_lfm2_vl(model: GranViT) -> Lfm2VlForConditionalGeneration:
         )
     text = deepcopy(text)
     text.vocab_size = rows
+    encoder = model.encoder.to_transformers()
     made = Lfm2VlConfig(
-        vision_config=model.encoder.to_transformers().config.to_dict(),
+        vision_config=encoder.config.to_dict(),
         text_config=text.to_dict(),
         image_token_id=config.image_token_id,
         projector_hidden_act="gelu_pytorch_tanh",
@@ -102,8 +102,7 @@ def to_lfm2_vl(model: GranViT) -> Lfm2VlForConditionalGeneration:
     }
     language["embed_tokens.weight"] = _table(language["embed_tokens.weight"], config.text_vocab, rows)
     state |= {f"model.language_model.{name}": tensor for name, tensor in language.items()}
-    encoder = model.encoder.to_transformers().state_dict()
-    state |= {f"model.vision_tower.{name}": tensor for name, tensor in encoder.items()}
+    state |= {f"model.vision_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}
     copy.load_state_dict({name: tensor.detach().cpu() for name, tensor in state.items()})
     copy.to(model.llm.dtype).eval()
     own = model.generation_config
@@ -128,18 +127,21 @@ def _table(table: Tensor, used: int, rows: int) -> Tensor:
 def _check_copy(model: GranViT, copy: Lfm2VlForConditionalGeneration) -> None:
     """Raises ValueError where logits about a picture of noise differ."""
     config = model.config
-    side = 2 * config.vision_config.patch_size
+    side = 2 * config.patch_size
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (side, 2 * side, 3), generator=generator, dtype=torch.uint8)
     words = torch.randint(0, config.text_vocab, (1, 8), generator=generator)
     ids = torch.cat((torch.full((1, 2), config.image_token_id), words), 1)
     training, model = model.training, model.eval()
     device = model.device
-    features, layout = model.encode([image], grids=[(2, 4)])
+    patches, layout = pack_patches(
+        [image], config.patch_size, config.image_mean, config.image_std, grids=torch.tensor([[2, 4]])
+    )
+    layout = layout.to(device)
+    features = model.encoder(patches.to(device, model.dtype), layout)
     embeds = model.embed_ids(ids.to(device))
     embeds[0, :2] = model.image_embeds(features, layout).to(embeds.dtype)
     ours = model.llm(inputs_embeds=embeds).logits[..., : config.text_vocab].cpu().float()
-    patches = _patches(image, config)
     theirs = copy(
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=patches.to(copy.dtype)[None],
         pixel_attention_mask=torch.ones(1, 8, dtype=torch.int32), spatial_shapes=torch.tensor([[2, 4]]),
@@ -154,32 +156,20 @@ def _check_copy(model: GranViT, copy: Lfm2VlForConditionalGeneration) -> None:
         )
 
 
-def _patches(image: Tensor, config: Any) -> Tensor:
-    """Patches [N, P * P * 3] of an image whose sides are multiples of the patch's."""
-    size = config.vision_config.patch_size
-    pixels = (image / 255 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std)
-    return pixels.unflatten(0, (-1, size)).unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1).flatten(1)
-
-
-def image_settings(model: GranViT) -> dict[str, Any]:
-    """What Lfm2VlImageProcessor is told, so that it gives a picture whole, in as many patches as the model learnt."""
-    config = model.config
+def image_processor(config: GranViTConfig) -> dict[str, Any]:
+    """Which image processor, and its sizes: it gives a picture whole, in as many patches as the model learnt."""
     most = config.max_image_tokens // 4
     return {
         "image_processor_type": "Lfm2VlImageProcessor",
-        "do_convert_rgb": True,
         "do_image_splitting": False,
         "min_tiles": 1,
         "max_tiles": 1,
         "use_thumbnail": False,
         "downsample_factor": 2,
-        "encoder_patch_size": config.vision_config.patch_size,
-        "tile_size": config.vision_config.patch_size,
+        "encoder_patch_size": config.patch_size,
+        "tile_size": config.patch_size,
         "min_image_tokens": max(1, most // 2),
         "max_image_tokens": most,
-        "resample": int(Image.Resampling[config.image_resample.upper()]),
-        "image_mean": list(config.image_mean),
-        "image_std": list(config.image_std),
     }
 
 
