@@ -86,9 +86,14 @@ def cell(result: dict[str, Any], stage: str, when: str, metric: str) -> str:
     return spread([seed["stages"][stage][when][metric] for seed in result["seeds"]])
 
 
+def kept_runs() -> dict[str, dict[str, Any]]:
+    """What training.json keeps of finished runs, by name."""
+    return json.loads((RESULTS / "training.json").read_text())
+
+
 def default_run() -> dict[str, Any]:
-    """The smoke preset as it is: the first entry of training.json."""
-    return next(iter(json.loads((RESULTS / "training.json").read_text()).values()))
+    """The smoke preset as it is: the first run."""
+    return next(iter(kept_runs().values()))
 
 
 def reached() -> list[str]:
@@ -125,7 +130,7 @@ def reached() -> list[str]:
 
 def quick() -> list[str]:
     """How long the default run takes, and what it reaches after stage 2 beside what it is to be measured against."""
-    result = json.loads((RESULTS / "training.json").read_text())["quick"]
+    result = kept_runs()["quick"]
     (seed,) = result["seeds"]
     stage = seed["stages"]["adapt"]
     best = {name: max(floor.get(name, 0) for floor in result["floors"].values()) for name in stage["after"]}
@@ -269,7 +274,6 @@ def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
 
 
 def training() -> list[str]:
-    results = json.loads((RESULTS / "training.json").read_text())
     default = default_run()
     minutes = default["seeds"][0]["seconds"] / 60
     versions = ", ".join(f"{name} {version}" for name, version in default["versions"].items())
@@ -287,7 +291,7 @@ def training() -> list[str]:
         "",
         "What stage 1 does to the encoder's features (granvit.train.distill.feature_statistics):",
         "",
-        *variants(results),
+        *variants(kept_runs()),
         "",
         f"The first seed's training, control and evaluations took {minutes:.1f} minutes on two cores that had other "
         f"work, and at most {default['peak_memory_mb'] / 1024:.1f} GiB "

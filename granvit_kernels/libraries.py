@@ -50,7 +50,7 @@ def why_not(name: str) -> str | None:
 def named(part: str) -> str | None:
     """The library that GRANVIT_LIBRARIES names for a part; None where it names none. Raises RuntimeError for a name
     that is none of LIBRARIES, for two of one part, and with the reason for one that can't run."""
-    names = list(filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))))
+    names = _asked()
     if unknown := [name for name in names if name not in LIBRARIES]:
         raise RuntimeError(f"{VARIABLE} names {unknown[0]!r}; it takes {', '.join(LIBRARIES)}")
     names = [name for name in names if LIBRARIES[name].part == part]
@@ -61,12 +61,15 @@ def named(part: str) -> str | None:
     return names[0] if names else None
 
 
+def _asked() -> list[str]:
+    """What GRANVIT_LIBRARIES names."""
+    return list(filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))))
+
+
 def survey() -> list[tuple[str, str, str | None]]:
     """(part, library, why it is not used here or None) of each library."""
-    chosen = os.environ.get(VARIABLE, "")
-    rows = []
+    asked, rows = _asked(), []
     for name, library in LIBRARIES.items():
-        asked = name in map(str.strip, chosen.split(","))
-        reason = why_not(name) or (None if asked else f"not named in {VARIABLE}: never measured to be faster")
+        reason = why_not(name) or (None if name in asked else f"not named in {VARIABLE}: never measured to be faster")
         rows.append((library.part, name, reason))
     return rows
