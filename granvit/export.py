@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,26 +22,40 @@ FORMATS = {
 }
 
 
-def load_any(path: str | Path) -> tuple[GranViT, GranViTProcessor, str]:
-    """The model of a run (finished, or as its newest checkpoint has it), a checkpoint or a folder of save_pretrained's,
-    its processor, and where it came from.
+@dataclass(frozen=True)
+class Source:
+    """What a path means. run: the folder of the run (of one seed) that wrote it; None: a model that no run is known of.
+    checkpoint: of it; None: its export."""
 
-    Raises ValueError for anything else, and for a run whose configuration or data can't be read any more.
-    """
-    from granvit.eval.loading import load_model
+    path: Path
+    run: Path | None
+    checkpoint: Path | None = None
+
+    def load(self) -> tuple[GranViT, GranViTProcessor]:
+        """The model and its processor. Raises ValueError for a folder that holds none, and for a run whose
+        configuration or data can't be read any more."""
+        from granvit.eval.loading import load_model
+
+        return load_model(self.path) if self.checkpoint is None else _from_checkpoint(self.checkpoint)
+
+
+def find_source(path: str | Path) -> Source:
+    """Of a run (finished, or as its newest checkpoint has it), a checkpoint or a folder of save_pretrained's. Raises
+    ValueError for a run without a checkpoint."""
     from granvit.train.checkpoint import checkpoints_of
-    from granvit.train.presets import load_config
+    from granvit.train.folder import config_of
 
     path = Path(path)
     if (path / "manifest.json").is_file():
-        return *_from_checkpoint(path), str(path)
-    unfinished = (path / "checkpoints").is_dir() and not (path / "export" / "config.json").is_file()
-    if not unfinished:
-        return *load_model(path), str(path)
-    config = load_config(_folder(path) / "config.yaml")
+        return Source(path, path.resolve().parent.parent, path)
+    finished = (path / "export" / "config.json").is_file()
+    if finished or not (path / "checkpoints").is_dir():
+        runs = (path, path.resolve().parent)  # of RUN, and of RUN/export
+        return Source(path, next((run for run in runs if (run / "metrics.jsonl").is_file()), None))
+    config = config_of(path)
     for stage in (*reversed(config.stages), config.warmup):
         if written := checkpoints_of(path / "checkpoints", stage.name):
-            return *_from_checkpoint(written[-1]), str(written[-1])
+            return Source(written[-1], path, written[-1])
     raise ValueError(f"the run {path} has no checkpoint yet")
 
 
@@ -49,13 +64,12 @@ def _from_checkpoint(checkpoint: Path) -> tuple[GranViT, GranViTProcessor]:
 
     from granvit.train.build import build
     from granvit.train.checkpoint import load
-    from granvit.train.folder import same_data
+    from granvit.train.folder import config_folder, config_of, same_data
     from granvit.train.loop import model_tensors
-    from granvit.train.presets import load_config
     from granvit.train.run import open_splits, with_data
 
-    run = _folder(checkpoint.resolve().parent.parent)
-    config, texts = load_config(run / "config.yaml"), None
+    run = config_folder(checkpoint.resolve().parent.parent)
+    config, texts = config_of(run), None
     if not (config.model.whole or config.model.llm):  # only then is the tokenizer made of the data's text
         splits = open_splits(with_data(config))
         if (run / "data.json").is_file():
@@ -64,14 +78,6 @@ def _from_checkpoint(checkpoint: Path) -> tuple[GranViT, GranViTProcessor]:
     model, processor = build(config.model, texts, getattr(torch, config.precision))
     load(checkpoint, model_tensors(model), subset=True)  # it holds a teacher and moments too
     return model.eval(), processor
-
-
-def _folder(run: Path) -> Path:
-    """Where the configuration of a run lies: in it, or above the folder of a seed or of the control."""
-    for folder in (run, run.parent, run.parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ValueError(f"{run} is no run: there is no config.yaml in it")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -85,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "model", metavar="RUN_OR_CHECKPOINT", help="a run, RUN/checkpoints/STAGE-STEP, or a folder of save_pretrained's"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is not there yet, or is empty")
+    parser.add_argument("--license", metavar="ID", help="the model's, as the hub names it (apache-2.0), for its card")
     parser.add_argument("--format", choices=FORMATS, default="granvit", help="see below (granvit)")
     options = parser.parse_args(arguments)
     folder = Path(options.output)
@@ -102,14 +109,16 @@ def main(arguments: list[str] | None = None) -> int:
         from transformers.utils import logging
 
         from granvit.model.formats import save
+        from granvit.train.card import write_card
 
         logging.disable_progress_bar()
-        model, processor, source = load_any(options.model)
-        save(model, processor, Path(options.output), options.format)
+        source = find_source(options.model)
+        save(*source.load(), Path(options.output), options.format)
+        write_card(Path(options.output), options.format, source.run, source.checkpoint, options.license)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{source} as {options.format} in {options.output}")
+    print(f"{source.path} as {options.format} in {options.output}")
     return 0
 
 

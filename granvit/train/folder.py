@@ -52,6 +52,21 @@ FREE = {
 }  # fmt: skip
 
 
+def config_folder(run: Path) -> Path:
+    """Where the configuration of a run lies: in it, or above the folder of a seed or of the control. Raises ValueError
+    where there is none."""
+    for folder in (run, run.parent, run.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ValueError(f"{run} is no run: there is no config.yaml in it")
+
+
+def config_of(run: Path) -> TrainConfig:
+    """The configuration of a run, or of the run that a seed or a control belongs to. Raises ValueError as
+    `config_folder` and `load_config` do."""
+    return load_config(config_folder(run) / "config.yaml")
+
+
 def resumes(folder: Path, config: TrainConfig) -> bool:
     """Whether `folder` holds this very run; False if it is free. Raises ValueError where it holds something else."""
     path = folder / "config.yaml"

@@ -29,6 +29,7 @@ from granvit.model.formats import save
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
+from granvit.train.card import write_card
 from granvit.train.checkpoint import Checkpoints, check_room, load
 from granvit.train.console import CONTROL, RunConsole, closing_words, hush
 from granvit.train.counting import check_ranks, counted, needs_counting, order_arguments
@@ -263,7 +264,7 @@ class Run:
             if learns and "test" in self.splits:
                 features[stage.name] |= self._features("after")
             if learns:
-                self.world.first(lambda: self.model.save_encoder(self.folder / "export" / "encoder"))
+                self.world.first(self._export_encoder)
             for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
                 if blind != "text" or "test" in self.splits:  # else there is nothing that it would measure
                     metrics[when] = self.evaluation(stage, stage.steps, when, blind)
@@ -423,6 +424,13 @@ class Run:
         save(self.model, self.processor, folder)
         if adapters(self.model.llm):
             save_adapters(self.model.llm, folder / "lora")
+        write_card(folder, "granvit", self.folder)
+
+    def _export_encoder(self) -> None:
+        """Written when the encoder has learnt, so that it is there however the run ends."""
+        folder = self.folder / "export" / "encoder"
+        self.model.save_encoder(folder)
+        write_card(folder, "encoder", self.folder)
 
     def _control(self) -> dict[str, float]:
         """Metrics of stage 2 alone, from this run's warm LLM and an encoder with random weights: what stage 1 has to

@@ -1,16 +1,20 @@
 """python -m granvit.export, of runs finished and under way."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 from granvit.eval.loading import find_encoder
 from granvit.export import main
 from granvit.model import GranViT, VisionEncoder
+from granvit.train.card import write_card
 from granvit.train.checkpoint import checkpoints_of
+from granvit.train.metrics_log import MetricsLog
 from granvit.train.presets import load_config, save_config
 from granvit.train.run import train
 
@@ -72,6 +76,45 @@ def test_the_encoder_is_there_when_stage_1_has_ended(run, tmp_path):
     assert main([str(run), "--output", str(tmp_path / "encoder"), "--format", "encoder"]) == 0
     theirs = AutoModel.from_pretrained(tmp_path / "encoder").state_dict()
     assert equal(theirs, VisionEncoder.from_siglip2(run / "export" / "encoder").to_transformers().state_dict())
+
+
+def test_the_card_says_what_the_run_did(run, tmp_path):
+    command = [str(run), "--output", str(tmp_path / "model"), "--license", "apache-2.0"]
+    assert main(command) == 0
+    for folder, pipeline in (("model", "image-text-to-text"), ("model/encoder", "image-feature-extraction")):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", pipeline)
+        assert "| pretrain | encoder, projector | 3 |" in card.text
+        measured = [line for line in MetricsLog(run / "metrics.jsonl").lines() if line.get("evaluation") == "after"]
+        assert f"| captions of boxes: ROUGE-L | {100 * measured[-1]['bbox2caption_rouge_l']:.1f} |" in card.text
+        assert "boxes of sentences" not in card.text  # stage 1 doesn't teach them
+    assert "| warmup |" in ModelCard.load(tmp_path / "model" / "README.md").text
+    assert "None is chosen yet" in ModelCard.load(run / "export" / "encoder" / "README.md").text
+
+
+def test_the_card_of_a_checkpoint_ends_there(run, tmp_path):
+    going = tmp_path / "going"
+    shutil.copytree(run, going, ignore=shutil.ignore_patterns("export", "result.json"))
+    checkpoint = checkpoints_of(going / "checkpoints", "pretrain")[0]
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"step": 2}))
+    write_card(tmp_path, "lfm2-vl", going, checkpoint)
+    card = ModelCard.load(tmp_path / "README.md").text
+    assert "| pretrain | encoder, projector | 2 |" in card and "None were measured" in card
+
+
+def test_a_card_keeps_names_as_text(run, tmp_path):
+    config = load_config(run / "config.yaml")
+    evil = tmp_path / "a`|<b>\n# x"
+    evil.mkdir()
+    (evil / "README.md").write_text("---\nlicense: mit\n---\n")
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    save_config(replace(config, data=replace(config.data, path=str(evil))), other / "config.yaml")
+    write_card(tmp_path, "encoder", other)
+    assert "| `a  <b> # x` | train |" in (card := (tmp_path / "README.md").read_text()) and "| mit |" in card
+    write_card(tmp_path, "encoder")
+    assert "Not known here" in (tmp_path / "README.md").read_text()
 
 
 def test_what_cant_be_exported_is_said(run, tmp_path, capsys):
