@@ -1,12 +1,15 @@
 """What the targets of self-distillation are worth, and what its features cost.
 
-    python bench/distillation.py targets [--seeds 3] [--steps WARMUP PRETRAIN ADAPT]
+    python bench/distillation.py targets|crops [--seeds 3] [--steps WARMUP PRETRAIN ADAPT]
     python bench/distillation.py bytes
 
 targets: trains the preset quick, on one thread, with each target and with none, and writes what captions (after stage
 1) and boxes (after stage 2) are worth and what became of the encoder's features
 (bench/results/distillation_targets.json). All targets of a seed go on from one warmed-up LLM. Runs that the file has of
 this commit are not done again.
+
+crops: the same for the default target, with the teacher's crops as they are and of one grid for all
+(bench/results/distillation_crops.json).
 
 bytes: would one kernel for roi_gather and its loss pay? Runs both as a training step does, forward and backward, on the
 meta device: nothing is computed, and every operation's inputs and outputs are added up, as if no cache held any. The
@@ -22,9 +25,12 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
+from unittest.mock import patch
 
 import torch
 from rows import Rows, provenance, results_folder
@@ -33,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from workloads import BINS
 
+from granvit.data.crops import Crops
 from granvit.data.sample import cached_sample
 from granvit.eval.metrics import is_attribute
 from granvit.machine import device_name
@@ -45,6 +52,8 @@ from granvit.train.step import region_features
 from granvit_kernels import PackedLayout
 
 TARGETS = ("mse", "cosine", "layer_norm", "standardized")
+ONE_GRID = "one grid of 4 x 4"
+VARIANTS = {"targets": ("target", ("none", *TARGETS)), "crops": ("crops", ("fitted to the box", ONE_GRID))}
 METRICS = ("bbox2caption_rouge_l", "bbox2caption_exact", "caption2bbox_acc50", "effective_rank", "std")
 
 IMAGES, SIDE, REGIONS, CROP = 24, 32, 120, 16
@@ -152,36 +161,45 @@ def trained(config: TrainConfig, folder: Path, warm: Path) -> dict[str, float]:
     return kept | feature_statistics(features)
 
 
-def compare_targets(seeds: int, steps: list[int] | None) -> None:
-    rows = Rows(results_folder() / "distillation_targets.json", ("target", "seed"))
+def compare(what: str, seeds: int, steps: list[int] | None) -> None:
+    """Train each of `what`'s variants with each seed. The row of a run has its variant under `what`'s singular."""
+    name, variants = VARIANTS[what]
+    rows = Rows(results_folder() / f"distillation_{what}.json", (name, "seed"))
     for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as name:
-            for target in ("none", *TARGETS):
-                config = of(target, seed, steps)
-                key = {"target": target, "seed": seed, "steps": [config.warmup.steps, config.pretrain.steps,
-                                                                 config.adapt.steps]}  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            for variant in variants:
+                config = of(variant if what == "targets" else PRESETS["quick"].distill.target, seed, steps)
+                stages = (config.warmup, config.pretrain, config.adapt)
+                key = {name: variant, "seed": seed, "steps": [stage.steps for stage in stages]}
                 if not rows.has(**key):
-                    measured = trained(config, Path(name) / target, Path(name) / "warm")
+                    with one_grid() if variant == ONE_GRID else nullcontext():
+                        measured = trained(config, Path(folder) / variant, Path(folder) / "warm")
                     rows.save({**key, **measured, **provenance(device_name("cpu"))})
-    kept = rows.kept()
-    print(f"{'target':14}" + "".join(f"{name:>24}" for name in METRICS))
-    for target in ("none", *TARGETS):
-        runs = [row for row in kept if row["target"] == target]
-        columns = ([run[name] for run in runs] for name in METRICS)
+    print(f"{name:14}" + "".join(f"{metric:>24}" for metric in METRICS))
+    for variant in variants:
+        runs = [row for row in rows.kept() if row[name] == variant]
+        columns = ([run[metric] for run in runs] for metric in METRICS)
         shown = (f"{fmean(c):.3f} +- {stdev(c) if len(c) > 1 else 0:.3f}" for c in columns)
-        print(f"{target:14}" + "".join(f"{text:>24}" for text in shown))
+        print(f"{variant:14}" + "".join(f"{text:>24}" for text in shown))
+
+
+@contextmanager
+def one_grid() -> Iterator[None]:
+    """Crops as they were before: 4 x 4 patches each, whatever the student sees."""
+    with patch.object(Crops, "grid", lambda *_: (4, 4)):
+        yield
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("targets", "bytes"))
+    parser.add_argument("what", choices=(*VARIANTS, "bytes"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs=3, metavar=("WARMUP", "PRETRAIN", "ADAPT"))
     arguments = parser.parse_args()
     if arguments.what == "bytes":
         count_bytes()
     else:
-        compare_targets(arguments.seeds, arguments.steps)
+        compare(arguments.what, arguments.seeds, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -247,23 +247,32 @@ def choices() -> list[str]:
 
 def targets() -> list[str]:
     """The targets of self-distillation at the size of the preset quick."""
-    rows = kept("distillation_targets.json")
+    return distilled("targets", "target")
+
+
+def crops() -> list[str]:
+    """The teacher's crops at the same size."""
+    return distilled("crops", "crops")
+
+
+def distilled(what: str, name: str) -> list[str]:
+    rows = kept(f"distillation_{what}.json")
     if not rows:
         return [NOT_YET]
     shares = {"captions, ROUGE-L": "bbox2caption_rouge_l", "pattern": "bbox2caption_pattern"}
     shares |= {"kind": "bbox2caption_kind", "boxes, ACC@0.5": "caption2bbox_acc50"}
     table = []
-    for target in dict.fromkeys(row["target"] for row in rows):
-        runs = [row for row in rows if row["target"] == target]
+    for variant in dict.fromkeys(row[name] for row in rows):
+        runs = [row for row in rows if row[name] == variant]
         cells = [spread([run[metric] for run in runs]) for metric in shares.values()]
         cells += [spread([run["effective_rank"] for run in runs], 1, 1), spread([run["std"] for run in runs], 1, 2)]
-        table.append([target, *cells])
+        table.append([variant, *cells])
     seeds = len({row["seed"] for row in rows})
     return [
-        *markdown(["target", *shares, "effective rank", "standard deviation"], table),
+        *markdown([name, *shares, "effective rank", "standard deviation"], table),
         "",
         f"{seeds} seeds (lowest to highest), steps {' + '.join(map(str, rows[0]['steps']))}, per cent "
-        f"({rows[0]['device']}, commit {rows[0]['commit']}, `python bench/distillation.py targets`).",
+        f"({rows[0]['device']}, commit {rows[0]['commit']}, `python bench/distillation.py {what}`).",
     ]
 
 
@@ -303,7 +312,7 @@ def training() -> list[str]:
 FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"picture": picture, "quick": quick, "benchmarks": benchmarks, "reached": reached},
     "docs/results.md": {"training": training},
-    "docs/training.md": {"choices": choices, "targets": targets},
+    "docs/training.md": {"choices": choices, "targets": targets, "crops": crops},
     "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }
 """{file: {the name in its markers: what makes its lines}}."""
