@@ -43,17 +43,17 @@ def ask(
     dataset: GranDataset,
     tasks: Iterable[str],
     limit: int | None = None,
-    write: Callable[[Sample, tuple[str, ...]], list[Question]] = questions,
+    write: Callable[..., list[Question]] = questions,
     pictures: bool = True,
 ) -> Iterator[Asked]:
     """Every question of the tasks (about regions) on at most `limit` images, spread evenly over the dataset,
-    so that no source is left out. `write` writes a sample's questions. Without `pictures` images are blank.
-    Faulty rows are skipped, and counted by the dataset.
+    so that no source is left out; sentences that regions share are asked of each. `write` writes a sample's questions.
+    Without `pictures` images are blank. Faulty rows are skipped, and counted by the dataset.
     """
     chosen, tasks = spread(len(dataset), limit), tuple(tasks)
     read = dataset.__getitem__ if pictures else dataset.annotations
     for row, sample in zip(chosen, map(read, chosen), strict=True):
-        for question in [] if sample is None else write(sample, tasks):
+        for question in [] if sample is None else write(sample, tasks, shared=True):
             region = sample.regions[question.region]
             truth = {"id": sample.id, "source": sample.source, "task": question.task, "kind": region.kind}
             truth |= {"box": list(region.box), "caption": region.caption}

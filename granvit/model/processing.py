@@ -234,9 +234,9 @@ class GranViTProcessor(ProcessorMixin):
         answer = "" if box is None else format_box(as_lists(box), self.box_format, self.bins)
         return find_box(sentence.strip(), answer, region)
 
-    def questions(self, sample, tasks: Sequence[str]) -> list[Question]:
+    def questions(self, sample, tasks: Sequence[str], shared: bool = False) -> list[Question]:
         """`granvit.questions.prompts.questions` with this processor's box style and format."""
-        return questions(sample, tasks, self.box_style, self.box_format, self.bins)
+        return questions(sample, tasks, self.box_style, self.box_format, self.bins, shared)
 
     def image_tokens(self, height: int, width: int) -> int:
         """How many `<image>` markers an image of height x width pixels takes; 0 x 0 is no image."""

@@ -60,14 +60,19 @@ class Question:
 
 
 def questions(
-    sample: Sample, tasks: Iterable[str], box_style: str = "text", box_format: str = "text", bins: int = 1000
+    sample: Sample,
+    tasks: Iterable[str],
+    box_style: str = "text",
+    box_format: str = "text",
+    bins: int = 1000,
+    shared: bool = False,
 ) -> list[Question]:
     """Every question of the given tasks that the sample can answer, task by task in the order given.
 
-    global_caption asks once where there is a caption; bbox2caption asks of each region; caption2bbox asks for
-    each region whose caption no other region of the image shares (a sentence that fits two boxes has no
-    answer); chat takes each of the sample's conversations, all of its turns. box_style: "text" | "tokens" | "both";
-    box_format: "text" | "bins", of `bins` an axis (see GranViTConfig).
+    global_caption asks once where there is a caption; bbox2caption asks of each region; caption2bbox asks for each
+    region, without `shared` only where no other region of the image has its caption (nothing can be learnt from a
+    sentence that fits two boxes); chat takes each of the sample's conversations, all of its turns. box_style: "text" |
+    "tokens" | "both"; box_format: "text" | "bins", of `bins` an axis (see GranViTConfig).
     Raises ValueError for a task it does not know.
     """
     asked: list[Question] = []
@@ -81,7 +86,7 @@ def questions(
         elif task == CAPTION2BBOX:
             counts = Counter(region.caption for region in sample.regions)
             for index, region in enumerate(sample.regions):
-                if counts[region.caption] == 1:
+                if shared or counts[region.caption] == 1:
                     asked.append(find_box(region.caption, format_box(region.box, box_format, bins), index))
         elif task == CHAT:
             for conversation in sample.conversations:

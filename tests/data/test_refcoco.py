@@ -1,4 +1,5 @@
-"""RefCOCO in its three forms: the same rows from each, boxes exact though the forms differ in what a box is."""
+"""RefCOCO in its three forms: the same rows from each, boxes exact though the forms differ in what a box is, but that
+a form without splits has every expression, as what is evaluated on needs it."""
 
 import json
 import os
@@ -10,9 +11,12 @@ import pytest
 from converting import convert, picture, regions, to_memory, write_json
 
 from granvit.data.__main__ import main
+from granvit.data.loader import GranDataset
 from granvit.data.sources import refcoco
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.refcoco import RefCoco
+from granvit.eval.evaluation import ask
+from granvit.questions.prompts import CAPTION2BBOX, FIND_BOX, questions
 
 FILE = "COCO_train2014_{:012d}.jpg"
 OBJECTS = [  # ref_id, image_id, ann_id, split, box xywh, sentences
@@ -30,6 +34,9 @@ EXPECTED = {
     ],
     "coco/7": [("everything", [0, 0, 1, 1])],
 }
+SPLITLESS = {"coco/581857": [*EXPECTED["coco/581857"][:2], *EXPECTED["coco/581857"][1:]]} | {
+    "coco/7": EXPECTED["coco/7"]
+}  # of a split that may be evaluated on: "lady in blue" was said twice
 
 
 def ref(ref_id, image_id, ann_id, split, box, sentences, /, **changes) -> dict:
@@ -134,7 +141,7 @@ def test_parquet_with_paths_has_other_boxes(folder):
 
 def test_parquet_with_pictures(folder):
     _, rows = convert(RefCoco(with_pictures(folder), part="all"), folder / "out")
-    assert {key: regions(row) for key, row in rows.items()} == EXPECTED
+    assert {key: regions(row) for key, row in rows.items()} == SPLITLESS
     assert rows["coco/7"]["image"] == {"bytes": picture(), "path": "7.jpg"}
 
 
@@ -148,6 +155,28 @@ def test_parts(folder):
             convert(RefCoco(source, str(folder / "train2014"), part="tset"), folder / "out")
     with pytest.raises(ValueError, match='its rows name no split: choose by file, with "all" as part'):
         convert(RefCoco(with_pictures(folder)), folder / "out")
+
+
+@pytest.mark.parametrize("part", ["val", "testA", "testB"])
+def test_every_expression_is_asked_when_a_part_is_evaluated(folder, part):
+    """The official count is that of the pickle's sentences: one that is said twice, and one that fits two objects, or
+    two objects of one box, count as often. What is learnt from is each sentence that stands once in its image."""
+    objects = [
+        (5, 581857, 11, part, [10, 5, 20, 10], ["left guy", "left guy", "man in red"]),
+        (6, 581857, 13, part, [0.5, 0.5, 1, 1], ["left guy", "speck"]),
+        (7, 7, 12, part, [0, 0, 40, 20], ["all of it"]),
+        (8, 7, 12, part, [0, 0, 40, 20], ["all of it"]),
+    ]
+    refs = pickled(folder, [ref(*one) for one in [*(one for one in OBJECTS if one[3] != part), *objects]])
+    convert(RefCoco(refs, str(folder / "train2014"), part=part), folder / "out", split=part)
+    data = GranDataset(folder / "out", part)
+    asked = [(a.truth["caption"], a.truth["box"]) for a in ask(data, (CAPTION2BBOX,))]
+    official = [(sentence, box) for *_, box, sentences in objects for sentence in sentences]
+    pixels = [[x / 40, y / 20, (x + w) / 40, (y + h) / 20] for _, (x, y, w, h) in official]
+    assert [caption for caption, _ in asked] == [sentence for sentence, _ in official]
+    assert [box for _, box in asked] == [pytest.approx(box) for box in pixels]
+    learnt = [q.prompt for row in range(len(data)) for q in questions(data[row], (CAPTION2BBOX,))]
+    assert learnt == [FIND_BOX + sentence for sentence in ("man in red", "speck")]
 
 
 def test_what_is_evaluated_on_is_excluded_from_coco(folder):
@@ -244,4 +273,5 @@ def test_remote_sources(folder):
         "pictures": RefCoco(f"{there}/val-00000-of-00001.parquet", part="all"),
     }.items():
         _, rows = convert(source, folder / "out" / name)
-        assert {key: regions(row) for key, row in rows.items()} == EXPECTED
+        expected = SPLITLESS if name == "pictures" else EXPECTED
+        assert {key: regions(row) for key, row in rows.items()} == expected

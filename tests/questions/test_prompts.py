@@ -82,6 +82,7 @@ def test_no_caption_no_question():
 def test_a_sentence_that_fits_two_boxes_asks_for_none():
     asked = questions(sample("a dog", "a cat", "a dog"), (CAPTION2BBOX, BBOX2CAPTION))
     assert [(q.task, q.region) for q in asked] == [(CAPTION2BBOX, 1)] + [(BBOX2CAPTION, i) for i in range(3)]
+    assert [q.region for q in questions(sample("a dog", "a cat", "a dog"), (CAPTION2BBOX,), shared=True)] == [0, 1, 2]
 
 
 def test_unknown_settings_are_named():

@@ -46,9 +46,10 @@ _Entry = tuple[str, Any, Callable[[], _Object]]  # what faults call an object, i
 class RefCoco(FolderSource):
     """RefCOCO, RefCOCO+ or RefCOCOg, from the original's files or a hub's Parquet.
 
-    Every expression that differs is a region of its own, so that an object with three has its box three times: that is
-    all that people said, and how these sets are trained on everywhere. Ids are coco/IMAGE ID, as from `coco`: what is
-    evaluated on can be excluded from what is trained on.
+    Every expression is a region of its own, so that an object with three has its box three times: that is how these
+    sets are trained on and counted everywhere. What two people said of one object counts twice in what is evaluated
+    on; of the split "train" it is taken once. Ids are coco/IMAGE ID, as from `coco`: what is evaluated on can be
+    excluded from what is trained on.
     """
 
     refs: Positional[str]
@@ -180,7 +181,7 @@ def _pickled_object(ref: Any, database: sqlite3.Connection) -> _Object:
         raise DataFault("image_id", f"image {image!r:.80} is not listed")
     listed = _list(ref.get("sentences"))
     sentences = [sentence.get("sent") if isinstance(sentence, dict) else None for sentence in listed]
-    return _object(image, file, size, sentences, box)
+    return _object(image, file, size, sentences, box, ref["split"])
 
 
 def _path_object(row: dict[str, Any]) -> _Object:
@@ -189,7 +190,7 @@ def _path_object(row: dict[str, Any]) -> _Object:
         raise DataFault("ref", f"must have an image_id and an image_path, got {brief(row)}")
     if is_box(box):
         box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-    return _object(row["image_id"], path.rpartition("/")[2], None, _list(row["captions"]), box)
+    return _object(row["image_id"], path.rpartition("/")[2], None, _list(row["captions"]), box, row["split"])
 
 
 def _picture_object(row: dict[str, Any], place: list[Any]) -> _Object:
@@ -206,12 +207,14 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
-def _object(image: Any, place: Any, size: Any, sentences: list[Any], box: Any) -> _Object:
+def _object(image: Any, place: Any, size: Any, sentences: list[Any], box: Any, split: Any = None) -> _Object:
     """A row of the table refs. Sentences that are none, or too long, are a fault of the object."""
     for sentence in sentences:
         if not isinstance(sentence, str) or not is_unicode(sentence) or len(sentence) > MAX_SENTENCE:
             raise DataFault("region_caption", f"a sentence must be a string (Unicode), got {brief(sentence)}")
-    said = dict.fromkeys(" ".join(sentence.split()) for sentence in sentences)
+    said = [" ".join(sentence.split()) for sentence in sentences]
+    # Training asks for no sentence that two regions share, as which it would take one that was said twice.
+    said = list(dict.fromkeys(said)) if split == "train" else said
     regions = [[sentence, box if is_box(box) else None] for sentence in said]
     return image, json.dumps(place), json.dumps(size), json.dumps(regions)
 
