@@ -9,7 +9,6 @@ from itertools import zip_longest
 from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
-from granvit.model.config import cached_fit_grid
 from granvit.questions.prompts import Question
 from granvit.questions.schema import Sample
 
@@ -73,6 +72,8 @@ class Crops:
     def grid(self, sample: Sample, region: int, processor: GranViTProcessor) -> tuple[int, int]:
         """Rows and columns of a region's crop: `fit_grid`'s of its pixels in `tokens` patches, so that it keeps the
         box's aspect ratio, but along neither side fewer than the cells of the student's grid that the box spans."""
+        from granvit.model.config import cached_fit_grid  # seconds to import, and presets need none of it
+
         patch, (height, width) = processor.patch_size, sample.image.shape[:2]
         x1, y1, x2, y2 = sample.regions[region].box
         pixels = (max(1, round((y2 - y1) * height)), max(1, round((x2 - x1) * width)))

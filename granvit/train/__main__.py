@@ -20,6 +20,7 @@ import tyro
 from granvit.train.console import closing_words, log_handler, say
 from granvit.train.folder import finished
 from granvit.train.guard import INTERRUPTED, Failed
+from granvit.train.help import print_help
 from granvit.train.presets import PRESETS, TrainConfig, load_config
 from granvit.train.transfer import adapt_config, check_adapt, check_sft, sft_config
 
@@ -41,6 +42,10 @@ def parse(arguments: list[str]) -> TrainConfig:
             raise SystemExit("granvit.train: --config takes the path of a run's config.yaml")
         default = load_config(Path(rest[at + 1]))
         rest = rest[:at] + rest[at + 2 :]
+    if {"-h", "--help"} & set(rest):
+        print_help(preset, default, _USAGE)
+        raise SystemExit(0)
+    rest = ["--help" if word == "--help-all" else word for word in rest]
     config = tyro.cli(
         TrainConfig, args=rest, default=default, prog=f"python -m granvit.train {preset}", description=_USAGE
     )
@@ -73,11 +78,10 @@ class Start(NamedTuple):
 STARTS = {"adapt": Start("encoder", adapt_config, check_adapt), "sft": Start("model", sft_config, check_sft)}
 
 
-_USAGE = """Train GranViT through its stages. The first word picks a preset (quick, smoke, compact, paper) or a
-command: adapt is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on
-conversations, plan says what a run costs, replay looks into a dump. --config FILE reloads a run's config.yaml, and
-the same command again goes on where the run was. Under torchrun every rank runs it. SIGTERM and Ctrl-C save the run;
-exit code 75 or 130: the same command goes on."""
+_USAGE = """Train GranViT through its stages. The first word picks a preset (quick is the default) or a \
+command: adapt is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on \
+conversations, plan says what a run costs, replay looks into a dump. Under torchrun every rank runs it. SIGTERM and \
+Ctrl-C save the run; exit code 75 or 130: the same command goes on."""
 
 
 def run_preset(arguments: list[str]) -> None:

@@ -1,8 +1,11 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from granvit.train.__main__ import parse
+from granvit.train.help import COMMON
 from granvit.train.presets import PRESETS, load_config, save_config
 from granvit.train.stages import Stage
 
@@ -142,3 +145,22 @@ def test_the_rate_rises_and_falls_to_zero():
     )
     assert rates[-1] == pytest.approx(0, abs=1e-9)
     assert replace(stage, steps=1, warmup_steps=0).rate(1) == 1.0  # else it would learn nothing
+
+
+@pytest.mark.parametrize("word", [*PRESETS, "adapt", "sft"])
+def test_the_short_help_names_flags_that_are_there(word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse([word, "--help"])
+    short = capsys.readouterr().out
+    assert ended.value.code == 0 and len(short.splitlines()) < 60
+    with pytest.raises(SystemExit) as ended:
+        parse([word, "--help-all"])
+    every = capsys.readouterr().out
+    assert ended.value.code == 0 and len(every.splitlines()) > 200
+    for flag in COMMON.keys() - {"config FILE"}:
+        assert f"--{flag} " in short and f"--{flag}" in every
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = "import sys, granvit.train.__main__; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
