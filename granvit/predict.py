@@ -1,4 +1,5 @@
-"""python -m granvit.predict MODEL --image FILE (--box x1 y1 x2 y2 | --find SENTENCE)."""
+"""python -m granvit.predict MODEL --image FILE, and one of --box x1 y1 x2 y2, --find SENTENCE, --features PNG and
+--similar x y."""
 
 from __future__ import annotations
 
@@ -57,9 +58,13 @@ def draw(image: Image.Image, box: Box) -> Image.Image:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m granvit.predict",
-        description="Caption a box of a picture, or find what a sentence describes.",
+        description="Caption a box of a picture, find what a sentence describes, or draw what the encoder sees.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, or a folder of save_pretrained's")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a run's folder, or a folder of save_pretrained's; for --features and --similar an encoder's will do",
+    )
     parser.add_argument("--image", required=True, metavar="FILE", help="a picture")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(
@@ -70,8 +75,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="caption this box (relative, in [0, 1])",
     )
     task.add_argument("--find", metavar="SENTENCE", help="find the box that this sentence describes")
+    task.add_argument(
+        "--features", metavar="PNG", help="draw the principal components of the encoder's features in colours"
+    )
+    task.add_argument(
+        "--similar",
+        nargs=2,
+        type=float,
+        metavar=("X", "Y"),
+        help="draw how similar each patch is to the one at this point (relative, in [0, 1])",
+    )
     parser.add_argument(
-        "--output", default="found.png", metavar="PNG", help="where --find draws the box (found.png)"
+        "--output",
+        metavar="PNG",
+        help="where --find draws the box (found.png) and --similar the map (similar.png)",
     )
     parser.add_argument("--device")
     options = parser.parse_args(arguments)
@@ -79,15 +96,44 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     import torch
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.find is not None and (fault := output_fault(options.output)):
-        parser.error(f"--output {options.output}: {fault}")
+    drawn = options.features or options.output or ("similar.png" if options.similar else "found.png")
+    if not options.box and (fault := output_fault(drawn)):
+        parser.error(f"--{'features' if options.features else 'output'} {drawn}: {fault}")
+    options.output = drawn
     return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """ValueError for a box, a sentence or a point that can't be asked about, before anything is loaded."""
+    if options.box:
+        check_box(options.box)
+    elif options.find is not None:
+        check_sentence(options.find)
+    elif options.similar:
+        from granvit.eval.maps import check_point
+
+        check_point(options.similar)
+
+
+def draw_map(options: argparse.Namespace, image: Image.Image) -> str:
+    """Draw --features or --similar, and return a line about it."""
+    from granvit.eval import maps
+
+    features = maps.load_features(options.model, options.device)(image)
+    rows, columns, width = features.shape
+    patches = f"{rows} x {columns} patches"
+    if options.features:
+        maps.pca_picture(image, features).save(options.output, "PNG")
+        return f"{width} features of {patches}, drawn in {options.output}"
+    maps.similarity_picture(image, features, options.similar).save(options.output, "PNG")
+    low = maps.similarity(features, options.similar).min()
+    return f"cosine similarity of {patches}, from {low:.2f} (violet) to 1 (yellow), drawn in {options.output}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        check_box(options.box) if options.box else check_sentence(options.find)
+        check(options)
         path = Path(options.image)
         if not path.is_file():
             raise ValueError(f"no picture at {path}")
@@ -97,6 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
         from granvit.eval.loading import load_model
 
         logging.disable_progress_bar()  # "Loading weights"
+        if options.features or options.similar:
+            print(draw_map(options, image))
+            return 0
         model, processor = load_model(options.model, options.device)
         if options.box:
             print(caption_box(model, processor, image, tuple(options.box)))

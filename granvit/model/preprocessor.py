@@ -38,16 +38,37 @@ def read_pixels(name_or_path: str | Path) -> dict[str, Any]:
     which most models were trained), unless the file is of a run of ours, which says what that run did.
     Raises ValueError for a file that can't be read, and for pixels that pack_patches can't make.
     """
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
-    except (OSError, RecursionError) as error:
-        if (Path(name_or_path) / FILE).exists():
-            raise ValueError(f"{name_or_path}: {FILE} can't be read: {error}") from error
+    if not (values := _read(name_or_path)):
         return {}
     try:
         return _pixels(values)
     except (AttributeError, ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{name_or_path}: {FILE} has pixels that can't be made: {error}") from error
+
+
+def read_budget(name_or_path: str | Path, patch_size: int) -> int | None:
+    """How many patches an image may have, by a checkpoint's preprocessor: its max_num_patches, or those of the square
+    that it cuts or squeezes images to. None where it says neither. Raises ValueError for a file that can't be read, and
+    for sizes that are no positive integers."""
+    values = _read(name_or_path)
+    size = values.get("crop_size" if values.get("do_center_crop") else "size")
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    number = values.get("max_num_patches", size)
+    if number is None:
+        return None
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name_or_path}: {FILE} has images of {number!r}, accepted are positive integers")
+    return number if "max_num_patches" in values else max(1, number // patch_size) ** 2
+
+
+def _read(name_or_path: str | Path) -> dict[str, Any]:
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(name_or_path)[0]
+    except (OSError, RecursionError) as error:
+        if (Path(name_or_path) / FILE).exists():
+            raise ValueError(f"{name_or_path}: {FILE} can't be read: {error}") from error
+        return {}
 
 
 def _pixels(values: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from granvit import predict
-from granvit.eval import loading
+from granvit.eval import loading, maps
 from granvit.eval.loading import load_model
 from granvit.predict import draw, main
 
@@ -88,6 +88,25 @@ def test_devices_and_outputs_that_cannot_be_used_are_said_before_the_work(pictur
         with pytest.raises(SystemExit):
             main([*asked, "--output", str(output)])
         assert message in capsys.readouterr().err
+
+
+def test_maps_are_drawn_of_models_and_of_encoders_by_themselves(saved, picture, tmp_path, capsys):
+    saved[1].save_encoder(tmp_path / "encoder")
+    for model in (saved[0], tmp_path / "encoder"):
+        asked = [str(model), "--image", str(picture), "--device", "cpu"]
+        assert main([*asked, "--features", str(tmp_path / "pca.png")]) == 0
+        assert capsys.readouterr().out.startswith("32 features of ")
+        assert main([*asked, "--similar", "0.9", "0.1", "--output", str(tmp_path / "map.png")]) == 0
+        assert "(violet) to 1 (yellow)" in capsys.readouterr().out
+        for name in ("pca.png", "map.png"):
+            assert Image.open(tmp_path / name).size == (640, 320)
+            (tmp_path / name).unlink()
+
+
+def test_a_point_outside_the_image_is_refused_before_the_model_is_loaded(ask, monkeypatch, tmp_path):
+    monkeypatch.setattr(maps, "load_features", None)
+    code, out, error = ask("--similar", 30, 0.5, "--output", tmp_path / "map.png")
+    assert code == 2 and out == "" and error.startswith("error: point [30.0, 0.5] is outside the image: pixels?")
 
 
 def test_draw_keeps_the_size_of_a_large_picture():
