@@ -1,0 +1,196 @@
+"""A finished run's figures by lmms-eval, on RefCOCO's tasks with pictures of the run's test split, beside those of
+granvit.eval for the same questions.
+
+    python bench/refcoco.py RUN --python PYTHON [--images N]        writes bench/results/lmms_eval.json
+
+PYTHON: that of an environment with granvit[lmms-eval] (docs/evaluation.md). Templates and code of the tasks are
+lmms-eval's own; their rows come from Parquet files in RefCOCO's form, so that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import datasets
+import yaml
+from PIL import Image
+
+from granvit.data.loader import GranDataset
+from granvit.eval.evaluation import Asked, ask, evaluate
+from granvit.eval.loading import load_model
+from granvit.eval.metrics import iou
+from granvit.machine import commit, device_name
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
+
+RESULTS = Path(__file__).parent / "results" / "lmms_eval.json"
+FEATURES = datasets.Features(
+    question_id=datasets.Value("string"), image=datasets.Image(), bbox=[datasets.Value("float64")],
+    answer=[datasets.Value("string")],
+)  # fmt: skip
+TASKS = {
+    "granvit_bbox_rec": ("refcoco/_default_template_bbox_rec_yaml", CAPTION2BBOX),
+    "granvit_grounding": ("refcoco_grounding/_default_template_yaml", CAPTION2BBOX),
+    "granvit_bbox": ("refcoco/_default_template_bbox_yaml", BBOX2CAPTION),
+}
+"""{task: (lmms-eval's template that it includes, what a GranViT is asked in it)}."""
+BOXES = {
+    "IoU": lambda overlaps: fmean(overlaps),
+    **{f"ACC@{at}": lambda overlaps, at=at: fmean(overlap >= at for overlap in overlaps) for at in (0.5, 0.7, 0.9)},
+}
+"""{lmms-eval's name: the same of granvit.eval's overlaps}."""
+PACKAGES = ("lmms-eval", "torch", "transformers", "datasets")
+CAPTIONS = {"ROUGE_L": "bbox2caption_rouge_l", "CIDEr": "bbox2caption_cider"}
+
+
+def write_rows(asked: Iterable[Asked], path: Path) -> None:
+    """A Parquet file in RefCOCO's form, a row a question: picture, box in pixels (x, y, width, height), expressions."""
+    rows = []
+    for number, question in enumerate(asked):
+        height, width = question.sample.image.shape[:2]
+        x1, y1, x2, y2 = question.truth["box"]
+        box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
+        image = Image.fromarray(question.sample.image.numpy())
+        rows.append({"question_id": str(number), "image": image, "bbox": box, "answer": [question.truth["caption"]]})
+    datasets.Dataset.from_list(rows, FEATURES).to_parquet(path)
+
+
+def write_tasks(folder: Path, templates: Path, data: GranDataset, images: int | None) -> None:
+    """lmms-eval's tasks in `folder`, with their rows. templates: the folder of lmms-eval's own tasks."""
+    for kind in (BBOX2CAPTION, CAPTION2BBOX):
+        write_rows(ask(data, (kind,), images), folder / f"{kind}.parquet")
+    for name, (template, kind) in TASKS.items():
+        task = {
+            "include": str(templates / template),
+            "task": name,
+            "dataset_path": "parquet",
+            "dataset_kwargs": {"data_files": {"test": str(folder / f"{kind}.parquet")}},
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def ask_lmms_eval(
+    python: str, model: str, data: GranDataset, images: int | None, folder: Path, launcher: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """Runs lmms-eval offline. Returns {task: {measure: value}} and {task: [answer a row]}.
+
+    python: of an environment with lmms-eval. folder: an empty one for tasks and output. launcher: arguments of Python
+    that start a program in several processes. RuntimeError with lmms-eval's last words where it fails.
+    """
+    where = "import importlib.util as u; print(u.find_spec('lmms_eval').submodule_search_locations[0])"
+    package = subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip()
+    write_tasks(folder, Path(package) / "tasks", data, images)
+    command = [
+        python, *launcher, "-m", "lmms_eval", "--model", "granvit", "--model_args", f"pretrained={model},device=cpu",
+        "--batch_size", "64", "--tasks", ",".join(TASKS), "--include_path", str(folder), "--output_path",
+        str(folder / "output"), "--log_samples",
+    ]  # fmt: skip
+    offline = {name: "1" for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    environment = {**os.environ, **offline, "HF_HOME": str(folder / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    results = sorted((folder / "output").rglob("*_results.json"))
+    if done.returncode or not results:
+        raise RuntimeError(f"lmms-eval ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+    figures = {
+        task: {name.partition(",")[0].rpartition("refcoco_")[2].removeprefix("grounding_"): value
+               for name, value in values.items() if isinstance(value, float) and "stderr" not in name}
+        for task, values in json.loads(results[-1].read_text())["results"].items()
+    }  # fmt: skip
+    answers = {}
+    for task in TASKS:
+        (log,) = (folder / "output").rglob(f"*_samples_{task}.jsonl")
+        rows = sorted(map(json.loads, log.read_text().splitlines()), key=lambda row: row["doc_id"])
+        answers[task] = [row["filtered_resps"] for row in rows]
+    return figures, answers
+
+
+def ask_granvit(
+    model: str, data: GranDataset, images: int | None
+) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
+    """The same by granvit.eval: figures, and the predictions in the rows' order."""
+    evaluation = evaluate(*load_model(model), data, limit=images)
+
+    def place(truth: dict[str, Any]) -> tuple:
+        return truth["task"], truth["id"], truth["caption"], *truth["box"]
+
+    by_place = {place(prediction): prediction for prediction in evaluation.predictions}
+    predictions = {
+        kind: [by_place[place(asked.truth)] for asked in ask(data, (kind,), images, pictures=False)]
+        for kind in (BBOX2CAPTION, CAPTION2BBOX)
+    }
+    overlaps = [iou(prediction) for prediction in predictions[CAPTION2BBOX]]
+    boxes = {name: float(of(overlaps)) for name, of in BOXES.items()}
+    captions = {name: evaluation.metrics[ours] for name, ours in CAPTIONS.items()}
+    return {task: boxes if kind == CAPTION2BBOX else captions for task, (_, kind) in TASKS.items()}, predictions
+
+
+def read_box(answer: str) -> list[float] | None:
+    """The box of an answer that was written for a benchmark, relative."""
+    read = json.loads(answer)
+    return [edge / 1000 for edge in read[0]["bbox_2d"]] if read and isinstance(read[0], dict) else read or None
+
+
+def equal(answer: str, prediction: dict[str, Any]) -> bool:
+    """Whether both say the same: a caption to the letter, a box to a millionth."""
+    if prediction["task"] == BBOX2CAPTION:
+        return answer == prediction["answer"]
+    ours, theirs = prediction["predicted_box"], read_box(answer)
+    if ours is None or theirs is None:
+        return ours is theirs
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-6
+
+
+def compare(python: str, model: str, data: GranDataset, images: int | None, folder: Path) -> list[dict[str, Any]]:
+    """A row a task: its questions, how many answers are equal, and each measure by lmms-eval and by granvit.eval."""
+    theirs, answers = ask_lmms_eval(python, model, data, images, folder)
+    ours, predictions = ask_granvit(model, data, images)
+    rows = []
+    for task, (template, kind) in TASKS.items():
+        pairs = list(zip(answers[task], predictions[kind], strict=True))
+        measures = {
+            name: {"lmms_eval": value} | ({"granvit": ours[task][name]} if name in ours[task] else {})
+            for name, value in theirs[task].items()
+        }
+        rows.append({
+            "task": template.removesuffix("_yaml").replace("/_default_template", ""), "questions": len(pairs),
+            "equal_answers": sum(equal(*pair) for pair in pairs), "measures": measures,
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("run", help="a finished run's folder")
+    parser.add_argument("--python", required=True, help="of an environment with granvit[lmms-eval]")
+    parser.add_argument("--images", type=int, default=40, help="of the test split (40)")
+    options = parser.parse_args()
+    from granvit.train.presets import load_config
+    from granvit.train.run import open_splits, with_data
+
+    config = with_data(load_config(Path(options.run) / "config.yaml"))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compare(options.python, options.run, open_splits(config)["test"], options.images, Path(folder))
+    listing = f"import importlib.metadata as m; print(*map(m.version, {PACKAGES}))"
+    listed = subprocess.run([options.python, "-c", listing], check=True, capture_output=True, text=True).stdout
+    result = {
+        "run": f"{config.preset}, seed {config.seed}",
+        "images": options.images,
+        "tasks": rows,
+        "device": device_name(),
+        "versions": dict(zip(PACKAGES, listed.split(), strict=True)),
+        "commit": commit(),
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
