@@ -309,9 +309,33 @@ def training() -> list[str]:
     ]
 
 
+# ---- by lmms-eval: bench/results/lmms_eval.json ----
+
+
+def public() -> list[str]:
+    """A row a measure of a RefCOCO task: by lmms-eval, and by granvit.eval where it has the same."""
+    result = json.loads((RESULTS / "lmms_eval.json").read_text())
+    table = []
+    for task in result["tasks"]:
+        for number, (name, values) in enumerate(task["measures"].items()):
+            table.append([
+                "" if number else f"`{task['task']}_*`", name,
+                *(f"{values[by]:.4f}" if by in values else "" for by in ("lmms_eval", "granvit")),
+            ])  # fmt: skip
+    equal = ", ".join(f"{task['equal_answers']} of {task['questions']}" for task in result["tasks"])
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    return [
+        *markdown(["task", "measure", "lmms-eval", "granvit.eval"], table),
+        "",
+        f"Run: {result['run']}, on {result['images']} test images. Equal answers, task by task: {equal}. "
+        f"{result['device']}, {versions}, commit {result['commit']}.",
+    ]
+
+
 FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"picture": picture, "quick": quick, "benchmarks": benchmarks, "reached": reached},
     "docs/results.md": {"training": training},
+    "docs/evaluation.md": {"public": public},
     "docs/training.md": {"choices": choices, "targets": targets, "crops": crops},
     "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }

@@ -1,4 +1,4 @@
-"""GranViT as VLMEvalKit asks it: against a stand-in of its base class, and its own reader of boxes where there is one."""
+"""GranViT as VLMEvalKit asks it: against a stand-in of its base class, and by its own reader of boxes."""
 
 import importlib.util
 import os
@@ -86,5 +86,6 @@ def test_refcocos_reader_reads_the_boxes(export, stand_in):
         answer = "".join(f"<loc_{place}>" for place in places)
         read = reader._parse_prediction(write_answer(answer, "relative", processor))
         (box,) = processor.parse_boxes([answer])
-        np.testing.assert_allclose(reader._to_absolute(read, 640, 480), np.multiply(box, (640, 480, 640, 480)), atol=1e-3)
+        pixels = reader._to_absolute(read, 640, 480)
+        np.testing.assert_allclose(pixels, np.multiply(box, (640, 480, 640, 480)), atol=1e-3)
     assert reader._parse_prediction(write_answer("no box", "relative", processor)) is None
