@@ -9,7 +9,7 @@ import torch
 from granvit.data.loader import GranDataset
 from granvit.eval.loading import find_encoder, load_model
 from granvit.lora import add_adapters
-from granvit.model import GranViT, GranViTProcessor
+from granvit.model import GranViT, GranViTProcessor, VisionEncoder
 from granvit.model.processing import CONFIGURED
 from granvit.toy.tiny import TinyLLM, TinyVision, tiny_encoder, tiny_llm
 from granvit.train.presets import Model
@@ -30,19 +30,7 @@ def build(
         if config.lora.rank:
             add_adapters(model.llm.to(frozen), config.lora)
         return model, processor
-    encoder = (
-        find_encoder(config.encoder)
-        if config.encoder
-        else tiny_encoder(
-            TinyVision(
-                config.encoder_width,
-                config.encoder_layers,
-                config.encoder_heads,
-                mlp=4 * config.encoder_width,
-                patch_size=config.patch_size,
-            )
-        )
-    )
+    encoder = find_encoder(config.encoder) if config.encoder else random_encoder(config)
     llm = config.llm or tiny_llm(
         training_text(data),
         TinyLLM(
@@ -60,6 +48,19 @@ def build(
         lora=config.lora,
         chat_template=config.chat_template,
         **{name: getattr(config, name) for name in CONFIGURED},
+    )
+
+
+def random_encoder(config: Model) -> VisionEncoder:
+    """The encoder of a configuration that names none: the first weights that `build` draws."""
+    return tiny_encoder(
+        TinyVision(
+            config.encoder_width,
+            config.encoder_layers,
+            config.encoder_heads,
+            mlp=4 * config.encoder_width,
+            patch_size=config.patch_size,
+        )
     )
 
 
