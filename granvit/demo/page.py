@@ -41,16 +41,7 @@ SURFACE_CSS = """
   box-shadow: 0 0 0 1px white, inset 0 0 0 1px white; }
 .empty { padding: 24px 0; opacity: 0.7; }
 """
-CSS = ".gradio-container { max-width: 1120px !important; margin: 0 auto !important; }"
-
-
-class DroppedFile(gr.Image):
-    """A gr.Image whose functions are given the path of the file, which gradio has not opened."""
-
-    is_template = True  # the browser shows it as its base class
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None or not payload.path else str(payload.path)
+CSS = ".gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important; }"
 
 
 class LocalOnly:
@@ -84,7 +75,9 @@ def build(subject: Subject) -> gr.Blocks:
     with gr.Blocks(title="granvit", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(f"<h1>granvit</h1><p>{html.escape(subject.title)}</p>")
         picture = gr.State(time_to_live=3600)
-        dropped = DroppedFile(label="Picture", sources=["upload", "clipboard"], height=220, elem_id="dropped")
+        dropped = gr.Image(label="Picture", sources=["upload", "clipboard"], height=220, elem_id="dropped")
+        # Functions are given the file's path, and gradio does not open it. (It writes a .pyi for each subclass.)
+        dropped.preprocess = lambda payload: None if payload is None or not payload.path else str(payload.path)
         outputs: list[gr.components.Component] = [picture]
         if subject.model is not None:
             with gr.Tab("Caption a box"):
@@ -108,12 +101,12 @@ def build(subject: Subject) -> gr.Blocks:
 
 
 def _caption_tab(subject: Subject, picture: gr.State) -> list[gr.components.Component]:
-    gr.HTML("<p>Draw a box with the mouse.</p>")
+    gr.HTML("<p>Draw a box with the mouse or a finger.</p>")
+    caption = gr.Textbox(label="Caption of the box", interactive=False, elem_id="caption")
     surface = gr.HTML(
         "", html_template=SURFACE, css_template=SURFACE_CSS, elem_id="surface",
         js_on_load=files("granvit.demo").joinpath("box.js").read_text(encoding="utf-8"),
     )  # fmt: skip
-    caption = gr.Textbox(label="Caption of the box", interactive=False, elem_id="caption")
 
     def answer(shown: Picture | None, event: gr.EventData) -> str:
         box = event.box
