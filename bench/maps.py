@@ -18,10 +18,12 @@ SCENE = 4  # the random numbers that the scene is drawn with
 def main(run: str) -> None:
     subject = load_subject(run)
     scene = draw_scene(SceneConfig(), "test", False, np.random.default_rng(SCENE))
-    largest = max(scene.things, key=lambda thing: (thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1]))
+    owners = scene.owner[scene.owner >= 0]
+    rows, columns = (scene.owner == np.bincount(owners).argmax()).nonzero()
+    centre = (columns.mean() / scene.image.width, rows.mean() / scene.image.height)
     features = [encode(scene.image) for encode in subject.encoders.values()]
     _save("features.png", scene.image, [pca_picture(scene.image, each) for each in features])
-    _save("similar.png", scene.image, [similarity_picture(scene.image, each, largest.centre) for each in features])
+    _save("similar.png", scene.image, [similarity_picture(scene.image, each, centre) for each in features])
 
 
 def _save(name: str, image: Image.Image, maps: list[Image.Image]) -> None:
@@ -30,7 +32,7 @@ def _save(name: str, image: Image.Image, maps: list[Image.Image]) -> None:
     for column, picture in enumerate([image.resize((width, height), Image.Resampling.BICUBIC), *maps]):
         row.paste(picture, (column * (width + 8), 0))
     small = row.resize((row.width // 2, row.height // 2), Image.Resampling.LANCZOS)
-    small.quantize(128, dither=Image.Dither.NONE).save(FIGURES / name, optimize=True)
+    small.quantize(256).save(FIGURES / name, optimize=True)
 
 
 if __name__ == "__main__":
