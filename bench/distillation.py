@@ -45,10 +45,10 @@ from granvit.eval.metrics import is_attribute
 from granvit.machine import device_name
 from granvit.train.distill import Statistics, distillation_loss, feature_statistics
 from granvit.train.guard import Termination
-from granvit.train.parallel.distributed import World
 from granvit.train.presets import PRESETS, TrainConfig
 from granvit.train.run import Run
 from granvit.train.step import region_features
+from granvit.world import World
 from granvit_kernels import PackedLayout
 
 TARGETS = ("mse", "cosine", "layer_norm", "standardized")

@@ -23,11 +23,11 @@ from granvit.machine import commit, device_name
 from granvit.questions.prompts import BBOX2CAPTION
 from granvit.train.guard import Termination
 from granvit.train.metrics_log import write_aside
-from granvit.train.parallel.distributed import World
 from granvit.train.presets import PRESETS, Data, TrainConfig
 from granvit.train.run import Run
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
+from granvit.world import World
 
 RESULTS = Path(__file__).parent / "results" / "instruct.json"
 VARIANTS = {"raw": (1.0, 0.0), "template": (1.0, 0.0), "pretrain": (0.0, 1.0), "align": (0.5, 0.5)}

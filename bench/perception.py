@@ -25,9 +25,9 @@ from granvit.eval.metrics import is_attribute
 from granvit.machine import device_name
 from granvit.train.__main__ import parse
 from granvit.train.guard import Termination
-from granvit.train.parallel.distributed import World
 from granvit.train.run import Run
 from granvit.train.stages import Stage
+from granvit.world import World
 
 SCENES = 150
 ADAMW = (

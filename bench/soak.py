@@ -21,9 +21,9 @@ import torch
 from granvit.data.sample import build_sample
 from granvit.machine import commit, device_name
 from granvit.train.guard import Termination
-from granvit.train.parallel.distributed import World
 from granvit.train.presets import PRESETS, Data, Model, TrainConfig
 from granvit.train.run import Run
+from granvit.world import World
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 STEPS = 10_000

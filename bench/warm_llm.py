@@ -24,9 +24,9 @@ from granvit.model.llm import TOY_FOLDER
 from granvit.toy.tiny import train_tokenizer
 from granvit.train.build import training_text
 from granvit.train.guard import Termination
-from granvit.train.parallel.distributed import World
 from granvit.train.presets import PRESETS
 from granvit.train.run import Run
+from granvit.world import World
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import tyro
 
+from granvit.errors import Failed
 from granvit.train.console import closing_words, log_handler, say
 from granvit.train.folder import finished
-from granvit.train.guard import INTERRUPTED, Failed
+from granvit.train.guard import INTERRUPTED
 from granvit.train.help import print_help
 from granvit.train.presets import PRESETS, TrainConfig, load_config
 from granvit.train.transfer import adapt_config, check_adapt, check_sft, sft_config

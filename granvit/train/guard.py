@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from granvit.errors import Failed
+
 log = logging.getLogger(__name__)
 
 STOPPED = 75
@@ -22,10 +24,6 @@ class Terminated(SystemExit):
 
     def __init__(self, code: int = STOPPED) -> None:
         super().__init__(code)
-
-
-class Failed(RuntimeError):
-    """The run can't go on. The message is for whoever started it: why, and what to do."""
 
 
 class NotFinite(Failed):

@@ -20,20 +20,22 @@ from torch.profiler import record_function
 
 from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch
+from granvit.errors import Failed
 from granvit.lora import ADAPTER, adapters
 from granvit.model import GranViT
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.distill import Teacher, feature_statistics
-from granvit.train.guard import Failed, NotFinite, Spikes, Streak, Terminated, Termination
+from granvit.train.guard import NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.metrics_log import MetricsLog
 from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
 from granvit.train.parallel.compiling import compile_blocks
-from granvit.train.parallel.distributed import World, distribute, synchronise
+from granvit.train.parallel.distributed import distribute, synchronise
 from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import TrainConfig
 from granvit.train.profiling import STEP, profiled
 from granvit.train.stages import Stage
 from granvit.train.step import Share
+from granvit.world import World
 
 log = logging.getLogger(__name__)
 

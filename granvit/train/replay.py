@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from granvit.train.checkpoint import read_values
 from granvit.train.guard import Termination
-from granvit.train.parallel.distributed import World, start
 from granvit.train.presets import TrainConfig
 from granvit.train.run import Run
+from granvit.world import World, start
 
 
 def replay(dump: Annotated[Path, tyro.conf.Positional], device: str = "auto") -> bool:

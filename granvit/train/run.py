@@ -39,11 +39,11 @@ from granvit.train.guard import Termination, termination
 from granvit.train.loop import Phase, model_tensors, train_phase
 from granvit.train.metrics_log import MetricsLog, Tracker, make_trackers, write_aside
 from granvit.train.parallel.compiling import eager
-from granvit.train.parallel.distributed import World, start, stop
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss, warmup_loss
 from granvit.train.summary import known_floors, write_summary
+from granvit.world import World, start, stop
 
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
 WHEN = {

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from granvit.train import checkpoint
 from granvit.train.checkpoint import Checkpoints, load
-from granvit.train.parallel.distributed import World
+from granvit.world import World
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 

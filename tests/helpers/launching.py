@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from granvit.train.parallel.distributed import start, stop
+from granvit.world import start, stop
 
 
 def torchrun(ranks: int, *words: object, **options: Any) -> subprocess.Popen:

@@ -14,9 +14,9 @@ from granvit.data.batches import Batch, Read, collate, join
 from granvit.questions.prompts import GLOBAL_CAPTION
 from granvit.train import __main__
 from granvit.train.guard import Termination
-from granvit.train.parallel.distributed import World
 from granvit.train.presets import TrainConfig, load_config
 from granvit.train.run import Run
+from granvit.world import World
 
 STEPS = {"warmup": 3, "pretrain": 20, "adapt": 5}
 

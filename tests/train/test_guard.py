@@ -24,10 +24,10 @@ from granvit.train.guard import (
     Termination,
     termination,
 )
-from granvit.train.parallel.distributed import World
 from granvit.train.presets import save_config
 from granvit.train.replay import replay
 from granvit.train.run import Run, train
+from granvit.world import World
 
 
 def test_a_spike_is_what_is_far_above_what_came_before():

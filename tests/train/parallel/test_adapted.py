@@ -13,9 +13,10 @@ from granvit.cost.flops import Counts, Sizes, operations
 from granvit.model.encoders import random_encoder
 from granvit.train.distill import Teacher
 from granvit.train.parallel.compiling import blocks
-from granvit.train.parallel.distributed import World, units
+from granvit.train.parallel.distributed import units
 from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import save_config
+from granvit.world import World
 from granvit_kernels import PackedLayout
 
 SIZES = {

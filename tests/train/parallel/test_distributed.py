@@ -9,8 +9,8 @@ import torch
 from launching import run_ranks
 from ranks import SPLITS, outcomes
 
-from granvit.train.parallel.distributed import World
 from granvit.train.presets import save_config
+from granvit.world import World
 
 CASES = [
     "warmup steps", "warmup splits", "pretrain steps", "pretrain splits", "adapt steps", "adapt splits",
