@@ -21,6 +21,13 @@ __all__ = ["GranViT", "GranViTConfig", "GranViTProcessor", "VisionEncoder", "bui
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("granvit")
+        except PackageNotFoundError:
+            raise AttributeError("granvit is not installed, only its folder is here: it has no version") from None
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from granvit import model
