@@ -1,0 +1,54 @@
+"""The console script: `granvit train smoke` is `python -m granvit.train smoke`, and so for the other commands.
+
+Only the module of the command that was asked for is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from pkgutil import resolve_name
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """What the first word means. main: "module:function"; words: what the module's command line begins with."""
+
+    main: str
+    words: tuple[str, ...]
+    help: str
+
+
+COMMANDS = {
+    "train": Command("granvit.train.__main__:main", (), "train a model through its stages"),
+    "plan": Command("granvit.train.__main__:main", ("plan",), "say what a run costs: train plan"),
+    "eval": Command("granvit.eval.__main__:main", (), "measure a model, beside the floors"),
+    "predict": Command("granvit.predict:main", (), "caption a box of a picture, find a sentence, draw features"),
+    "export": Command("granvit.export:main", (), "write the model of a run to a folder"),
+    "data": Command("granvit.data.__main__:main", (), "make, convert and filter datasets"),
+    "annotate": Command("granvit.data.__main__:main", ("annotate",), "find regions of pictures: data annotate"),
+    "audit": Command("granvit.data.__main__:main", ("audit",), "write a page about a dataset: data audit"),
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:10}{command.help}" for name, command in COMMANDS.items())
+    return f"usage: granvit COMMAND ...\n\n{rows}\n\n`granvit COMMAND --help` says more; --version says the version."
+
+
+def main() -> int | None:
+    """Run the command that sys.argv asks for; its exit status, 2 for an unknown one."""
+    word, *rest = sys.argv[1:] or ["--help"]
+    if word in ("-h", "--help"):
+        print(usage())
+        return 0
+    if word == "--version":
+        import granvit
+
+        print(granvit.__version__)
+        return 0
+    if word not in COMMANDS:
+        print(f"error: there is no command {word!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = COMMANDS[word]
+    sys.argv = ["granvit", *command.words, *rest]
+    return resolve_name(command.main)()
