@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": Command("granvit.train.__main__:main", ("plan",), "say what a run costs: train plan"),
     "eval": Command("granvit.eval.__main__:main", (), "measure a model, beside the floors"),
     "predict": Command("granvit.predict:main", (), "caption a box of a picture, find a sentence, draw features"),
+    "demo": Command("granvit.demo.__main__:main", (), "open a page to try a model in the browser"),
     "export": Command("granvit.export:main", (), "write the model of a run to a folder"),
     "data": Command("granvit.data.__main__:main", (), "make, convert and filter datasets"),
     "annotate": Command("granvit.data.__main__:main", ("annotate",), "find regions of pictures: data annotate"),
