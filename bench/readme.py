@@ -276,6 +276,28 @@ def distilled(what: str, name: str) -> list[str]:
     ]
 
 
+def instruct() -> list[str]:
+    """What the chat template and the stage align are worth with a frozen Instruct model."""
+    rows = kept("instruct.json")
+    if not rows:
+        return [NOT_YET]
+    what = {
+        "raw": ["raw text", "projector"],
+        "template": ["chat template", "projector"],
+        "pretrain": ["chat template", "encoder and projector, 1e-5"],
+        "align": ["chat template", "projector for the first half (align), then as above"],
+    }
+    first = next(iter(rows.values()))
+    steps = [step for step, _ in first["nats_a_token"]]
+    table = [[*what[name], *(f"{dict(row['nats_a_token'])[step]:.2f}" for step in steps)] for name, row in rows.items()]
+    return [
+        *markdown(["questions", "what learns", *(f"step {step}" for step in steps)], table),
+        "",
+        f"Nats a token of the answers about boxes of test images, one seed ({first['device']}, commit "
+        f"{first['commit']}, `python bench/instruct.py`).",
+    ]
+
+
 def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
     """Their mean, and the lowest and highest where there are several."""
     mean, low, high = (factor * x for x in (sum(values) / len(values), min(values), max(values)))
@@ -336,7 +358,7 @@ FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"picture": picture, "quick": quick, "benchmarks": benchmarks, "reached": reached},
     "docs/results.md": {"training": training},
     "docs/evaluation.md": {"public": public},
-    "docs/training.md": {"choices": choices, "targets": targets, "crops": crops},
+    "docs/training.md": {"choices": choices, "targets": targets, "crops": crops, "instruct": instruct},
     "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }
 """{file: {the name in its markers: what makes its lines}}."""
