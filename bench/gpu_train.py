@@ -54,7 +54,7 @@ def configuration(folder: Path, steps: dict[str, int], eval_images: int):
     stages = {
         name: replace(
             getattr(smoke, name), steps=steps[name], packs=packs[name], learning_rate=rates[name],
-            warmup_steps=max(steps[name] // 20, 1),
+            warmup_steps=max(steps[name] // 20, 1), eval_every=0,
         )
         for name in PHASES
     }  # fmt: skip

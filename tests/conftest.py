@@ -130,6 +130,7 @@ def small_config(sample_set):
 
     smoke = PRESETS["smoke"]
     few = {"packs": 2, "warmup_steps": 2, "optimizer": "adamw", "learning_rate": 1e-3}  # which fsdp takes too
+    few["eval_every"] = 0  # its own tests have it on
     return replace(
         smoke,
         output="",

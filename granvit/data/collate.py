@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step takes. regions [R, 4] are relative xyxy float32, region_image [R] int64 their images.
+    """What a training step takes: samples, what is asked of each, and both packed. regions [R, 4] are relative xyxy
+    float32, region_image [R] int64 their images.
 
     crop_regions: int64 [N], which of them a teacher looks at (`Crops`). Of each, on the host, as pack_patches takes it:
     crops, float64 [N, 5], its image and its box in pixels; crop_grids, int32 [N, 2], rows and columns of its patches.
     """
 
     samples: list[Sample]
+    asked: list[list[Question]]
     packed: PackedBatch
     regions: Tensor
     region_image: Tensor
@@ -97,6 +99,7 @@ def join(reads: Sequence[Read], processor: GranViTProcessor, capacity: int, crop
     first = np.cumsum([0, *(len(sample.regions) for sample in samples)])
     return Batch(
         samples,
+        asked,
         packed,
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(owner, dtype=torch.int64),

@@ -44,21 +44,23 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
     """A figure of four panels: loss of the answers; distillation loss and features; the first two of EVALUATIONS that
     were measured, which are those of conversations where there are no regions.
 
-    `lines` are metrics.jsonl's objects: a training line has "loss", an evaluation line has metrics. Steps
-    count from 1 in each stage; here the stages stand one after the other.
+    `lines` are metrics.jsonl's objects: a training line has "loss", an evaluation line has metrics; those of an
+    evaluation while a stage trains are lines of their own in the figure. Steps count from 1 in each stage; here the
+    stages stand one after the other.
     """
     from matplotlib.figure import Figure
 
     # The blinded model's evaluations stand in the same file; they are dashed lines here.
+    during = [line for line in lines if line.get("evaluation") == "during"]
     lines = [line for line in lines if line.get("evaluation", "after") in ("before", "after")]
     stages: dict[str, int] = {}  # name -> its last step, in order of appearance
-    for line in lines:
+    for line in [*lines, *during]:
         stages[line["stage"]] = max(stages.get(line["stage"], 0), line["step"])
     start, at = {}, 0
     for stage, steps in stages.items():
         start[stage], at = at, at + steps
 
-    def series(key: str, stage: str) -> tuple[list[int], list[float]]:
+    def series(key: str, stage: str, lines: list[dict[str, Any]] = lines) -> tuple[list[int], list[float]]:
         chosen = [line for line in lines if line["stage"] == stage and line.get(key) is not None]
         return [start[stage] + line["step"] for line in chosen], [line[key] for line in chosen]
 
@@ -77,16 +79,22 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
         axis.set_xlabel("step, through all stages", size=8, color=GREY)
         axis.tick_params(labelsize=8)
 
-    _losses(axes[0, 0], series, stages)
+    _losses(axes[0, 0], series, stages, during)
     _features(axes[0, 1], series, stages)
     measured = [evaluation for evaluation in EVALUATIONS if any(series(evaluation[1], stage)[0] for stage in stages)]
     for axis in axes[1, len(measured) :]:
         axis.set_visible(False)
     for axis, (title, metric, floors) in zip(axes[1], measured, strict=False):
         axis.set_title(title, size=10, loc="left", pad=16)
-        points = [point for stage in stages for point in zip(*series(metric, stage), strict=True)]
-        steps, percent = [step for step, _ in points], [100 * value for _, value in points]
-        axis.plot(steps, percent, marker="o", markersize=5, color=BLUE, clip_on=False)
+        for some, look in (
+            (during, {"color": ORANGE, "linewidth": 1, "markersize": 2.5, "label": "a few questions, while it trains"}),
+            (lines, {"color": BLUE, "markersize": 5, "label": "all questions", "clip_on": False}),
+        ):
+            points = [point for stage in stages for point in zip(*series(metric, stage, some), strict=True)]
+            if points:
+                axis.plot([step for step, _ in points], [100 * value for _, value in points], marker="o", **look)
+        if any(metric in line for line in during):
+            axis.legend(fontsize=7, frameon=False, loc="upper left")
         known = {label: summary["floors"].get(name, {}).get(metric) for name, label in floors.items()}
         known |= _controls(summary, metric)
         _dashed(axis, {label: 100 * value for label, value in known.items() if value is not None})
@@ -94,12 +102,18 @@ def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
     return figure
 
 
-def _losses(axis: Axes, series: Any, stages: dict[str, int]) -> None:
-    axis.set_title("Caption loss", size=10, loc="left", pad=16)
+def _losses(axis: Axes, series: Any, stages: dict[str, int], during: list[dict[str, Any]]) -> None:
+    axis.set_title("Loss of the answers", size=10, loc="left", pad=16)
+    handles = {}
     for stage in stages:
         steps, values = series("loss_caption", stage)
         axis.plot(steps, values, color=BLUE, alpha=0.2, linewidth=0.8)
-        axis.plot(steps, smooth(values), color=BLUE, linewidth=1.6)
+        handles["training"] = axis.plot(steps, smooth(values), color=BLUE, linewidth=1.6)[0]
+        steps, values = series("held_out_loss", stage, during)
+        if values:
+            handles["held out"] = axis.plot(steps, values, color=ORANGE, linewidth=1.2, marker="o", markersize=3)[0]
+    if "held out" in handles:
+        axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False, loc="upper right")
     axis.set_ylim(bottom=0)
 
 

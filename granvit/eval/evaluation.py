@@ -88,6 +88,7 @@ def evaluate(
     ranks: int = 1,
     gather: Callable[[list[Prediction]], list[list[Prediction]]] = lambda own: [own],
     progress: Callable[[int, int], None] | None = None,
+    questions: int | None = None,
 ) -> Evaluation:
     """Ask `model` (a GranViT) the tasks' questions of at most `limit` images of `dataset`, greedily decoded.
 
@@ -96,6 +97,7 @@ def evaluate(
         model is put back into training mode if it was.
     rank, ranks, gather: processes that share the questions; gather returns every rank's predictions to each.
     progress: called with the number of answers that there are, and of how many, after each batch.
+    questions: at most so many, spread evenly over tasks, kinds and images.
     ValueError for another `blind`, a dataset without
         regions, and where "other_image" finds one image only.
     """
@@ -109,7 +111,7 @@ def evaluate(
         shown = other_images(shown)
     # Answers of one task and kind are of about one length: few steps are spent on rows that have ended.
     asked.sort(key=lambda a: (a.truth["task"], a.truth["kind"]))
-    asked = asked[rank::ranks]
+    asked = [asked[i] for i in spread(len(asked), questions)][rank::ranks]
 
     training = model.training
     model.eval()

@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import threading
 import time
 import warnings
@@ -52,6 +51,8 @@ PATIENCE = timedelta(hours=24)  # of a rank whose part is written, with those th
 _NAME = re.compile(r"(?P<phase>[a-z][a-z0-9_]*)-(?P<step>\d{7,})(?P<final>-final)?")
 _ASIDE = (".tmp", ".old")
 _MANIFEST = "manifest.json"
+LOSS = "held_out_loss"
+"""The value of a checkpoint by which it is the best of its phase: the lowest."""
 
 T = TypeVar("T")
 
@@ -59,8 +60,9 @@ T = TypeVar("T")
 class Checkpoints:
     """The folder `checkpoints/` of a run, which all its ranks see.
 
-    Of a phase's checkpoints the newest `keep` stay, besides those whose step is a multiple of `keep_every` (0: none).
-    A final one stays, and takes the place of the newest.
+    Of a phase's checkpoints the newest `keep` stay, besides those whose step is a multiple of `keep_every` (0: none)
+    and the best, whose values have the lowest LOSS: the link PHASE-best leads to it. A final one stays, and takes the
+    place of the newest.
 
     group: a gloo group of all ranks, None in a run of one process. Every rank makes one, and calls each method at the
     same point: they agree through it. (What goes on in the background has a group of its own, so that it can't get
@@ -201,6 +203,10 @@ class Checkpoints:
         # later ones: the run could not go on from them and went back, so they are none of its past
         past = [path for path in running if steps[path] <= step]
         kept = [] if name.endswith("-final") else past[-self.keep :]
+        best = best_of([path for path in steps if path in past or path not in running])
+        if best is not None:
+            kept = [*kept, best]
+            self._link(f"{phase}-best", best.name)
         for path in running:
             lasting = self.keep_every and steps[path] % self.keep_every == 0 and path in past
             if path not in kept and not lasting:
@@ -211,6 +217,19 @@ class Checkpoints:
                 except OSError as error:
                     log.warning("the checkpoint %s, no longer needed, could not be removed: %s", path, error)
 
+    def _link(self, name: str, target: str) -> None:
+        """Let the link `name` lead to `target`, another name in the folder, at every moment to this or the one before.
+        """
+        link, aside = self.folder / name, self.folder / f".{name}"
+        try:
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(target)
+            if link.is_dir() and not link.is_symlink():  # somebody copied the run, and what the link led to with it
+                shutil.rmtree(link)
+            aside.replace(link)
+        except OSError as error:
+            log.warning("%s can't become a link to %s, the best checkpoint so far: %s", link, target, error)
+
 
 def checkpoints_of(folder: Path, phase: str) -> list[Path]:
     """The checkpoints of `phase` in a run's `checkpoints/`, the newest last."""
@@ -220,6 +239,18 @@ def checkpoints_of(folder: Path, phase: str) -> list[Path]:
         if match and match["phase"] == phase and path.is_dir() and not path.is_symlink():
             checkpoints.append((int(match["step"]), match["final"] is not None, path))
     return [path for _, _, path in sorted(checkpoints)]
+
+
+def best_of(checkpoints: list[Path]) -> Path | None:
+    """The checkpoint with the lowest LOSS among its values; None where none has one."""
+    losses = {}
+    for path in checkpoints:
+        try:
+            losses[path] = _manifest(path).values.get(LOSS, math.inf)
+        except ValueError:  # damaged: the best of the others is
+            continue
+    best = min(losses, key=losses.get, default=None)
+    return None if best is None or losses[best] == math.inf else best
 
 
 def load(
@@ -264,31 +295,6 @@ def _advice(path: Path) -> str:
 def read_values(path: Path) -> dict:
     """The plain values of the checkpoint `path`, without its tensors. Raises ValueError if its manifest is damaged."""
     return _manifest(Path(path)).values
-
-
-def check_room(folder: Path, bytes_needed: int, keep: int) -> None:
-    """Before training: that checkpoints of `bytes_needed` can be written to `folder`.
-
-    Raises ValueError where it can't be written to, or where not one more fits. Logs a warning where `keep` of them and
-    the one that is being written don't fit.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-        free = shutil.disk_usage(folder).free
-        held = sum(path.stat().st_size for path in folder.glob("*/*") if path.is_file())
-    except OSError as error:
-        raise ValueError(f"{folder} can't be written to ({error}), and the checkpoints belong there") from error
-    if free < bytes_needed:
-        raise ValueError(f"{folder}: a checkpoint takes {_gb(bytes_needed)}, and only {_gb(free)} are free")
-    if free + held < bytes_needed * (keep + 1):
-        log.warning(
-            "%s: keeping %d checkpoints takes %s while another is written, and %s are free or held by checkpoints",
-            folder, keep, _gb(bytes_needed * (keep + 1)), _gb(free + held),
-        )  # fmt: skip
 
 
 class _Planner(DefaultSavePlanner):
@@ -490,7 +496,3 @@ def _digest(path: Path) -> str:
 
 def _digest_of(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

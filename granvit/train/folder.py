@@ -1,10 +1,13 @@
-"""A run's folder: whether it is free or holds this very run, and that only one process at a time trains in it."""
+"""A run's folder: whether it is free or holds this very run, has room, and that one process at a time trains in it."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granvit.train.metrics_log import write_aside
-from granvit.train.presets import TrainConfig, load_config
+from granvit.train.presets import PHASES, TrainConfig, load_config
 
 if TYPE_CHECKING:
     from granvit.data.loader import GranDataset
@@ -48,7 +51,7 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
 FREE = {
     "output", "device", "threads", "parallel", "compile", "checkpointing", "profile", "checkpoint_every",
     "keep_checkpoints", "keep_every", "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers",
-    "data.path", "data.chat",
+    "data.path", "data.chat", *(f"{phase}.eval_every" for phase in PHASES),
 }  # fmt: skip
 
 
@@ -116,3 +119,32 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def check_room(folder: Path, bytes_needed: int, keep: int) -> None:
+    """Before training: that checkpoints of `bytes_needed` can be written to `folder`.
+
+    Raises ValueError where it can't be written to, or where not one more fits. Logs a warning where `keep` of them and
+    the one that is being written don't fit.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(folder).free
+        held = sum(path.stat().st_size for path in folder.glob("*/*") if path.is_file())
+    except OSError as error:
+        raise ValueError(f"{folder} can't be written to ({error}), and the checkpoints belong there") from error
+    if free < bytes_needed:
+        raise ValueError(f"{folder}: a checkpoint takes {_gb(bytes_needed)}, and only {_gb(free)} are free")
+    if free + held < bytes_needed * (keep + 1):
+        log.warning(
+            "%s: keeping %d checkpoints takes %s while another is written, and %s are free or held by checkpoints",
+            folder, keep, _gb(bytes_needed * (keep + 1)), _gb(free + held),
+        )  # fmt: skip
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from granvit.data.collate import Batch
 from granvit.errors import Failed
 from granvit.lora import ADAPTER, adapters
 from granvit.model import GranViT
-from granvit.train.checkpoint import Checkpoints, load
+from granvit.train.checkpoint import LOSS, Checkpoints, load
 from granvit.train.distill import Teacher, feature_statistics
 from granvit.train.guard import NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.metrics_log import MetricsLog
@@ -36,6 +36,9 @@ from granvit.train.profiling import STEP, profiled
 from granvit.train.stages import Stage
 from granvit.train.step import Share
 from granvit.world import World
+
+if TYPE_CHECKING:
+    from granvit.train.heldout import HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class Phase:
         device: torch.device,
     ) -> None:
         self.config, self.stage, self.model, self.loader = config, stage, model, loader
-        self.blank, self.world, self.device = blank, world, device
+        self.loss_of, self.blank, self.world, self.device = loss_of, blank, world, device
         freeze(model.groups(), stage.train)
         self.teacher = Teacher(model.encoder, config.distill.alpha) if stage.distill > 0 else None
         teacher = self.teacher.encoder if self.teacher else None
@@ -123,6 +126,10 @@ class Phase:
 
     # Steps
 
+    def autocast(self) -> torch.autocast:
+        """A context of the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's batches of each step that is left."""
         batches = iter(self.loader)
@@ -150,7 +157,7 @@ class Phase:
             synchronise(self.losses, number == len(batches) - 1)
             weight = float(bool(batch.samples))
             share = Share(step["targets"], step["regions"], weight)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            with self.autocast():
                 losses = self.losses(self.step, (batch if weight else self.blank).to(self.device), share)
             # The ranks' gradients are averaged, but their losses are parts of a sum.
             (losses["loss"] * self.world.ranks).backward()
@@ -227,9 +234,10 @@ def train_phase(
     metrics: MetricsLog,
     termination: Termination,
     stepped: Callable[[int, int, str], None],
+    held_out: HeldOut,
 ) -> None:
     """Run `phase` to its last step, and leave its final checkpoint. stepped: called after each step with the step, its
-    images and what is to be said of it (`console.RunConsole.stage`).
+    images and what is to be said of it (`console.RunConsole.stage`). held_out: evaluates it while it trains.
 
     Raises Terminated, after saving, when the run is asked to stop; NotFinite, with a dump that reproduces it, after too
     many steps without a finite loss in a row; Failed where checkpoints can't be written any more.
@@ -238,7 +246,13 @@ def train_phase(
     folder, profiled_step = checkpoints.folder.parent, STEP if config.profile and world.leads else None
     phase.model.train()
     level = logging.WARNING if world.leads else logging.DEBUG  # what all ranks have to say
+
+    def stopping() -> bool:
+        return any(world.total(termination.asked))
+
     with termination.awaited():
+        if (best := held_out.evaluate(stopping)) is not None:  # of the step it goes on from, where a stop prevented it
+            _save(phase, checkpoints, best)
         began = time.perf_counter()
         for number, batches in enumerate(phase.batches(), start=1):
             with nullcontext() if number != profiled_step else profiled(folder / "profile" / stage.name, phase.device):
@@ -248,19 +262,16 @@ def train_phase(
                 log.log(level, "%s step %d: no readable image among its rows, skipped", stage.name, phase.step)
             elif world.leads:
                 metrics.write(stage=stage.name, step=phase.step, **line, seconds=ended - began)
-            began = ended
             stepped(phase.step, line["images"], f"loss {line['loss']:.3f}" if "loss" in line else "skipped")
             if phase.streak.over:
                 _give_up(phase, checkpoints)
-            stopping = any(world.total(termination.asked)) and phase.step < stage.steps
-            if phase.step < stage.steps and (stopping or phase.step % config.checkpoint_every == 0):
-                checkpoints.save(stage.name, phase.step, phase.tensors(), phase.values())
-                if checkpoints.failures >= config.failed_saves:
-                    raise Failed(
-                        f"{checkpoints.failures} checkpoints in a row could not be written to {checkpoints.folder} "
-                        "(config.failed_saves); what was learnt since the last one is lost"
-                    )
-            if stopping:
+            best = held_out.evaluate(stopping)
+            if phase.step == stage.steps:
+                break
+            asked = stopping()
+            if asked or best is not None or phase.step % config.checkpoint_every == 0:
+                _save(phase, checkpoints, best)
+            if asked:
                 checkpoints.wait()
                 if checkpoints.failures:
                     raise Failed(
@@ -269,12 +280,28 @@ def train_phase(
                     )
                 log.log(level, "%s: stopped after step %d; the same command goes on", stage.name, phase.step)
                 raise Terminated(termination.code)
-        checkpoints.save(stage.name, phase.step, model_tensors(phase.model), {"step": phase.step}, final=True)
+            began = time.perf_counter()
+        values = {"step": phase.step} | _known(best)
+        checkpoints.save(stage.name, phase.step, model_tensors(phase.model), values, final=True)
         if checkpoints.failures:
             raise Failed(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
-        if any(world.total(termination.asked)):  # while the last step was taken, or saved
+        if stopping():  # while the last step was taken, or saved
             log.log(level, "%s: stopped at its end; the same command goes on", stage.name)
             raise Terminated(termination.code)
+
+
+def _save(phase: Phase, checkpoints: Checkpoints, best: float | None) -> None:
+    """A checkpoint of the phase on its way. best: its held-out loss, where that is the lowest so far."""
+    checkpoints.save(phase.stage.name, phase.step, phase.tensors(), phase.values() | _known(best))
+    if checkpoints.failures >= phase.config.failed_saves:
+        raise Failed(
+            f"{checkpoints.failures} checkpoints in a row could not be written to {checkpoints.folder} "
+            "(config.failed_saves); what was learnt since the last one is lost"
+        )
+
+
+def _known(best: float | None) -> dict[str, float]:
+    return {} if best is None else {LOSS: best}
 
 
 def _give_up(phase: Phase, checkpoints: Checkpoints) -> None:

@@ -150,11 +150,14 @@ class Distill:
 # The rate is LLaVA's for the same phase; the paper has no such phase.
 _ALIGN = Stage(
     "align", train=("projector",), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), steps=0, packs=16, learning_rate=1e-3,
-    warmup_steps=20,
+    warmup_steps=20, eval_every=100,
 )  # fmt: skip
 _PRETRAIN = Stage("pretrain", train=("encoder", "projector"), tasks=(GLOBAL_CAPTION, BBOX2CAPTION), distill=1.0)
 _ADAPT = Stage("adapt", train=("projector", "llm"), tasks=(GLOBAL_CAPTION, CAPTION2BBOX))
-_SFT = Stage("sft", train=("projector", "llm"), tasks=(CHAT,), steps=0, packs=16, learning_rate=2e-5, warmup_steps=100)
+_SFT = Stage(
+    "sft", train=("projector", "llm"), tasks=(CHAT,), steps=0, packs=16, learning_rate=2e-5, warmup_steps=100,
+    eval_every=500,
+)  # fmt: skip
 
 
 PHASES = ("warmup", "align", "pretrain", "adapt", "sft")
@@ -257,8 +260,12 @@ _WARMUP = Stage("warmup", train=("llm", "projector"), tasks=(GLOBAL_CAPTION, BBO
 _SMOKE = TrainConfig(
     preset="smoke",
     output="runs/smoke",
-    warmup=replace(_WARMUP, steps=600, packs=12, optimizer="muon", learning_rate=2e-3, global_captions=0.25),
-    pretrain=replace(_PRETRAIN, steps=900, optimizer="muon", learning_rate=4e-3, global_captions=0.25),
+    warmup=replace(
+        _WARMUP, steps=600, packs=12, optimizer="muon", learning_rate=2e-3, global_captions=0.25, eval_every=150
+    ),
+    pretrain=replace(
+        _PRETRAIN, steps=900, optimizer="muon", learning_rate=4e-3, global_captions=0.25, eval_every=150
+    ),
     # Unlike a large LLM, a tiny one forgets within 100 steps a task that it is no longer asked: so stage 2 goes on
     # with captions of a few boxes, which the paper's does not.
     adapt=replace(
@@ -269,6 +276,7 @@ _SMOKE = TrainConfig(
         learning_rate=2e-3,
         global_captions=0.1,
         box_captions=0.25,
+        eval_every=150,
     ),
     model=Model(patch_size=8, max_image_tokens=100, pixel_shuffle=2),
     threads=2,  # tensors are small: more threads get into each other's way
@@ -281,9 +289,9 @@ PRESETS: dict[str, TrainConfig] = {
         preset="quick",
         output="runs/quick",
         # llm-toy speaks; location tokens and cells' positions are new
-        warmup=replace(_SMOKE.warmup, steps=100, learning_rate=4e-3),
-        pretrain=replace(_SMOKE.pretrain, steps=250),
-        adapt=replace(_SMOKE.adapt, steps=250),
+        warmup=replace(_SMOKE.warmup, steps=100, learning_rate=4e-3, eval_every=50),
+        pretrain=replace(_SMOKE.pretrain, steps=250, eval_every=125),
+        adapt=replace(_SMOKE.adapt, steps=250, eval_every=125),
         data=Data(images=2000, pages=0.05, eval_images=40),
         model=Model(llm="llm-toy"),
     ),
@@ -299,6 +307,7 @@ PRESETS: dict[str, TrainConfig] = {
             learning_rate=3e-4,
             projector_learning_rate=1e-3,
             warmup_steps=500,
+            eval_every=500,
         ),
         adapt=replace(
             _ADAPT,
@@ -307,6 +316,7 @@ PRESETS: dict[str, TrainConfig] = {
             learning_rate=2e-5,
             projector_learning_rate=3e-4,
             warmup_steps=200,
+            eval_every=500,
         ),
         data=Data(images=50_000, capacity=1024, eval_images=500, workers=8),
         model=Model(
@@ -327,8 +337,8 @@ PRESETS: dict[str, TrainConfig] = {
         output="runs/paper",
         warmup=_WARMUP,
         # As the paper says it: every image once, batches of 256 images, AdamW at 1e-5, and all questions of an image.
-        pretrain=replace(_PRETRAIN, steps=None, epochs=1, packs=None, images=256, warmup_steps=1000),
-        adapt=replace(_ADAPT, steps=None, epochs=1, packs=None, images=256, warmup_steps=1000),
+        pretrain=replace(_PRETRAIN, steps=None, epochs=1, packs=None, images=256, warmup_steps=1000, eval_every=1000),
+        adapt=replace(_ADAPT, steps=None, epochs=1, packs=None, images=256, warmup_steps=1000, eval_every=1000),
         data=Data(path="", capacity=4096, questions_per_image=None, eval_images=2000, workers=16),
         model=Model(
             encoder="google/siglip2-so400m-patch16-naflex",

@@ -30,12 +30,13 @@ from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
 from granvit.train.card import write_card
-from granvit.train.checkpoint import Checkpoints, check_room, load
+from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.console import CONTROL, RunConsole, closing_words, hush
 from granvit.train.counting import check_ranks, counted, needs_counting, order_arguments
 from granvit.train.distill import feature_statistics
-from granvit.train.folder import locked, resumes, same_data
+from granvit.train.folder import check_room, locked, resumes, same_data
 from granvit.train.guard import Termination, termination
+from granvit.train.heldout import HeldOut
 from granvit.train.loop import Phase, model_tensors, train_phase
 from granvit.train.metrics_log import MetricsLog, Tracker, make_trackers, write_aside
 from granvit.train.parallel.compiling import eager
@@ -204,7 +205,8 @@ class Run:
         self.model.to(device)
         trackers: list[Tracker] = []  # the first rank's; they can't be sent
         world.first(lambda: trackers.extend(make_trackers(config.trackers, config, folder)))
-        world.first(lambda: check_room(folder, self._checkpoint_bytes(), config.keep_checkpoints))
+        kept = config.keep_checkpoints + any(stage.eval_every for stage in config.stages)  # the best one, too
+        world.first(lambda: check_room(folder, self._checkpoint_bytes(), kept))
         self.checkpoints = Checkpoints(
             folder / "checkpoints", config.keep_checkpoints, config.keep_every, world.control
         )
@@ -311,7 +313,7 @@ class Run:
             self.metrics.drop(lambda line: line["stage"] == stage.name and line["step"] > phase.step)
         try:
             with self.console.stage(title, stage.steps, phase.step) as stepped:
-                train_phase(phase, self.checkpoints, self.metrics, self.request, stepped)
+                train_phase(phase, self.checkpoints, self.metrics, self.request, stepped, self.held_out(phase))
         finally:
             self.checkpoints.wait()  # whoever catches what was raised may go on in this folder
         self.model.to(self.device)
@@ -334,6 +336,10 @@ class Run:
         if stage.passes is not None:
             loader.steps = stage.steps * stage.accumulate
         return Phase(config, stage, model, loader, loss_of, self._blank(stage), world, self.device)
+
+    def held_out(self, phase: Phase) -> HeldOut:
+        """What evaluates a phase on its way."""
+        return HeldOut(phase, self.model, self.processor, self.splits, self.metrics, self.console.say)
 
     def _blank(self, stage: Stage) -> Batch:
         image = torch.zeros(32, 32, 3, dtype=torch.uint8)
@@ -435,7 +441,7 @@ class Run:
     def _control(self) -> dict[str, float]:
         """Metrics of stage 2 alone, from this run's warm LLM and an encoder with random weights: what stage 1 has to
         beat. It lies in control/, and goes on where it was as the run does."""
-        adapt = self.config.adapt
+        adapt = dataclasses.replace(self.config.adapt, eval_every=0)
         run = Run(self.config, self.folder / "control", self.world, self.device, self.request, self.console)
         if self.config.model.encoder or self.config.model.whole:  # else it was drawn at random
             torch.manual_seed(self.config.seed)

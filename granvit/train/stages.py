@@ -57,6 +57,9 @@ class Stage:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
+    eval_every: int = 0
+    """Steps between evaluations while the stage trains: its loss on test images, and a few questions (see
+    granvit.train.heldout). There is one before the first step and after the last, too. 0: none at all."""
     passes: Annotated[int | None, flags.hidden()] = None
     """What `epochs` was where `steps` was counted from it (granvit.train.counting): the data ends with the last one."""
 
@@ -65,7 +68,7 @@ class Stage:
             unknown = set(values) - set(known)
             if unknown or not values:
                 raise ValueError(f"{self.name}.{field} is {values}; it takes one or more of {', '.join(known)}")
-        for field, low in {"steps": 0, "epochs": 1, "packs": 1, "images": 1, "accumulate": 1}.items():
+        for field, low in {"steps": 0, "epochs": 1, "packs": 1, "images": 1, "accumulate": 1, "eval_every": 0}.items():
             if getattr(self, field) is not None and getattr(self, field) < low:
                 raise ValueError(f"{self.name}.{field} is {getattr(self, field)}; it is at least {low}")
         for field, other in (("steps", "epochs"), ("packs", "images")):

@@ -71,7 +71,8 @@ def stage_loss(
             round=config.image_round,
         )
     layout = PackedLayout.from_grids(grids, device=patches.device)
-    with record_function("granvit.encoder"), torch.set_grad_enabled("encoder" in stage.train):
+    learns = torch.is_grad_enabled() and "encoder" in stage.train
+    with record_function("granvit.encoder"), torch.set_grad_enabled(learns):
         features = model.encoder(patches[: layout.num_tokens], layout)
     image_embeds = model.image_embeds(features, layout)
     region_embeds = model.region_embeds(features, layout, batch.packed.boxes, batch.packed.box_image_index)

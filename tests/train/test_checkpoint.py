@@ -12,7 +12,8 @@ from launching import forked, run_ranks
 from safetensors.torch import load_file
 
 from granvit.train import checkpoint
-from granvit.train.checkpoint import Checkpoints, check_room, load, read_values
+from granvit.train.checkpoint import Checkpoints, load, read_values
+from granvit.train.folder import check_room
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
