@@ -66,7 +66,7 @@ class HeldOut:
     ) -> None:
         self.phase, self.whole, self.processor, self.metrics, self.say = phase, whole, processor, metrics, say
         self.test, self.chats, self.loader = splits.get("test"), None, None
-        self.best = math.inf
+        self.every, self.best = 0, math.inf
         self._done: set[int] = set()
         if not phase.stage.eval_every:
             return
@@ -74,6 +74,8 @@ class HeldOut:
             self.chats = splits.get("chat_test")
         if (data := self.test if phase.stage.name != phase.config.sft.name else self.chats) is not None:
             self.loader = self._open(data)
+        if splits.keys() & {"test", "chat_test"}:  # else there is nothing to measure
+            self.every = phase.stage.eval_every
         for line in phase.world.first(self._lines):
             self._done.add(line["step"])
             self._better(line["step"], line.get(LOSS))
@@ -85,8 +87,8 @@ class HeldOut:
         All ranks call it at the same step. Where `stopping` says so, the same on each, before the end, nothing is
         written, and it is due again when the run goes on from this step.
         """
-        phase, step, every = self.phase, self.phase.step, self.phase.stage.eval_every
-        due = every and (step % every == 0 or step == phase.stage.steps)
+        phase, step = self.phase, self.phase.step
+        due = self.every and (step % self.every == 0 or step == phase.stage.steps)
         if not due or step in self._done:
             return None
         if step == phase.stage.steps:  # there is no going on from it

@@ -57,7 +57,9 @@ def lines_of(folder: Path) -> list[dict]:
 
 
 def evaluated(folder: Path) -> list[tuple[str, str]]:
-    return [(line["stage"], line["evaluation"]) for line in lines_of(folder) if "evaluation" in line]
+    """Stages and evaluations but those while a stage trains."""
+    lines = [line for line in lines_of(folder) if line.get("evaluation", "during") != "during"]
+    return [(line["stage"], line["evaluation"]) for line in lines]
 
 
 def trained(folder: Path) -> list[tuple[str, int]]:
@@ -197,6 +199,8 @@ def test_a_run_goes_on_with_conversations(run, chats, rank, tmp_path):
     train(config)
     assert trained(folder) == [("sft", 1), ("sft", 2), ("sft", 3)]
     measured = {line["evaluation"]: line for line in lines_of(folder) if "evaluation" in line}
+    during = measured.pop("during")
+    assert {"held_out_loss_chat", "chat_token_accuracy"} <= during.keys() and during["step"] == 3
     assert list(measured) == ["before", "after", "other_image"]
     names = {name for line in measured.values() for name in line} - {"stage", "step", "evaluation"}
     assert names == {"chat_token_accuracy"} and 0 <= measured["before"]["chat_token_accuracy"] <= 1
