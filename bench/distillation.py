@@ -128,7 +128,9 @@ def of(target: str, seed: int, steps: list[int] | None) -> TrainConfig:
     return replace(
         quick,
         warmup=replace(quick.warmup, steps=warmup),
-        pretrain=replace(quick.pretrain, steps=pretrain, distill=0.0 if target == "none" else quick.pretrain.distill),
+        pretrain=replace(
+            quick.pretrain, steps=pretrain, distill=0.0 if target == "none" else quick.pretrain.distill, eval_every=0
+        ),
         adapt=replace(quick.adapt, steps=adapt),
         distill=distill,
         data=replace(quick.data, path=path, eval_images=120, workers=1),

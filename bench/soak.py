@@ -40,7 +40,7 @@ def tiny(data: Path, output: Path, steps: int) -> TrainConfig:
             encoder_width=32, encoder_layers=1, encoder_heads=2, llm_width=32, llm_layers=1, llm_heads=2,
             vocabulary=400, max_image_tokens=9, bins=8,
         ),
-        pretrain=replace(smoke.pretrain, steps=steps, packs=1),
+        pretrain=replace(smoke.pretrain, steps=steps, packs=1, eval_every=0),
         checkpoint_every=max(1, steps // 20),
         control=False,
         threads=1,

@@ -19,9 +19,9 @@ from granvit.train.checkpoint import Checkpoints, read_values
 from granvit.train.folder import resumes
 from granvit.train.guard import STOPPED
 from granvit.train.heldout import HeldOut
-from granvit.train.parallel.distributed import World
 from granvit.train.presets import save_config
 from granvit.train.run import train
+from granvit.world import World
 
 STAGES = ("warmup", "pretrain", "adapt")
 
