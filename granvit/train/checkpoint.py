@@ -24,6 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -245,12 +246,10 @@ def best_of(checkpoints: list[Path]) -> Path | None:
     """The checkpoint with the lowest LOSS among its values; None where none has one."""
     losses = {}
     for path in checkpoints:
-        try:
+        with suppress(ValueError):  # damaged: the best of the others is
             losses[path] = _manifest(path).values.get(LOSS, math.inf)
-        except ValueError:  # damaged: the best of the others is
-            continue
     best = min(losses, key=losses.get, default=None)
-    return None if best is None or losses[best] == math.inf else best
+    return best if losses.get(best, math.inf) < math.inf else None
 
 
 def load(
@@ -280,9 +279,7 @@ def load(
     _together(group, lambda: _check_tensors(path, tensors, subset))
     reader, planner = dcp.HuggingFaceStorageReader(str(path)), DefaultLoadPlanner(flatten_state_dict=False)
     try:
-        dcp.load(
-            dict(tensors), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None
-        )  # fmt: skip
+        dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:  # a BaseException
         raise OSError(f"{path} could not be read to its end: {_cause(error)}") from error
     return _manifest(path).values
