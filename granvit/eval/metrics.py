@@ -13,13 +13,14 @@ be read from it (caption2bbox only). Every metric is a fraction except CIDEr, wh
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
 from statistics import fmean
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -129,45 +130,59 @@ def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIB
     ocr_cer and ocr_exact (text regions of bbox2caption, to the letter). A metric without a prediction to measure is
     absent.
     """
+    return {
+        name: math.fsum(s.value for s in scores) / math.fsum(s.weight for s in scores)
+        for name, scores in scored(predictions, vocabularies).items()
+    }
+
+
+class Score(NamedTuple):
+    """What an answer adds to a metric, which is the sum of `value` over the sum of `weight`; image: see `place`."""
+
+    image: tuple[str, str]
+    value: float
+    weight: float = 1.0
+
+
+def scored(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBUTES) -> dict[str, list[Score]]:
+    """The scores of the answers that each metric is about, by the names of `summarise`."""
     captions = [p for p in predictions if p["task"] == BBOX2CAPTION]
-    scores = cider([p["caption"] for p in captions], [p["answer"] for p in captions]) if captions else []
-    # One row of values a prediction, computed once and averaged over every group that the prediction belongs
-    # to.
-    rows: list[tuple[Prediction, dict[str, float]]] = []
-    for prediction, score in zip(captions, scores, strict=True):
-        truth, answer = prediction["caption"], prediction["answer"]
-        row = {"rouge_l": rouge_l(truth, answer), "exact": exact(truth, answer), "cider": score}
-        row |= attributes(prediction, vocabularies)
-        rows.append((prediction, row))
+    ciders = iter(cider([p["caption"] for p in captions], [p["answer"] for p in captions]) if captions else [])
+    groups: dict[str, list[Score]] = defaultdict(list)
     for prediction in predictions:
-        if prediction["task"] == CAPTION2BBOX:
-            overlap = iou(prediction)
-            unparsed = prediction["predicted_box"] is None
+        task, prefixes = prediction["task"], ["", f"{prediction['source']}/", *_of_dataset(prediction)]
+        truth, answer = prediction["caption"], prediction["answer"]
+        if task == BBOX2CAPTION:
+            row = {"rouge_l": rouge_l(truth, answer), "exact": exact(truth, answer), "cider": next(ciders)}
+            row |= attributes(prediction, vocabularies)
+            if prediction["kind"] == "ocr" and (characters := len(nfc(truth))):  # none: there is nothing to read
+                edits = cer([truth], [answer]) * characters
+                read = (("cer", edits, characters), ("exact", exact_text(truth, answer), 1.0))
+                for name, value, weight in read:
+                    for prefix in prefixes:
+                        groups[f"{prefix}ocr_{name}"].append(Score(place(prediction), float(value), weight))
+        else:
+            overlap, unparsed = iou(prediction), prediction["predicted_box"] is None
             row = {"acc50": overlap >= 0.5, "miou": overlap}
             row |= {f"{name}_{size(prediction['box'])}": value for name, value in row.items()}
             row |= {"acc75": overlap >= 0.75, "acc90": overlap >= 0.9, "unparsed": unparsed}
-            rows.append((prediction, row | {"f1": fmean(overlap >= threshold for threshold in THRESHOLDS)}))
-
-    groups: dict[str, list[float]] = defaultdict(list)
-    texts: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for prediction, row in rows:
-        source, kind, task = prediction["source"], prediction["kind"], prediction["task"]
+            row["f1"] = 2 * fmean(overlap >= threshold for threshold in THRESHOLDS)
         for name, value in row.items():
-            for prefix in ("", f"{kind}_", f"{source}/", *_of_dataset(prediction)):
-                groups[f"{prefix}{task}_{name}"].append(float(value))
-        if kind == "ocr" and task == BBOX2CAPTION:
-            for prefix in ("", f"{source}/", *_of_dataset(prediction)):
-                texts[prefix].append((prediction["caption"], prediction["answer"]))
+            # of F1: the sentence that was asked and the box that was given
+            weight = 2.0 - row["unparsed"] if name == "f1" else 1.0
+            for prefix in (*prefixes, f"{prediction['kind']}_"):
+                groups[f"{prefix}{task}_{name}"].append(Score(place(prediction), float(value), weight))
+    return groups
 
-    metrics = {name: fmean(values) for name, values in groups.items()}
-    for name in metrics:
-        if name.endswith(f"{CAPTION2BBOX}_f1"):  # of right boxes over sentences so far; F1 counts the boxes given, too
-            metrics[name] *= 2 / (2 - metrics[name.removesuffix("f1") + "unparsed"])
-    for prefix, pairs in texts.items():
-        truths, answers = [p[0] for p in pairs], [p[1] for p in pairs]
-        metrics[f"{prefix}ocr_cer"] = cer(truths, answers)
-        metrics[f"{prefix}ocr_exact"] = fmean(exact_text(t, a) for t, a in pairs)
-    return metrics
+
+def place(prediction: Prediction) -> tuple[str, str]:
+    """The dataset of a mixture, else "", and the id of the image that a prediction is about."""
+    return prediction.get("dataset", ""), prediction["id"]
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric of this name is the share of the answers that are right, not a mean of degrees."""
+    return re.search("(rouge_l|cider|cer|f1|miou(_[a-z]+)?)$", metric) is None
 
 
 def _of_dataset(prediction: Prediction) -> tuple[str, ...]:
