@@ -1,14 +1,24 @@
-"""Learning curves of a run through its stages, drawn from metrics.jsonl: the paper's Figure 4 in small."""
+"""Learning curves of a run through its stages, from metrics.jsonl: the paper's Figure 4 in small.
+
+`panels` says what is drawn; the report's script and, for paper and README, `draw_curves` draw the same.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from granvit.eval.names import stage_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#d97706", "#15803d", "#b91c1c", "#64748b"
+COLOURS = {"blue": "#2563eb", "orange": "#d97706", "violet": "#7c3aed", "grey": "#64748b"}
+POINTS = 1500  # a series has at most so many in a stage; of longer ones neighbours are averaged
+FEW = 40  # points of a part that are marked one by one
 
 # panel title, metric, floors drawn as dashed lines: name in summary["floors"] -> label
 EVALUATIONS = (
@@ -30,6 +40,14 @@ EVALUATIONS = (
     ("Answers in conversations: tokens foreseen (%)", "chat_token_accuracy", {}),
 )
 
+# panel title, a training line's key, name of the series, whether it is so noisy that it is drawn smoothed
+TRAINING = (
+    ("Self-distillation: loss", "loss_distill", "training", True),
+    ("Effective rank of the features", "features_effective_rank", "training images", False),
+    ("Standard deviation of the features", "features_std", "training images", False),
+    ("Gradient norm before clipping", "grad_norm", "training", True),
+)
+
 
 def smooth(values: list[float], share: float = 0.9) -> list[float]:
     """Exponential moving average, corrected for its start."""
@@ -40,107 +58,72 @@ def smooth(values: list[float], share: float = 0.9) -> list[float]:
     return out
 
 
-def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
-    """A figure of four panels: loss of the answers; distillation loss and features; the first two of EVALUATIONS that
-    were measured, which are those of conversations where there are no regions.
+def panels(lines: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
+    """What the curves show, as JSON can hold it: {"stages": [{"name", "start", "end"}], "panels": [{"title", "series",
+    "levels"}]}.
 
     `lines` are metrics.jsonl's objects: a training line has "loss", an evaluation line has metrics; those of an
-    evaluation while a stage trains are lines of their own in the figure. Steps count from 1 in each stage; here the
-    stages stand one after the other.
+    evaluation while a stage trains are series of their own. Steps count from 1 in each stage; here the stages stand one
+    after the other. A series has "name", "colour", "smooth" (whether it is
+    noisy), "joined" (a curve, not single points) and "parts", a list of [step, value] for each stage; a level is a
+    floor or a control: "name", "value". Panels without a series are left out.
     """
-    from matplotlib.figure import Figure
-
-    # The blinded model's evaluations stand in the same file; they are dashed lines here.
+    # The blinded model's evaluations stand in the same file; they are levels here.
+    lines = [line for line in lines if line.get("evaluation", "after") in ("before", "during", "after")]
     during = [line for line in lines if line.get("evaluation") == "during"]
-    lines = [line for line in lines if line.get("evaluation", "after") in ("before", "after")]
-    stages: dict[str, int] = {}  # name -> its last step, in order of appearance
-    for line in [*lines, *during]:
-        stages[line["stage"]] = max(stages.get(line["stage"], 0), line["step"])
+    ends = [line for line in lines if line.get("evaluation") in ("before", "after")]
+    training = [line for line in lines if "evaluation" not in line]
+    steps: dict[str, int] = {}  # stage -> its last step, in order of appearance
+    for line in lines:
+        steps[line["stage"]] = max(steps.get(line["stage"], 0), line["step"])
     start, at = {}, 0
-    for stage, steps in stages.items():
-        start[stage], at = at, at + steps
+    for stage, number in steps.items():
+        start[stage], at = at, at + number
 
-    def series(key: str, stage: str, lines: list[dict[str, Any]] = lines) -> tuple[list[int], list[float]]:
-        chosen = [line for line in lines if line["stage"] == stage and line.get(key) is not None]
-        return [start[stage] + line["step"] for line in chosen], [line[key] for line in chosen]
+    def series(name: str, key: str, some: list[dict[str, Any]], colour: str = "blue", **look: Any) -> dict[str, Any]:
+        scale = 100 if key in {metric for _, metric, _ in EVALUATIONS} else 1
+        parts = []
+        for stage in steps:
+            values = [
+                (start[stage] + line["step"], scale * line[key])
+                for line in some
+                if line["stage"] == stage and line.get(key) is not None and math.isfinite(line[key])
+            ]
+            if values and (key != "loss_distill" or any(value for _, value in values)):
+                parts.append(_thinned(values))
+        return {"name": name, "colour": colour, "smooth": False, "joined": True, "parts": parts} | look
 
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e2e8f0", linewidth=0.8)
-        axis.set_xlim(0, max(at, 1))
-        for i, (stage, first) in enumerate(start.items()):
-            middle = (first + stages[stage] / 2) / max(at, 1)
-            axis.axvspan(first, first + stages[stage], color="#f1f5f9" if i % 2 else "white", zorder=0)
-            axis.text(
-                middle, 1.01, stage, transform=axis.transAxes, ha="center", va="bottom", color=GREY, size=8
-            )
-        axis.set_xlabel("step, through all stages", size=8, color=GREY)
-        axis.tick_params(labelsize=8)
-
-    _losses(axes[0, 0], series, stages, during)
-    _features(axes[0, 1], series, stages)
-    measured = [evaluation for evaluation in EVALUATIONS if any(series(evaluation[1], stage)[0] for stage in stages)]
-    for axis in axes[1, len(measured) :]:
-        axis.set_visible(False)
-    for axis, (title, metric, floors) in zip(axes[1], measured, strict=False):
-        axis.set_title(title, size=10, loc="left", pad=16)
-        for some, look in (
-            (during, {"color": ORANGE, "linewidth": 1, "markersize": 2.5, "label": "a few questions, while it trains"}),
-            (lines, {"color": BLUE, "markersize": 5, "label": "all questions", "clip_on": False}),
-        ):
-            points = [point for stage in stages for point in zip(*series(metric, stage, some), strict=True)]
-            if points:
-                axis.plot([step for step, _ in points], [100 * value for _, value in points], marker="o", **look)
-        if any(metric in line for line in during):
-            axis.legend(fontsize=7, frameon=False, loc="upper left")
+    rates = {stage: summary.get("config", {}).get(stage, {}).get("learning_rate", 1.0) for stage in steps}
+    training = [line | {"rate": line["rate"] * rates[line["stage"]]} if "rate" in line else line for line in training]
+    drawn = [("Loss of the answers (nats a token)", [
+        series("training", "loss_caption", training, smooth=True),
+        series("held out", "held_out_loss", during, "orange"),
+    ], [])]  # fmt: skip
+    for title, metric, floors in EVALUATIONS:
         known = {label: summary["floors"].get(name, {}).get(metric) for name, label in floors.items()}
         known |= _controls(summary, metric)
-        _dashed(axis, {label: 100 * value for label, value in known.items() if value is not None})
-        axis.set_ylim(bottom=0)
-    return figure
+        levels = [{"name": name, "value": 100 * value} for name, value in known.items() if value is not None]
+        few = series("a few questions, on the way", metric, during, "orange")
+        drawn.append((title, [series("all test questions", metric, ends, joined=False), few], levels))
+    drawn += [(title, [series(name, key, training, smooth=noisy)], []) for title, key, name, noisy in TRAINING]
+    drawn.append(("Learning rate", [series("training", "rate", training)], []))
+    return {
+        "stages": [
+            {"name": stage_name(stage), "start": start[stage], "end": start[stage] + number}
+            for stage, number in steps.items()
+        ],
+        "panels": [
+            {"title": title, "series": shown, "levels": levels}
+            for title, several, levels in drawn
+            if (shown := [series for series in several if series["parts"]])
+        ],
+    }
 
 
-def _losses(axis: Axes, series: Any, stages: dict[str, int], during: list[dict[str, Any]]) -> None:
-    axis.set_title("Loss of the answers", size=10, loc="left", pad=16)
-    handles = {}
-    for stage in stages:
-        steps, values = series("loss_caption", stage)
-        axis.plot(steps, values, color=BLUE, alpha=0.2, linewidth=0.8)
-        handles["training"] = axis.plot(steps, smooth(values), color=BLUE, linewidth=1.6)[0]
-        steps, values = series("held_out_loss", stage, during)
-        if values:
-            handles["held out"] = axis.plot(steps, values, color=ORANGE, linewidth=1.2, marker="o", markersize=3)[0]
-    if "held out" in handles:
-        axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False, loc="upper right")
-    axis.set_ylim(bottom=0)
-
-
-def _features(axis: Axes, series: Any, stages: dict[str, int]) -> None:
-    """Distillation loss on the left; on the right the features' effective rank and spread: learning or
-    from shrinkage."""
-    axis.set_title("Self-distillation", size=10, loc="left", pad=16)
-    right = axis.twinx()
-    right.spines["top"].set_visible(False)
-    right.tick_params(labelsize=8)
-    handles = {}
-    for stage in stages:
-        steps, values = series("loss_distill", stage)
-        if any(values):
-            axis.plot(steps, values, color=ORANGE, alpha=0.2, linewidth=0.8)
-            handles["distillation loss"] = axis.plot(steps, smooth(values), color=ORANGE, linewidth=1.6)[0]
-        for key, label, scale, colour in (
-            ("features_effective_rank", "effective rank (right)", 1, GREEN),
-            ("features_std", "10 x standard deviation (right)", 10, RED),
-        ):
-            steps, values = series(key, stage)
-            if values:
-                handles[label] = right.plot(steps, [scale * v for v in values], color=colour)[0]
-    for side in (axis, right):
-        side.set_ylim(0, 1.25 * side.get_ylim()[1])  # room for the legend
-    if handles:
-        axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False, loc="upper left", ncols=2)
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """At most POINTS, each the mean of neighbours, in as many digits as are seen."""
+    groups = np.array_split(np.array(points, float), min(POINTS, len(points)))
+    return [(round(float(step), 1), float(f"{value:.5g}")) for step, value in (group.mean(0) for group in groups)]
 
 
 def _controls(summary: dict[str, Any], metric: str) -> dict[str, float | None]:
@@ -149,20 +132,66 @@ def _controls(summary: dict[str, Any], metric: str) -> dict[str, float | None]:
     blinded = stages.get(stage, {}).get("other_image", {})
     controls = {"another image shown": blinded.get(metric)}
     if metric.startswith("caption2bbox"):
-        controls["control: random frozen encoder"] = stages.get("adapt", {}).get("control", {}).get(metric)
+        controls["random frozen encoder"] = stages.get("adapt", {}).get("control", {}).get(metric)
     return controls
 
 
+def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
+    """A figure of all `panels`, two a row."""
+    from matplotlib.figure import Figure
+
+    curves = panels(lines, summary)
+    rows = max(1, math.ceil(len(curves["panels"]) / 2))
+    figure = Figure(figsize=(11, 3.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).flat
+    for axis, panel in zip(axes, curves["panels"], strict=False):
+        _draw(axis, panel, curves["stages"])
+    for axis in list(figure.axes)[len(curves["panels"]) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def _draw(axis: Axes, panel: dict[str, Any], stages: list[dict[str, Any]]) -> None:
+    grey = COLOURS["grey"]
+    axis.set_title(panel["title"], size=10, loc="left", pad=16)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e2e8f0", linewidth=0.8)
+    end = max([1, *(stage["end"] for stage in stages)])
+    axis.set_xlim(0, end)
+    for i, stage in enumerate(stages):
+        axis.axvspan(stage["start"], stage["end"], color="#f1f5f9" if i % 2 else "white", zorder=0)
+        middle = (stage["start"] + stage["end"]) / 2 / end
+        place = {"transform": axis.transAxes, "ha": "center", "va": "bottom"}
+        axis.text(middle, 1.01, stage["name"], color=grey, size=8, **place)
+    axis.set_xlabel("step, through all stages", size=8, color=grey)
+    axis.tick_params(labelsize=8)
+    for series in panel["series"]:
+        colour, label = COLOURS[series["colour"]], series["name"]
+        parts = series["parts"] if series["joined"] else [sum(series["parts"], [])]
+        for points in parts:
+            steps, values = zip(*points, strict=True)
+            if series["smooth"]:
+                axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+                values = smooth(list(values))
+            look = {"linewidth": 1.6} if series["joined"] else {"linestyle": "", "marker": "o", "markersize": 6}
+            if series["joined"] and len(steps) <= FEW:
+                look |= {"marker": "o", "markersize": 3}
+            axis.plot(steps, values, color=colour, label=label, clip_on=False, zorder=3, **look)
+            label = None
+    axis.set_ylim(bottom=0)
+    _dashed(axis, {level["name"]: level["value"] for level in panel["levels"]})
+    if len(panel["series"]) > 1:
+        axis.legend(fontsize=7, frameon=False)
+
+
 def _dashed(axis: Axes, values: dict[str, float]) -> None:
-    """One dashed line a floor, named at its right end; names that would collide are moved apart."""
+    """One dashed line a level, named at its right end; names that would collide are moved apart."""
     top = max([axis.get_ylim()[1], *(1.1 * v for v in values.values())])
     axis.set_ylim(0, top)
     last = -1.0  # height of the label below
     for label, value in sorted(values.items(), key=lambda item: item[1]):
-        colour = RED if "control" in label or "another" in label else GREY
-        axis.axhline(value, color=colour, linestyle="--", linewidth=1)
-        place = max(value / top, last + 0.055)
-        axis.text(
-            1.01, place, f"{label} {value:.1f}", transform=axis.transAxes, va="center", size=7, color=colour
-        )
-        last = place
+        axis.axhline(value, color=COLOURS["grey"], linestyle="--", linewidth=1)
+        height = max(value / top, last + 0.055)
+        text = f"{label} {value:.1f}"
+        axis.text(1.01, height, text, transform=axis.transAxes, va="center", size=7, color=COLOURS["grey"])
+        last = height

@@ -20,27 +20,12 @@ from granvit.data.mixture import open_split
 from granvit.data.page import encoded
 from granvit.eval.curves import draw_curves
 from granvit.eval.metrics import SIZES, Prediction, exact, iou, is_attribute, rouge_l
+from granvit.eval.names import FLOORS, STAGES, STATES, stage_name
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 PICTURES = 4  # right ones and wrong ones a source and task
 LONG_SIDE = 480  # pixels of a picture in the report
 
-FLOORS = {
-    "most_frequent": "most frequent caption",
-    "most_frequent_words": "most frequent words",
-    "blind": "blind: knows kind and size",
-    "centre_box": "centre box",
-    "whole_image": "whole image",
-    "mean_box": "mean box",
-}
-STAGES = {"pretrain": "stage 1", "adapt": "stage 2", "sft": "stage 3"}
-STATES = {
-    "before": ("before {}", "before"),
-    "text_only": ("after {}, text alone", "control"),
-    "other_image": ("after {}, shown another image", "control"),
-    "control": ("{} on a random frozen encoder", "control"),
-    "after": ("after {}", "after"),
-}
 TABLES = (
     ("Captions of boxes", BBOX2CAPTION, (("ROUGE-L", "rouge_l"), ("exact", "exact"), ("CIDEr", "cider"))),
     (
@@ -101,7 +86,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def headlines(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """The claims of the stages that there were, each beside what it is to be measured against (in per cent)."""
-    pretrain, adapt, sft = (summary["mean"]["stages"].get(name, {}) for name in STAGES)
+    pretrain, adapt, sft = (summary["mean"]["stages"].get(name, {}) for name in ("pretrain", "adapt", "sft"))
     before = ("end of stage 1", pretrain["after"]) if pretrain else ("before stage 2", adapt.get("before", {}))
     claims = (
         ("Captions of boxes after stage 1", "ROUGE-L", "bbox2caption_rouge_l", pretrain.get("after", {}), (
@@ -144,7 +129,7 @@ def _everybody(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, float]
         for state, (label, css) in STATES.items():
             if state in states and states[state] != end:
                 seeds = [run["stages"][stage][state] for run in summary["runs"]]
-                rows.append((label.format(STAGES.get(stage, stage)), css, states[state], seeds))
+                rows.append((label.format(stage_name(stage)), css, states[state], seeds))
         end = states.get("after", {})
     return rows
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from granvit.eval.curves import draw_curves, smooth
+from granvit.eval.curves import draw_curves, panels, smooth
 from granvit.eval.metrics import summarise
 from granvit.eval.report import _images, attribute_table, choose, headlines, size_table, write_report
 
@@ -208,12 +208,24 @@ def test_pictures_are_right_and_wrong_ones_of_every_source_with_their_number():
 
 
 def test_curves_put_the_stages_one_after_the_other(summary):
-    figure = draw_curves(LINES, summary)
-    losses, _, rouge, _ = figure.axes[:4]
-    assert [list(line.get_xdata()) for line in losses.lines[::2]] == [[1, 2], [3]]
-    points = rouge.lines[0]
-    assert list(points.get_xdata()) == [0, 2, 5] and list(points.get_ydata()) == pytest.approx([10, 40, 60])
-    assert {round(line.get_ydata()[0], 6) for line in rouge.lines[1:]} == {25.0, 20.0}  # blind, another image
+    during = {"stage": "adapt", "step": 2, "evaluation": "during", "held_out_loss": 1.25, **metrics(0.5, 0.2)}
+    rates = [line | {"rate": 0.5} if "loss" in line else line for line in LINES]
+    curves = panels([*rates, during], summary | {"config": {"pretrain": {"learning_rate": 0.004}}})
+    assert [stage["name"] for stage in curves["stages"]] == ["stage 1", "stage 2"]
+    drawn = {panel["title"].partition(" (")[0]: panel for panel in curves["panels"]}
+    training, held_out = drawn["Loss of the answers"]["series"]
+    assert training["parts"] == [[(1, 2.0), (2, 1.5)], [(3, 1.0)]] and held_out["parts"] == [[(4, 1.25)]]
+    assert drawn["Learning rate"]["series"][0]["parts"] == [[(1, 0.002), (2, 0.002)], [(3, 0.5)]]
+    rouge = drawn["Captions of boxes: ROUGE-L"]
+    ends, few = rouge["series"]
+    assert sum(ends["parts"], []) == [(0, 10.0), (2, 40.0), (5, 60.0)] and not ends["joined"]
+    assert few["parts"] == [[(4, 50.0)]] and few["joined"]
+    assert {level["name"]: level["value"] for level in rouge["levels"]} == pytest.approx(
+        {"blind caption": 25, "another image shown": 20}
+    )
+    figure = draw_curves([*rates, during], summary)
+    axis = next(axis for axis in figure.axes if axis.get_title(loc="left").startswith("Captions"))
+    assert axis.lines[0].get_linestyle() == "None" and list(axis.lines[0].get_xdata()) == [0, 2, 5]
 
 
 def test_conversations_have_a_curve_where_regions_have_none():
@@ -223,10 +235,15 @@ def test_conversations_have_a_curve_where_regions_have_none():
         for step, when, share in ((0, "before", 0.1), (1, "after", 0.4), (1, "other_image", 0.3))
     ]
     stages = {"sft": {"other_image": {"chat_token_accuracy": 0.3}}}
-    figure = draw_curves(lines, {"floors": {}, "mean": {"stages": stages}})
-    (curve, blind) = figure.axes[2].lines
-    assert list(curve.get_ydata()) == pytest.approx([10, 40]) and blind.get_ydata()[0] == pytest.approx(30)
-    assert "conversations" in figure.axes[2].get_title(loc="left") and not figure.axes[3].get_visible()
+    _, panel = panels(lines, {"floors": {}, "mean": {"stages": stages}})["panels"]
+    assert "conversations" in panel["title"] and panel["series"][0]["parts"] == [[(0, 10.0), (1, 40.0)]]
+    assert panel["levels"] == [{"name": "another image shown", "value": 30.0}]
+
+
+def test_long_series_are_thinned_and_keep_their_mean():
+    lines = [{"stage": "pretrain", "step": step, "loss": 1.0, "loss_caption": step % 7} for step in range(1, 20_001)]
+    (part,) = panels(lines, {"floors": {}, "mean": {"stages": {}}})["panels"][0]["series"][0]["parts"]
+    assert len(part) <= 1500 and sum(value for _, value in part) / len(part) == pytest.approx(3, abs=0.01)
 
 
 def test_smooth_starts_at_the_first_value_and_keeps_a_constant():
