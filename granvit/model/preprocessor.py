@@ -38,7 +38,7 @@ def read_pixels(name_or_path: str | Path) -> dict[str, Any]:
     which most models were trained), unless the file is of a run of ours, which says what that run did.
     Raises ValueError for a file that can't be read, and for pixels that pack_patches can't make.
     """
-    if not (values := _read(name_or_path)):
+    if (values := _read(name_or_path)) is None:
         return {}
     try:
         return _pixels(values)
@@ -50,7 +50,7 @@ def read_budget(name_or_path: str | Path, patch_size: int) -> int | None:
     """How many patches an image may have, by a checkpoint's preprocessor: its max_num_patches, or those of the square
     that it cuts or squeezes images to. None where it says neither. Raises ValueError for a file that can't be read, and
     for sizes that are no positive integers."""
-    values = _read(name_or_path)
+    values = _read(name_or_path) or {}
     size = values.get("crop_size" if values.get("do_center_crop") else "size")
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
@@ -62,13 +62,17 @@ def read_budget(name_or_path: str | Path, patch_size: int) -> int | None:
     return number if "max_num_patches" in values else max(1, number // patch_size) ** 2
 
 
-def _read(name_or_path: str | Path) -> dict[str, Any]:
+def _read(name_or_path: str | Path) -> dict[str, Any] | None:
+    """What the file holds; None where there is none."""
     try:
-        return ImageProcessingMixin.get_image_processor_dict(name_or_path)[0]
+        values = ImageProcessingMixin.get_image_processor_dict(name_or_path)[0]
     except (OSError, RecursionError) as error:
         if (Path(name_or_path) / FILE).exists():
             raise ValueError(f"{name_or_path}: {FILE} can't be read: {error}") from error
-        return {}
+        return None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name_or_path}: {FILE} has pixels that can't be made: it is no object of settings")
+    return values
 
 
 def _pixels(values: dict[str, Any]) -> dict[str, Any]:
