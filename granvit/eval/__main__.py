@@ -1,4 +1,7 @@
-"""python -m granvit.eval RUN_OR_MODEL --data DIR [--json FILE]: measure a model, beside the floors."""
+"""python -m granvit.eval RUN_OR_MODEL --data DIR [--json FILE]: measure a model, beside the floors.
+
+python -m granvit.eval probe ENCODER... --data DIR: measure frozen encoders (granvit.eval.probe).
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m granvit.eval",
         description="Caption every box and find every sentence of a data set's images, beside the floors.",
+        epilog="`python -m granvit.eval probe --help`: frozen encoders, without an LLM.",
     )
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run's folder, or a folder of save_pretrained's"
@@ -108,6 +112,11 @@ def table(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["probe"]:
+        from granvit.eval.probe.command import main as probe
+
+        return probe(arguments[1:])
     options = parse(arguments)
     from granvit.data.loader import GranDataset
     from granvit.eval.baselines import floors
