@@ -354,10 +354,30 @@ def public() -> list[str]:
     ]
 
 
+def probed() -> list[str]:
+    """What the features of smoke's encoder tell, beside itself before training and plain pixels."""
+    result = kept("probe.json")
+    if not result:
+        return [NOT_YET]
+    columns = {"linear": "linear_top1", "kNN": "knn_top1", "R@1": "retrieval_r1", "mAP": "retrieval_map"}
+    table = [
+        [row["target"], row["encoder"], row["grid"]]
+        + [f"{100 * row['metrics'][name]:.1f}" for name in columns.values()]
+        for row in sorted(result["rows"], key=lambda row: (row["target"], row["grid"]))
+    ]
+    test = result["counts"]["test"]
+    return [
+        *markdown(["of regions", "encoder", "grid", *columns], table),
+        "",
+        f"Per cent, of {test['regions']:,} regions of {test['images']:,} test images ({result['device']}, commit "
+        f"{result['commit']}, `python bench/probe.py RUN`).",
+    ]
+
+
 FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"picture": picture, "quick": quick, "benchmarks": benchmarks, "reached": reached},
     "docs/results.md": {"training": training},
-    "docs/evaluation.md": {"public": public},
+    "docs/evaluation.md": {"probe": probed, "public": public},
     "docs/training.md": {"choices": choices, "targets": targets, "crops": crops, "instruct": instruct},
     "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }
