@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def bootstrap(scores: Sequence[Score]) -> tuple[float, float]:
     call. Whole images are drawn: answers about one picture are not independent. ValueError for no scores."""
     if not scores:
         raise ValueError("an interval is of at least 1 answer, got none")
-    images: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    images: dict[Hashable, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for score in scores:
         images[score.image][0] += score.value
         images[score.image][1] += score.weight

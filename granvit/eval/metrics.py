@@ -16,7 +16,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from statistics import fmean
 from types import SimpleNamespace
@@ -137,9 +137,9 @@ def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIB
 
 
 class Score(NamedTuple):
-    """What an answer adds to a metric, which is the sum of `value` over the sum of `weight`; image: see `place`."""
+    """What an answer adds to a metric, which is the sum of `value` over the sum of `weight`; image: which (`place`)."""
 
-    image: tuple[str, str]
+    image: Hashable
     value: float
     weight: float = 1.0
 

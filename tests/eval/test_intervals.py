@@ -32,6 +32,16 @@ def test_the_bootstrap_of_a_mean_is_that_of_the_central_limit():
     assert bootstrap([score for score in scores for _ in range(10)]) == pytest.approx((low, high))
 
 
+def test_the_bootstrap_knows_that_regions_of_an_image_are_alike():
+    rng = np.random.default_rng(1)
+    values = rng.integers(0, 2, 400).astype(float)
+    low, high = bootstrap([Score(i, value) for i, value in enumerate(values)])
+    half = 1.96 * (values.var() / 400) ** 0.5
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+    wide = bootstrap([Score(i // 9, value) for i, value in enumerate(np.repeat(values, 9))])
+    assert wide == pytest.approx((low, high)), "nine like regions an image say no more than one"
+
+
 def test_ratios_are_resampled_as_ratios():
     long, short = Score(("", "long"), 0, 90), Score(("", "short"), 10, 10)
     assert bootstrap([long, short]) == (0.0, 1.0)  # twice the long one, twice the short one

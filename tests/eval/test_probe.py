@@ -159,16 +159,6 @@ def test_random_retrieval_is_the_mean_over_all_orders():
     assert measures.random_retrieval(y, images) == pytest.approx(expected)
 
 
-def test_the_interval_knows_that_regions_of_an_image_are_alike():
-    rng = np.random.default_rng(1)
-    values = rng.integers(0, 2, 400).astype(float)
-    low, high = measures.interval(values, np.arange(400))
-    half = 1.96 * (values.var() / 400) ** 0.5
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
-    wide = measures.interval(np.repeat(values, 9), np.repeat(np.arange(400), 9))
-    assert wide == pytest.approx((low, high)), "nine like regions an image say no more than one"
-
-
 # ---- features ----
 
 

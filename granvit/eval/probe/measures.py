@@ -1,4 +1,4 @@
-"""What features tell of labels: a linear probe, nearest neighbours, retrieval, and how sure a figure is."""
+"""What features tell of labels: a linear probe, nearest neighbours and retrieval."""
 
 from __future__ import annotations
 
@@ -130,17 +130,3 @@ def random_retrieval(y: np.ndarray, images: np.ndarray) -> dict[str, float]:
         for name, value in zip(expected, (r / n, 1 - missed, precision), strict=True):
             expected[name] += [float(value)] * queries
     return {name: float(np.mean(values)) for name, values in expected.items() if values}
-
-
-def interval(values: np.ndarray, images: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """95 % interval of a mean by the bootstrap: whole images are drawn again, as regions of one are alike (Efron's
-    percentiles, seed 0). values and images: [R], of each region its value and its image."""
-    _, place = np.unique(images, return_inverse=True)
-    sums, counts = np.bincount(place, values), np.bincount(place).astype(float)
-    rng, n = np.random.default_rng(0), len(sums)
-    means = []
-    for _ in range(draws):
-        times = np.bincount(rng.integers(0, n, n), minlength=n)
-        means.append(times @ sums / (times @ counts))
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from granvit.data.loader import GranDataset
+from granvit.eval.intervals import bootstrap
+from granvit.eval.metrics import Score
 from granvit.eval.probe import measures
 from granvit.eval.probe.encoders import GRIDS, Pixels, check_names, load
 from granvit.eval.probe.features import fit, read_features
@@ -171,7 +173,8 @@ def measure(train: Tensor, test: Tensor, target: Target, splits: dict[str, Regio
         defined = ~np.isnan(value)
         if defined.any():
             metrics[name] = float(value[defined].mean())
-            intervals[name] = measures.interval(value[defined], images[defined])
+            scores = map(Score, images[defined].tolist(), value[defined].tolist())
+            intervals[name] = bootstrap(list(scores))
         for source in np.unique(sources):
             if (own := defined & (sources == source)).any():
                 metrics[f"{source}/{name}"] = float(value[own].mean())
