@@ -26,7 +26,7 @@ from granvit.questions.prompts import TASKS
 from granvit.train.checkpoint import LOSS
 from granvit.train.console import FIGURES, figures
 from granvit.train.counting import order_arguments
-from granvit.train.loop import Phase, model_tensors
+from granvit.train.loop import Phase, autocast, model_tensors
 from granvit.train.metrics_log import MetricsLog
 from granvit.train.parallel.compiling import eager
 from granvit.train.step import Share
@@ -95,7 +95,7 @@ class HeldOut:
             stopping = never
         began, model = time.perf_counter(), self._gathered()
         model.eval()
-        with torch.no_grad(), phase.autocast(), eager():
+        with torch.no_grad(), autocast(phase.config, phase.device), eager():
             values = self.losses(model, stopping)
             values = None if values is None or stopping() else values | self._answers(model)
         phase.model.train()

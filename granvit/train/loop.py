@@ -60,6 +60,11 @@ class Losses(nn.Module):
         return self.loss_of(self.model, self.teacher, step, batch, share)
 
 
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """A context of the run's precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
 class Phase:
     """A stage of a run: model, optimiser, teacher and the place in the data, which are what a checkpoint holds.
 
@@ -126,10 +131,6 @@ class Phase:
 
     # Steps
 
-    def autocast(self) -> torch.autocast:
-        """A context of the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's batches of each step that is left."""
         batches = iter(self.loader)
@@ -157,7 +158,7 @@ class Phase:
             synchronise(self.losses, number == len(batches) - 1)
             weight = float(bool(batch.samples))
             share = Share(step["targets"], step["regions"], weight)
-            with self.autocast():
+            with autocast(self.config, self.device):
                 losses = self.losses(self.step, (batch if weight else self.blank).to(self.device), share)
             # The ranks' gradients are averaged, but their losses are parts of a sum.
             (losses["loss"] * self.world.ranks).backward()

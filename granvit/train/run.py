@@ -37,7 +37,7 @@ from granvit.train.distill import feature_statistics
 from granvit.train.folder import check_room, locked, resumes, same_data
 from granvit.train.guard import Termination, termination
 from granvit.train.heldout import HeldOut
-from granvit.train.loop import Phase, model_tensors, train_phase
+from granvit.train.loop import Phase, autocast, model_tensors, train_phase
 from granvit.train.metrics_log import MetricsLog, Tracker, make_trackers, write_aside
 from granvit.train.parallel.compiling import eager
 from granvit.train.presets import TrainConfig, load_config, save_config
@@ -372,7 +372,7 @@ class Run:
     ) -> dict[str, float]:
         began, limit, world = time.perf_counter(), self.config.data.eval_images, self.world
         metrics, predictions = dict(known or {}), None
-        with self._autocast(), eager():
+        with autocast(self.config, self.device), eager():
             if known is None and "test" in self.splits:
                 with self.console.evaluation(title) as answered:
                     evaluated = evaluate(
@@ -421,9 +421,6 @@ class Run:
     @property
     def _precision(self) -> torch.dtype:
         return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == torch.bfloat16)
 
     def _export(self) -> None:
         folder = self.folder / "export"
