@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from granvit.machine import cache_folder
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT
-from granvit.train.folder import config_of
+from granvit.train.folder import config_folder, config_of
 from granvit.train.metrics_log import MetricsLog
 from granvit.train.presets import TrainConfig
 from granvit.train.stages import Stage
@@ -118,7 +118,7 @@ def _rows(figures: dict[str, Any], run: Path) -> list[dict[str, Any]]:
     if not figures:
         return []
     evaluations = figures["evaluations"]
-    blind = (_json(run / "floors.json") or _json(run.parent / "floors.json")).get("blind", {})
+    blind = _json(config_folder(run) / "floors.json").get("blind", {})
     who = {"after": evaluations["after"], "other_image": evaluations.get("other_image", {}), "blind": blind}
     return [
         {"title": title} | {name: f"{100 * line[metric]:.1f}" if metric in line else "" for name, line in who.items()}
@@ -129,9 +129,8 @@ def _rows(figures: dict[str, Any], run: Path) -> list[dict[str, Any]]:
 
 def _data(config: TrainConfig, run: Path) -> list[dict[str, Any]]:
     """Name, rows, fingerprint and licence of each dataset and split that the run read."""
-    known = _json(run / "data.json") or _json(run.parent / "data.json")
     rows = []
-    for split, parts in known.items():
+    for split, parts in _json(config_folder(run) / "data.json").items():
         parts = parts if isinstance(parts, list) else [parts]
         folders = (config.data.chat,) if split.startswith("chat") and config.data.chat else config.data.paths
         for part, folder in zip(parts, folders or (None,), strict=True):
