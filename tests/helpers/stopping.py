@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from granvit.train import __main__, loop, run  # noqa: F401  (imported once, before the processes part)
 
 
@@ -54,6 +56,22 @@ def prepare(place: str) -> None:
         return line
 
     loop.Phase.take = at
+
+
+def cut(monkeypatch, config, stage: str, step: int) -> None:
+    """Train until that step of the stage has been taken, like kill -9: nothing is saved but what had been."""
+    take = loop.Phase.take
+
+    def until(self, batches):
+        line = take(self, batches)
+        if (self.stage.name, self.step) == (stage, step):
+            raise KeyboardInterrupt
+        return line
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Phase, "take", until)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(config)
 
 
 def main() -> None:

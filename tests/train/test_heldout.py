@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from granvit.data.schema import CHAT_FEATURES
 from granvit.export import find_source
-from granvit.train import loop
 from granvit.train.checkpoint import Checkpoints, read_values
 from granvit.train.folder import resumes
 from granvit.train.guard import STOPPED
@@ -87,19 +86,8 @@ def test_the_best_checkpoint_is_kept_and_can_be_exported(finished):
 def test_a_killed_run_evaluates_nothing_twice(config, finished, tmp_path, monkeypatch):
     """Killed behind an evaluation whose checkpoint is written, and before one is."""
     config = replace(config, output=str(tmp_path / "run"))
-    for place in (5, 2):
-        take = loop.Phase.take
-
-        def until(self, batches, take=take, place=place):
-            line = take(self, batches)
-            if (self.stage.name, self.step) == ("pretrain" if place == 5 else "adapt", place):
-                raise KeyboardInterrupt
-            return line
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Phase, "take", until)
-            with pytest.raises(KeyboardInterrupt):
-                train(config)
+    for stage, step in (("pretrain", 5), ("adapt", 2)):
+        stopping.cut(monkeypatch, config, stage, step)
     assert lines_of(train(config)) == lines_of(finished)
 
 

@@ -52,29 +52,13 @@ def assert_close(lines: list[dict], expected: list[dict]) -> None:
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-5), (line["stage"], line["step"])
 
 
-def cut(monkeypatch, config, stage: str, step: int) -> None:
-    """Train until that step of the stage has been taken, like kill -9: nothing is saved but what had been."""
-    take = loop.Phase.take
-
-    def until(self, batches):
-        line = take(self, batches)
-        if (self.stage.name, self.step) == (stage, step):
-            raise KeyboardInterrupt
-        return line
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Phase, "take", until)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-
-
 @pytest.mark.parametrize(("stage", "step"), [("pretrain", 3), ("pretrain", 10)])
 def test_an_interrupted_run_goes_on_bit_for_bit_wherever_its_data_is(
     config, undisturbed, tmp_path, monkeypatch, stage, step
 ):
     """A job's copy of the data on its node lies elsewhere than the last one's."""
     config = replace(config, output=str(tmp_path / "run"))
-    cut(monkeypatch, config, stage, step)
+    stopping.cut(monkeypatch, config, stage, step)
     shutil.copytree(config.data.path, tmp_path / "copy")
     moved = replace(config, data=replace(config.data, path=str(tmp_path / "copy")))
     train(moved)
@@ -87,7 +71,7 @@ def test_momenta_of_muon_go_on_bit_for_bit(small_config, tmp_path, monkeypatch):
     config = replace(small_config, pretrain=pretrain, adapt=replace(small_config.adapt, steps=0))
     undisturbed = lines_of(train(replace(config, output=str(tmp_path / "undisturbed"))))
     config = replace(config, output=str(tmp_path / "run"))
-    cut(monkeypatch, config, "pretrain", 5)
+    stopping.cut(monkeypatch, config, "pretrain", 5)
     assert lines_of(train(config)) == undisturbed
 
 
@@ -156,7 +140,7 @@ def test_a_request_that_comes_in_a_stage_s_last_step_is_heard_when_it_is_saved(c
 
 def test_a_line_of_an_evaluation_that_was_cut_short_is_measured_again(config, undisturbed, tmp_path, monkeypatch):
     config = replace(config, output=str(tmp_path / "run"))
-    cut(monkeypatch, config, "pretrain", 1)
+    stopping.cut(monkeypatch, config, "pretrain", 1)
     metrics = tmp_path / "run" / "metrics.jsonl"
     before = [line for line in metrics.read_text().splitlines() if '"pretrain"' not in line]
     metrics.write_text("\n".join([*before, '{"stage": "pretrain", "step": 0, "eval']))
@@ -200,7 +184,7 @@ def test_a_run_that_was_killed_before_it_wrote_its_configuration_begins_again(co
 
 def test_another_configuration_is_refused_with_the_difference(config, tmp_path, monkeypatch):
     config = replace(config, output=str(tmp_path / "run"))
-    cut(monkeypatch, config, "warmup", 1)
+    stopping.cut(monkeypatch, config, "warmup", 1)
     other = replace(config, seed=5, data=replace(config.data, capacity=256))
     with pytest.raises(ValueError, match="data.capacity: 128 there, 256 now; seed: 0 there, 5 now"):
         train(other)
@@ -210,7 +194,7 @@ def test_a_changed_dataset_is_refused_with_the_difference(config, tmp_path, monk
     rows = datasets.load_from_disk(config.data.path)
     rows.save_to_disk(tmp_path / "data")
     config = replace(config, output=str(tmp_path / "run"), data=replace(config.data, path=str(tmp_path / "data")))
-    cut(monkeypatch, config, "pretrain", 1)
+    stopping.cut(monkeypatch, config, "pretrain", 1)
     shutil.rmtree(tmp_path / "data")
     rows["train"] = rows["train"].select(range(1, len(rows["train"])))
     rows.save_to_disk(tmp_path / "data")
@@ -220,7 +204,7 @@ def test_a_changed_dataset_is_refused_with_the_difference(config, tmp_path, monk
 
 def test_a_damaged_checkpoint_is_refused_and_the_run_goes_on_without_it(config, undisturbed, tmp_path, monkeypatch):
     config = replace(config, output=str(tmp_path / "run"))
-    cut(monkeypatch, config, "pretrain", 8)
+    stopping.cut(monkeypatch, config, "pretrain", 8)
     newest = Checkpoints(tmp_path / "run" / "checkpoints", 1).newest("pretrain")
     file = newest / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
