@@ -26,6 +26,13 @@ def _git(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
 
 
+def default_device() -> str:
+    """"cuda" where there is a GPU, else "cpu": what commands compute on that are not told."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def device_name(device: str = "cpu") -> str:
     """The GPU's name, or the CPU's model name."""
     if device.startswith("cuda"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw
 
 from granvit.data.files import output_fault
+from granvit.machine import default_device
 from granvit.questions.pictures import decode_image
 from granvit.questions.prompts import Box, Question, check_box, check_sentence
 
@@ -93,9 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device")
     options = parser.parse_args(arguments)
 
-    import torch
-
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = options.device or default_device()
     drawn = options.features or options.output or ("similar.png" if options.similar else "found.png")
     if not options.box and (fault := output_fault(drawn)):
         parser.error(f"--{'features' if options.features else 'output'} {drawn}: {fault}")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from granvit.errors import Failed
+from granvit.machine import default_device
 
 PATIENCE = timedelta(hours=24)  # of a rank that waits for the others on the host: they may evaluate, or build data
 
@@ -94,7 +95,7 @@ def start(device: str) -> tuple[World, torch.device]:
     is one, else the CPU. Raises ValueError for a device that can't be used."""
     ranks, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     if device == "cuda" and ranks > 1:
         device = f"cuda:{local}"
     try:

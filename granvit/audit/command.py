@@ -5,6 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from granvit.machine import default_device
+
 console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
@@ -33,9 +35,7 @@ def audit(
     from granvit.audit.page import audit as write_audit
 
     if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     result = write_audit(data, output, split, model, images, checked_images, device, workers)
     numbers = result["numbers"]
     console.print(f"{numbers['rows']:,} rows, {numbers['faulty']:,} of them with faults")

@@ -7,6 +7,8 @@ import os
 import sys
 from importlib.util import find_spec
 
+from granvit.machine import default_device
+
 MISSING = "the demo needs gradio: pip install 'granvit[demo]'"
 
 
@@ -38,14 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {MISSING}", file=sys.stderr)
         return 2
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    import torch
     from transformers.utils import logging
 
     from granvit.demo.page import launch
     from granvit.demo.subject import load_subject
 
     logging.disable_progress_bar()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or default_device()
     try:
         subject = load_subject(options.model, options.before, device)
         print(subject.title, *filter(None, [subject.comparison]), sep="\n")

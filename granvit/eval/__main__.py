@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from granvit.data.files import output_fault
+from granvit.machine import default_device
 from granvit.questions.prompts import CAPTION2BBOX
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
@@ -50,9 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device")
     options = parser.parse_args(arguments)
 
-    import torch
-
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = options.device or default_device()
     for name in ("limit", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from granvit.eval.evaluation import MAX_NEW_TOKENS
 from granvit.eval.loading import load_model
+from granvit.machine import default_device
 from granvit.model import GranViT, GranViTProcessor, asking
 from granvit.questions.prompts import CAPTION2BBOX
 
@@ -68,7 +69,7 @@ def load(pretrained: str, device: str | None, precision: str | None) -> tuple[Gr
     precision: of PRECISIONS; None: as its weights were saved. ValueError for anything else."""
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}")
-    model, processor = load_model(str(pretrained), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, processor = load_model(str(pretrained), device or default_device())
     return model if precision is None else model.to(getattr(torch, precision)), processor
 
 

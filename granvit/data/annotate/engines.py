@@ -17,6 +17,7 @@ import numpy as np
 from PIL.Image import Image
 
 from granvit.data.annotate.annotator import Box, Detection, Line, NoModel
+from granvit.machine import default_device
 
 if TYPE_CHECKING:
     import torch
@@ -183,7 +184,7 @@ def _ready(model: torch.nn.Module, device: str | None) -> torch.nn.Module:
 
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # one process a core: more threads would only get into each other's way
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval().to(device or default_device())
 
 
 def _placed(value: Any, model: torch.nn.Module) -> Any:

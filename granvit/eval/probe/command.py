@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from granvit.data.files import output_fault
+from granvit.machine import default_device
 
 COLUMNS = {
     "linear": "linear_top1", "linear top-5": "linear_top5", "kNN": "knn_top1", "kNN top-5": "knn_top5",
@@ -55,9 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device")
     options = parser.parse_args(arguments)
 
-    import torch
-
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = options.device or default_device()
     for name in ("limit", "min_regions", "max_patches"):
         value = getattr(options, name)
         if value is not None and value < 1:
