@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from granvit.eval.names import stage_name
+from granvit.eval.names import DURING, stage_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,13 +64,13 @@ def panels(lines: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, An
 
     `lines` are metrics.jsonl's objects: a training line has "loss", an evaluation line has metrics; those of an
     evaluation while a stage trains are series of their own. Steps count from 1 in each stage; here the stages stand one
-    after the other. A series has "name", "colour", "smooth" (whether it is
-    noisy), "joined" (a curve, not single points) and "parts", a list of [step, value] for each stage; a level is a
-    floor or a control: "name", "value". Panels without a series are left out.
+    after the other. A series has "name", "colour", "smooth" (whether it is noisy), "joined" (a curve, not single
+    points) and "parts", a list of [step, value] for each stage; a level is a floor or a control: "name", "value".
+    Panels without a series are left out.
     """
     # The blinded model's evaluations stand in the same file; they are levels here.
-    lines = [line for line in lines if line.get("evaluation", "after") in ("before", "during", "after")]
-    during = [line for line in lines if line.get("evaluation") == "during"]
+    lines = [line for line in lines if line.get("evaluation", "after") in ("before", DURING, "after")]
+    during = [line for line in lines if line.get("evaluation") == DURING]
     ends = [line for line in lines if line.get("evaluation") in ("before", "after")]
     training = [line for line in lines if "evaluation" not in line]
     steps: dict[str, int] = {}  # stage -> its last step, in order of appearance

@@ -21,6 +21,7 @@ from granvit.data.collate import Batch
 from granvit.data.loader import GranDataset
 from granvit.eval.chat import score_chat
 from granvit.eval.evaluation import evaluate
+from granvit.eval.names import DURING
 from granvit.model import GranViT
 from granvit.questions.prompts import TASKS
 from granvit.train.checkpoint import LOSS
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DURING = "during"
-"""What a line of metrics.jsonl calls these evaluations, where those of whole stages are called "before" or "after"."""
 QUESTIONS = 48
 """Questions about regions that are answered each time, at most, and conversations that are scored."""
 WINDOW = 64  # images that a held-out sequence's place chooses among: few, so that few row groups are read

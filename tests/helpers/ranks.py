@@ -154,14 +154,14 @@ def train(_: World, folder: Path) -> None:
 
 def keep_held_out(world: World, folder: Path) -> None:
     """What evaluations of a stage on its way find with ddp and with fsdp: their lines, in FOLDER/held_out-RANKS.pt."""
-    config, found = load_config(folder / "config.yaml"), {}
+    config, evaluations = load_config(folder / "config.yaml"), {}
     for parallel in ("ddp", "fsdp"):
         run = Run(
             replace(config, parallel=parallel), folder / f"held-out-{parallel}-{world.ranks}", world,
             torch.device("cpu"), Termination(),
         )  # fmt: skip
         run.phase(replace(config.pretrain, eval_every=2))
-        found[parallel] = [line for line in run.metrics.lines() if line.get("evaluation") == "during"]
-        found[parallel].append({"best": Path(run.checkpoints.folder / "pretrain-best").resolve().name})
+        evaluations[parallel] = [line for line in run.metrics.lines() if line.get("evaluation") == "during"]
+        evaluations[parallel].append({"best": Path(run.checkpoints.folder / "pretrain-best").resolve().name})
     if world.leads:
-        torch.save(found, folder / f"held_out-{world.ranks}.pt")
+        torch.save(evaluations, folder / f"held_out-{world.ranks}.pt")
