@@ -8,26 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from granvit.data.files import output_fault
 from granvit.machine import default_device
-from granvit.questions.prompts import CAPTION2BBOX
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
 if TYPE_CHECKING:
     from granvit.data.loader import GranDataset
 
 BLIND = {"other image": "other_image", "text alone": "text"}
-SOURCES = 5  # that the tables show, of the hundreds that a dataset may have
-LONGEST = 24  # letters of a source's name that they show
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,46 +61,8 @@ def train_split(options: argparse.Namespace, console: Console) -> GranDataset | 
     try:
         return GranDataset(options.data, "train", options.fault_budget)
     except ValueError as error:
-        console.print(f"no floors: {error}", style="yellow")
+        console.print(f"no floors: {error}", style="yellow", soft_wrap=True)
         return None
-
-
-def frequent_sources(asked: Mapping[str, int]) -> list[str]:
-    """The sources that most questions are about, at most SOURCES, the most frequent first. asked: see
-    `metrics.counts`."""
-    total: Counter[str] = Counter()
-    for name, number in asked.items():
-        source, slash, _ = name.rpartition("/")
-        total[source] += number if slash else 0
-    return [source for source, number in total.most_common(SOURCES) if number]
-
-
-def table(
-    title: str, names: Iterable[str], columns: dict[str, dict[str, float]], sources: Iterable[str] | None = None
-) -> Table:
-    """Metrics down, the model and what it is to be compared with across; fractions in per cent. sources: those that
-    have rows, in this order; None: all."""
-    names = sorted(names)
-    columns = {label: column for label, column in columns.items() if column.keys() & set(names)}
-    out = Table(title=title)
-    out.add_column("", no_wrap=True)
-    for label in columns:
-        words = label.replace("_", " ")
-        style = "bold" if label == "model" else "dim"
-        out.add_column(words, justify="right", style=style, min_width=max(5, *map(len, words.split())))
-    by_source: dict[str, list[str]] = {"": []}
-    for name in names:
-        by_source.setdefault(name.rpartition("/")[0], []).append(name)
-    for source in by_source if sources is None else ["", *sources]:
-        out.add_section()
-        for name in by_source.get(source, []):
-            scale, digits = (1, 2) if name.endswith("cider") else (100, 1)
-            values = (column.get(name) for column in columns.values())
-            shown = name if len(source) <= LONGEST else f"{source[: LONGEST - 1]}…{name[len(source) :]}"
-            out.add_row(
-                Text(shown), *("" if value is None else f"{scale * value:.{digits}f}" for value in values)
-            )
-    return out
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,9 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
     from granvit.eval.baselines import floors
     from granvit.eval.evaluation import evaluate
     from granvit.eval.loading import check_device, load_model
-    from granvit.eval.metrics import counts, is_attribute, is_of_size
+    from granvit.eval.metrics import counts
+    from granvit.eval.terminal import print_figures
 
-    console = Console(width=max(120, Console().width), markup=False, emoji=False)  # the tables have up to eight columns
+    console = Console(markup=False, emoji=False, highlight=False)
     try:
         check_device(options.device)
         test = GranDataset(options.data, options.split, options.fault_budget)
@@ -140,27 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    columns = {"model": evaluation.metrics} | blinded | below
-    attributes = [name for name in evaluation.metrics if is_attribute(name)]
-    sizes = [name for name in evaluation.metrics if is_of_size(name)]
-    boxes = [name for name in evaluation.metrics if CAPTION2BBOX in name and name not in sizes]
-    captions = [name for name in evaluation.metrics if name not in {*attributes, *sizes, *boxes}]
     asked = counts(evaluation.predictions)
-    shown = frequent_sources(asked)
-    console.print(table("Captions of boxes (per cent; CIDEr as it is, 10 at most)", captions, columns, shown))
-    if attributes:
-        console.print(table("Attributes that captions name right (per cent)", attributes, columns, shown))
-    console.print(table("Boxes of sentences (per cent)", boxes, columns, shown))
-    console.print(table("The same by the object's size (per cent)", sizes, columns, shown))
-    hidden = len({name.rpartition("/")[0] for name in asked} - {""}) - len(shown)
-    if hidden:
-        where = options.json or "the file of --json"
-        console.print(f"and {hidden:,} more sources, of fewer questions each; {where} holds all of them")
-    console.print(
-        "asked: " + ", ".join(f"{name} {number}" for name, number in asked.items() if "/" not in name)
-    )
+    print_figures(console, {"model": evaluation.metrics} | blinded | below, asked, options.json)
     if test.faults.counts:
-        console.print(f"left out: {test.faults.summary()}", style="yellow")
+        console.print(f"left out: {test.faults.summary()}", style="yellow", soft_wrap=True)
     if options.json:
         result = {
             "model": str(options.model),
@@ -173,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             "predictions": evaluation.predictions,
         }
         Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
-        console.print(f"written to {options.json}")
+        console.print(f"written to {options.json}", soft_wrap=True)
     return 0
 
 
