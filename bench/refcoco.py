@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40, help="of the test split (40)")
     options = parser.parse_args()
     from granvit.train.presets import load_config
-    from granvit.train.run import open_splits, with_data
+    from granvit.train.splits import open_splits, with_data
 
     config = with_data(load_config(Path(options.run) / "config.yaml"))
     with tempfile.TemporaryDirectory() as folder:

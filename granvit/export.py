@@ -66,7 +66,7 @@ def _from_checkpoint(checkpoint: Path) -> tuple[GranViT, GranViTProcessor]:
     from granvit.train.checkpoint import load
     from granvit.train.folder import config_folder, config_of, same_data
     from granvit.train.loop import model_tensors
-    from granvit.train.run import open_splits, with_data
+    from granvit.train.splits import open_splits, with_data
 
     run = config_folder(checkpoint.resolve().parent.parent)
     config, texts = config_of(run), None

@@ -74,7 +74,7 @@ def resumes(folder: Path, config: TrainConfig) -> bool:
     """Whether `folder` holds this very run; False if it is free. Raises ValueError where it holds something else."""
     path = folder / "config.yaml"
     if path.exists():
-        ours, theirs = (dict(_flat(asdict(run))) for run in (config, load_config(path)))
+        ours, theirs = (dict(flat(asdict(run))) for run in (config, load_config(path)))
         differing = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
         if differing:
             shown = "; ".join(f"{name}: {theirs[name]} there, {ours[name]} now" for name in differing)
@@ -112,11 +112,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     """("stage.field", value) of every field of nested configurations."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -50,7 +50,7 @@ class HeldOut:
     """The evaluations of a stage on its way, every `stage.eval_every` steps, before the first and after the last too.
 
     whole: the model to evaluate; the phase's own, or where that is in pieces (FSDP) one as it was, into which the
-    pieces are gathered each time. splits: of the run (`granvit.train.run.open_splits`); the stage's loss is of "test",
+    pieces are gathered each time. splits: of the run (`splits.open_splits`); the stage's loss is of "test",
     that of sft of "chat_test". Without the split there is no loss, nor a best checkpoint.
     """
 

@@ -32,7 +32,7 @@ COMMON = {
     "parallel": "ddp or fsdp, under torchrun",
     "seed": "of weights and of the order of the data",
     "seeds": "runs with so many seeds; the report shows their mean",
-    "trackers": "where metrics go besides metrics.jsonl: tensorboard, or module:function",
+    "trackers": "metrics go there too: tensorboard, wandb, mlflow, module:function",
 }
 """{flag: what it says}. The field of TrainConfig is the flag's, or as SHORT says."""
 

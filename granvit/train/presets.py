@@ -214,7 +214,8 @@ class TrainConfig:
     """Steps in a row whose loss or gradient is not finite, all skipped, before the run stops and leaves a dump."""
     log_every: int = 10
     trackers: tuple[str, ...] = ()
-    """Where lines of metrics.jsonl go besides: "tensorboard", or "module:function" (see granvit.train.metrics_log)."""
+    """Where metrics go besides metrics.jsonl: "tensorboard", "wandb", "mlflow", or "module:function", a function of
+    (config, folder) that returns what takes each line (docs/training.md)."""
 
     def __post_init__(self) -> None:
         at_least("config", self, seeds=1, threads=0, checkpoint_every=1, keep_checkpoints=1, keep_every=0, log_every=1)

@@ -8,19 +8,21 @@ import importlib.metadata
 import json
 import resource
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch, collate
-from granvit.data.loader import GranDataset, open_dataset
-from granvit.data.mixture import described, open_split
-from granvit.data.sample import cached_sample
+from granvit.data.loader import GranDataset
+from granvit.data.mixture import described
 from granvit.eval import evaluate
+from granvit.eval.answers import draw_answers, rendered
 from granvit.eval.chat import score_chat
+from granvit.eval.curves import draw_curves
 from granvit.eval.report import write_report
 from granvit.lora import adapters, save_adapters
 from granvit.machine import commit, device_name
@@ -38,12 +40,14 @@ from granvit.train.folder import check_room, locked, resumes, same_data
 from granvit.train.guard import Termination, termination
 from granvit.train.heldout import HeldOut
 from granvit.train.loop import Phase, autocast, model_tensors, train_phase
-from granvit.train.metrics_log import MetricsLog, Tracker, make_trackers, write_aside
+from granvit.train.metrics_log import MetricsLog, write_aside
 from granvit.train.parallel.compiling import eager
 from granvit.train.presets import TrainConfig, load_config, save_config
+from granvit.train.splits import open_splits, with_data
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss, warmup_loss
 from granvit.train.summary import known_floors, write_summary
+from granvit.train.trackers import Trackers
 from granvit.world import World, start, stop
 
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
@@ -130,53 +134,6 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
     return folder
 
 
-def with_data(config: TrainConfig) -> TrainConfig:
-    """The configuration with the sample set's folder where it names no data."""
-    if config.data.path is not None:
-        return config
-    folder = cached_sample(config.data.images, seed=0, pages=config.data.pages)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder)))
-
-
-def open_splits(config: TrainConfig) -> dict[str, GranDataset]:
-    """What a run reads: "train" and "test", whose regions it learns and is asked about, and where it has the stage sft
-    "chat" and "chat_test", conversations to learn and to be scored on.
-
-    A run of sft alone may lack the first two, and any "chat_test". Raises ValueError where another one is missing, or
-    there is nothing to ask.
-    """
-    data, splits = config.data, {}
-    if any(stage is not config.sft for stage in config.stages) or config.warmup.runs:
-        for split in ("train", "test"):
-            splits[split] = open_split(data.paths, split, data.fault_budget)
-            _need_regions(splits[split])
-    elif _have(data.paths, "train") and _have(data.paths, "test"):
-        both = {split: open_split(data.paths, split, data.fault_budget) for split in ("test", "train")}
-        splits |= both if all(map(_regions, both.values())) else {}
-    if config.sft.runs:
-        chats = (data.chat,) if data.chat else data.paths
-        splits["chat"] = open_split(chats, "train", data.fault_budget)
-        if _have(chats, "test"):
-            splits["chat_test"] = open_split(chats, "test", data.fault_budget)
-    return splits
-
-
-def _have(paths: Sequence[str], split: str) -> bool:
-    """Whether all of these datasets have the split."""
-    opened = map(open_dataset, paths)
-    return all(split in dataset if isinstance(dataset, dict) else split == "train" for dataset in opened)
-
-
-def _regions(data: GranDataset) -> bool:
-    return any(sample is not None and sample.regions for sample in map(data.annotations, range(len(data))))
-
-
-def _need_regions(data: GranDataset) -> None:
-    for part in data.parts:
-        if not _regions(part):
-            raise ValueError(f"{part.path}: its split {part.split} has no region, so nothing can be asked about one")
-
-
 class Run:
     """One seed of a run: its model, its data, and the phases that are done or still to do.
 
@@ -203,14 +160,28 @@ class Run:
         self.model, self.processor = build(config.model, texts, self._precision)
         self._need_room()
         self.model.to(device)
-        trackers: list[Tracker] = []  # the first rank's; they can't be sent
-        world.first(lambda: trackers.extend(make_trackers(config.trackers, config, folder)))
+        self.trackers = Trackers()  # the first rank's; they can't be sent
+        world.first(self._make_trackers)
         kept = config.keep_checkpoints + any(stage.eval_every for stage in config.stages)  # the best one, too
         world.first(lambda: check_room(folder, self._checkpoint_bytes(), kept))
         self.checkpoints = Checkpoints(
             folder / "checkpoints", config.keep_checkpoints, config.keep_every, world.control
         )
-        self.metrics = MetricsLog(folder / "metrics.jsonl", trackers)
+        self.metrics = MetricsLog(folder / "metrics.jsonl", self.trackers.write)
+
+    def _make_trackers(self) -> None:
+        self.trackers = Trackers(self.config.trackers, self.folder)
+
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Inside, the trackers are told what the run does. Raises ValueError as `Trackers.open`."""
+        done = False
+        try:
+            self.world.first(lambda: self.trackers.open(self.config))
+            yield
+            done = True
+        finally:
+            self.trackers.close(done)
 
     def _checkpoint_bytes(self) -> int:
         """Of the largest checkpoint: the model, two moments of what is trained, and a teacher."""
@@ -248,10 +219,17 @@ class Run:
     def finish(self) -> dict:
         """Everything that is still to do. Returns the run's result: seed, stages, features, peak memory, what it was
         measured with, and the seconds that training and evaluations took, of all the pieces it was run in."""
-        config, path = self.config, self.folder / "result.json"
-        known = self.world.first(lambda: json.loads(path.read_text()) if path.exists() else None)
-        if known is not None:
-            return known
+        path = self.folder / "result.json"
+        result = self.world.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+        if result is None:
+            with self.tracked():
+                result = self._finish()
+            if self.world.leads:
+                write_aside(path, json.dumps(result, indent=1))
+        return result
+
+    def _finish(self) -> dict:
+        config = self.config
         if config.warmup.runs:
             self.phase(config.warmup)
         stages: dict[str, dict] = {}
@@ -277,7 +255,9 @@ class Run:
             stages[config.adapt.name]["control"] = self._control()
         logs = [self.metrics] + ([MetricsLog(self.folder / "control" / "metrics.jsonl")] if controlled else [])
         peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        result = {
+        if config.stages:
+            self.trackers.show(config.stages[-1].name, config.stages[-1].steps, "curves", lambda: self._curves(stages))
+        return {
             "seed": config.seed,
             "stages": stages,
             "features": features,
@@ -288,9 +268,10 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
             "faults": {name: split.faults.summary() for name, split in self.splits.items()},
         }
-        if self.world.leads:
-            write_aside(path, json.dumps(result, indent=1))
-        return result
+
+    def _curves(self, stages: dict[str, dict]) -> Image.Image:
+        summary = {"floors": self.console.floors, "mean": {"stages": stages}, "config": dataclasses.asdict(self.config)}
+        return rendered(draw_curves(self.metrics.lines(), summary))
 
     def phase(self, stage: Stage, title: str | None = None) -> None:
         """Train `stage` to its end, from its newest checkpoint if there is one. title: what the run's console calls it.
@@ -390,6 +371,8 @@ class Run:
         if world.leads:
             if when == "after" and predictions is not None:  # first, as what has its line is not done again
                 self._keep_predictions(stage.name, predictions)
+                test = self.splits["test"]
+                self.trackers.show(stage.name, step, "answers", lambda: draw_answers(predictions, test))
             self.metrics.write(stage=stage.name, step=step, evaluation=when, **metrics, seconds=seconds)
         return metrics
 
@@ -446,5 +429,6 @@ class Run:
         warm = self.checkpoints.final(self.config.warmup.name)
         if warm is not None:
             load(warm, model_tensors(run.model), group=self.world.control)
-        run.phase(adapt, title=CONTROL)
-        return run.evaluation(adapt, adapt.steps, "after", title="control: adapt on a random encoder")
+        with run.tracked():
+            run.phase(adapt, title=CONTROL)
+            return run.evaluation(adapt, adapt.steps, "after", title="control: adapt on a random encoder")

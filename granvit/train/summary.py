@@ -52,7 +52,7 @@ def write_summary(
     seconds: float,
 ) -> Path:
     """Write folder/report/summary.json from the results of one or several seeds, and return its path. splits: what the
-    run read (`run.open_splits`); floors_of_test: `known_floors`."""
+    run read (`splits.open_splits`); floors_of_test: `known_floors`."""
     path = folder / "report" / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     summary = {

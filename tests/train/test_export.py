@@ -59,7 +59,7 @@ def test_a_run_on_the_sample_set_gives_its_checkpoint(run, tmp_path, monkeypatch
     shutil.copytree(run, going, ignore=shutil.ignore_patterns("export"))
     config = load_config(going / "config.yaml")
     save_config(replace(config, data=replace(config.data, path=None)), going / "config.yaml")
-    monkeypatch.setattr("granvit.train.run.cached_sample", lambda *_, **__: config.data.path)
+    monkeypatch.setattr("granvit.train.splits.cached_sample", lambda *_, **__: config.data.path)
     assert main([str(going), "--output", str(tmp_path / "model")]) == 0
     assert equal(weights(tmp_path / "model"), weights(run / "export"))
     # A tokenizer made of other data's text would read and write other words.
