@@ -16,7 +16,7 @@ from transformers import Siglip2VisionModel
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def block(page: str, section: str, language: str) -> str:
@@ -128,13 +128,23 @@ def test_a_run_trains_on_the_converted_lines(converted, small_config, monkeypatc
     assert (converted / "runs" / "mine" / "report" / "index.html").is_file()
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors that a repository viewer gives a page's headings, and the site too."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize(
     ("page", "link"),
-    [(page, link) for page in PAGES for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8"))],
+    [(page, link) for page in PAGES for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text("utf-8"))],
     ids=lambda value: value.name if isinstance(value, Path) else value,
 )
 def test_links_lead_somewhere(page, link):
-    assert (page.parent / link).exists()
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    assert target.exists()
+    assert not anchor or anchor in headings(target)
 
 
 def test_ci_calls_a_command_that_stands_here():
