@@ -31,6 +31,18 @@ HUB ?= build/hub
 hub:  ## the operators as a kernel of Hugging Face's `kernels`, in HUB=build/hub
 	$(PYTHON) -m granvit_kernels.hub --output $(HUB)
 
+.PHONY: docs
+docs: build/mermaid.min.js  ## the documentation site in build/site; wants '.[docs]'; what is wrong with a link ends it
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+# Draws the diagrams. Without npm the pages load it from a public server.
+MERMAID = mermaid-11.17.2
+build/mermaid.min.js:
+	mkdir -p build
+	-npm pack --silent --pack-destination build $(subst -,@,$(MERMAID)) && \
+		tar -xzOf build/$(MERMAID).tgz package/dist/mermaid.min.js > $@.part && mv $@.part $@
+	rm -f build/$(MERMAID).tgz
+
 train:  ## the smoke preset: both stages and a report in runs/smoke, minutes on two cores
 	$(PYTHON) -m granvit.train
 

@@ -142,9 +142,10 @@ class PackedLayout:
     def to_grid(self, boxes: Tensor, image_index: Tensor) -> Tensor:
         """Boxes relative to their image -> boxes in patch units, as the operators take them.
 
-        boxes [R, 4]: xyxy in [0, 1] of the image, floating point. image_index [R]: int32 or int64, the image
-        of each. Returns float32 [R, 4], xyxy, image i spanning [0, w] x [0, h]. No gradient. Raises
-        ValueError for other shapes, dtypes or devices and, on the CPU, for an index outside [0, B).
+        boxes [R, 4]: xyxy in [0, 1] of the image, floating point.
+        image_index [R]: int32 or int64, the image of each.
+        Returns float32 [R, 4], xyxy, image i spanning [0, w] x [0, h]. No gradient.
+        Raises ValueError for other shapes, dtypes or devices and, on the CPU, for an index outside [0, B).
         """
         checks.kinds(self, boxes=boxes, image_index=image_index)
         if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():

@@ -169,7 +169,7 @@ class GranViTProcessor(ProcessorMixin):
             images, a list of uint8 tensors [H, W, 3], where images were given.
         Raises:
             ValueError: an empty question, an image that can't be read, a box outside its image or of no area, markers
-            and boxes that differ in number, an index that names no image, a question in another model's form.
+                and boxes that differ in number, an index that names no image, a question in another model's form.
             TypeError: arguments of other models' processors (text, return_tensors...).
         """
         if unknown:
