@@ -1,19 +1,15 @@
-"""A finished run's figures by lmms-eval, on RefCOCO's tasks with pictures of the run's test split, beside those of
-granvit.eval for the same questions.
+"""A model's figures by lmms-eval, on RefCOCO's tasks with pictures of a test split, beside those of granvit.eval for
+the same questions: for bench/evaluation.py and the tests.
 
-    python bench/refcoco.py RUN --python PYTHON [--images N]        writes bench/results/lmms_eval.json
-
-PYTHON: that of an environment with granvit[lmms-eval] (docs/evaluation.md). Templates and code of the tasks are
-lmms-eval's own; their rows come from Parquet files in RefCOCO's form, so that nothing is downloaded.
+Templates and code of the tasks are lmms-eval's own; their rows come from Parquet files in RefCOCO's form, so that
+nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,13 +20,10 @@ import yaml
 from PIL import Image
 
 from granvit.data.loader import GranDataset
-from granvit.eval.evaluation import Asked, ask, evaluate
-from granvit.eval.loading import load_model
+from granvit.eval.evaluation import Asked, Evaluation, ask
 from granvit.eval.metrics import iou
-from granvit.machine import commit, device_name
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
-RESULTS = Path(__file__).parent / "results" / "lmms_eval.json"
 FEATURES = datasets.Features(
     question_id=datasets.Value("string"), image=datasets.Image(), bbox=[datasets.Value("float64")],
     answer=[datasets.Value("string")],
@@ -46,7 +39,6 @@ BOXES = {
     **{f"ACC@{at}": lambda overlaps, at=at: fmean(overlap >= at for overlap in overlaps) for at in (0.5, 0.7, 0.9)},
 }
 """{lmms-eval's name: the same of granvit.eval's overlaps}."""
-PACKAGES = ("lmms-eval", "torch", "transformers", "datasets")
 CAPTIONS = {"ROUGE_L": "bbox2caption_rouge_l", "CIDEr": "bbox2caption_cider"}
 
 
@@ -112,24 +104,25 @@ def ask_lmms_eval(
     return figures, answers
 
 
-def ask_granvit(
-    model: str, data: GranDataset, images: int | None
-) -> tuple[dict[str, dict[str, float]], dict[str, list[dict[str, Any]]]]:
-    """The same by granvit.eval: figures, and the predictions in the rows' order."""
-    evaluation = evaluate(*load_model(model), data, limit=images)
+def in_order(evaluation: Evaluation, data: GranDataset, images: int | None) -> dict[str, list[dict[str, Any]]]:
+    """{what is asked: granvit.eval's predictions in the order of the tasks' rows}."""
 
     def place(truth: dict[str, Any]) -> tuple:
         return truth["task"], truth["id"], truth["caption"], *truth["box"]
 
     by_place = {place(prediction): prediction for prediction in evaluation.predictions}
-    predictions = {
+    return {
         kind: [by_place[place(asked.truth)] for asked in ask(data, (kind,), images, pictures=False)]
         for kind in (BBOX2CAPTION, CAPTION2BBOX)
     }
+
+
+def same_measures(evaluation: Evaluation, predictions: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """{task: {lmms-eval's measure: the same by granvit.eval}}."""
     overlaps = [iou(prediction) for prediction in predictions[CAPTION2BBOX]]
     boxes = {name: float(of(overlaps)) for name, of in BOXES.items()}
     captions = {name: evaluation.metrics[ours] for name, ours in CAPTIONS.items()}
-    return {task: boxes if kind == CAPTION2BBOX else captions for task, (_, kind) in TASKS.items()}, predictions
+    return {task: boxes if kind == CAPTION2BBOX else captions for task, (_, kind) in TASKS.items()}
 
 
 def read_box(answer: str) -> list[float] | None:
@@ -148,10 +141,16 @@ def equal(answer: str, prediction: dict[str, Any]) -> bool:
     return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-6
 
 
-def compare(python: str, model: str, data: GranDataset, images: int | None, folder: Path) -> list[dict[str, Any]]:
-    """A row a task: its questions, how many answers are equal, and each measure by lmms-eval and by granvit.eval."""
+def compare(
+    python: str, model: str, evaluation: Evaluation, data: GranDataset, images: int | None, folder: Path
+) -> list[dict[str, Any]]:
+    """A row a task: its questions, how many answers are equal, and each measure by lmms-eval and by granvit.eval.
+
+    python: of an environment with granvit[lmms-eval]. evaluation: of the same model and images. folder: an empty one.
+    """
     theirs, answers = ask_lmms_eval(python, model, data, images, folder)
-    ours, predictions = ask_granvit(model, data, images)
+    predictions = in_order(evaluation, data, images)
+    ours = same_measures(evaluation, predictions)
     rows = []
     for task, (template, kind) in TASKS.items():
         pairs = list(zip(answers[task], predictions[kind], strict=True))
@@ -164,33 +163,3 @@ def compare(python: str, model: str, data: GranDataset, images: int | None, fold
             "equal_answers": sum(equal(*pair) for pair in pairs), "measures": measures,
         })  # fmt: skip
     return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("run", help="a finished run's folder")
-    parser.add_argument("--python", required=True, help="of an environment with granvit[lmms-eval]")
-    parser.add_argument("--images", type=int, default=40, help="of the test split (40)")
-    options = parser.parse_args()
-    from granvit.train.presets import load_config
-    from granvit.train.splits import open_splits, with_data
-
-    config = with_data(load_config(Path(options.run) / "config.yaml"))
-    with tempfile.TemporaryDirectory() as folder:
-        rows = compare(options.python, options.run, open_splits(config)["test"], options.images, Path(folder))
-    listing = f"import importlib.metadata as m; print(*map(m.version, {PACKAGES}))"
-    listed = subprocess.run([options.python, "-c", listing], check=True, capture_output=True, text=True).stdout
-    result = {
-        "run": f"{config.preset}, seed {config.seed}",
-        "images": options.images,
-        "tasks": rows,
-        "device": device_name(),
-        "versions": dict(zip(PACKAGES, listed.split(), strict=True)),
-        "commit": commit(),
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()

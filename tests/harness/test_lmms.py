@@ -172,6 +172,8 @@ def test_lmms_eval_measures_what_granvit_eval_does(small_config, tmp_path):
     import refcoco
 
     from granvit.data.loader import GranDataset
+    from granvit.eval.evaluation import evaluate
+    from granvit.eval.loading import load_model
     from granvit.train.run import train
 
     longer = replace(small_config.warmup, steps=80, learning_rate=3e-3)
@@ -179,7 +181,9 @@ def test_lmms_eval_measures_what_granvit_eval_does(small_config, tmp_path):
     train(config)
     work = tmp_path / "lmms-eval"
     work.mkdir()
-    rows = refcoco.compare(PYTHON, config.output, GranDataset(config.data.path, "test"), 3, work)
+    data = GranDataset(config.data.path, "test")
+    evaluation = evaluate(*load_model(config.output), data, limit=3)
+    rows = refcoco.compare(PYTHON, config.output, evaluation, data, 3, work)
     assert [row["task"] for row in rows] == ["refcoco_bbox_rec", "refcoco_grounding", "refcoco_bbox"]
     for row in rows:
         assert row["equal_answers"] == row["questions"] > 0
