@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import refcoco
+import torch
 from rows import results_folder
+from safetensors.torch import load_file
 
 from granvit.data.loader import GranDataset
 from granvit.eval.evaluation import evaluate
@@ -54,6 +56,11 @@ def models_of(run: Path, config: TrainConfig, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in sources}
 
 
+def same_encoder(*models: Path) -> bool:
+    first, second = (load_file(model / "encoder" / "model.safetensors") for model in models)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def measure(model: Path, python: str, data: GranDataset, images: int, folder: Path) -> dict[str, Any]:
     """Figures by granvit.eval, and a row a task of lmms-eval's, on the same images. folder: one to be made."""
     folder.mkdir()
@@ -70,6 +77,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="of an environment with granvit[lmms-eval]")
     parser.add_argument("--images", type=int, default=60, help="of the test split, that are asked about (60)")
     options = parser.parse_args()
+    at = commit()  # before the picture is written over
     config = with_data(load_config(options.run / "config.yaml"))
     splits = open_splits(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +86,10 @@ def main() -> None:
             name: measure(model, options.python, splits["test"], options.images, Path(folder, f"{name}-lmms-eval"))
             for name, model in models.items()
         }
+        if same_encoder(models[CONTROL], models[UNTRAINED]):  # of a run from random weights
+            del models[CONTROL]
         probed = probe([f"{name}={model}" for name, model in models.items()], splits["train"], splits["test"], PROBED)
+        probed["commit"] = at
     draw(probed, splits["test"]).savefig(PICTURE, dpi=100)
     del probed["nearest"]
     listing = f"import importlib.metadata as m; print(*map(m.version, {PACKAGES}))"
@@ -90,7 +101,7 @@ def main() -> None:
         "probe": probed | {"data": "the sample set"},
         "device": device_name(),
         "versions": dict(zip(PACKAGES, listed.split(), strict=True)),
-        "commit": commit(),
+        "commit": at,
     }
     (results_folder() / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
 
