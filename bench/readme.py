@@ -331,34 +331,89 @@ def training() -> list[str]:
     ]
 
 
-# ---- by lmms-eval: bench/results/lmms_eval.json ----
+# ---- a run measured from start to end: bench/results/evaluation.json ----
+
+STATES = {
+    "trained": "after both stages",
+    "control": "stage 2 on a random encoder",
+    "untrained": "before stage 1",
+}
+"""{name in the file: how the table calls it}, as bench/evaluation.py writes them."""
+WHOLE = {
+    "captions of boxes: ROUGE-L": "bbox2caption_rouge_l",
+    **{title: f"bbox2caption_{name}" for title, name in {
+        "exact": "exact", "names the colour": "colour", "the pattern": "pattern", "the kind": "kind"
+    }.items()},
+    "boxes of sentences: mean IoU": "caption2bbox_miou",
+    "ACC@0.5": "caption2bbox_acc50",
+}  # fmt: skip
+
+
+def end_to_end() -> dict[str, Any]:
+    return json.loads((RESULTS / "evaluation.json").read_text())
+
+
+def whole() -> list[str]:
+    """A row a measure, a column a model: the probe's, granvit.eval's and lmms-eval's."""
+    result = end_to_end()
+    probe = {(row["target"], row["encoder"]): row["metrics"] for row in result["probe"]["rows"] if row["grid"] == "1x1"}
+    models = result["models"]
+    encoders = {name: name if ("kind", name) in probe else "untrained" for name in models}  # the control's may be that
+    tasks = {
+        name: {task["task"]: {measure: values["lmms_eval"] for measure, values in task["measures"].items()}
+               for task in model["tasks"]}
+        for name, model in models.items()
+    }  # fmt: skip
+    measures: list[tuple[str, str, Callable[[str], float]]] = [
+        *(("" if number else "probe", f"{target}, linear",
+           lambda name, target=target: probe[target, encoders[name]]["linear_top1"])
+          for number, target in enumerate(("colour", "pattern", "kind"))),
+        ("", "kind, nearest region (R@1)", lambda name: probe["kind", encoders[name]]["retrieval_r1"]),
+        *(("" if number else "granvit.eval", title, lambda name, metric=metric: models[name]["figures"][metric])
+          for number, (title, metric) in enumerate(WHOLE.items())),
+        ("lmms-eval", "boxes, `refcoco_bbox_rec_*`: IoU", lambda name: tasks[name]["refcoco_bbox_rec"]["IoU"]),
+        ("", "ACC@0.5", lambda name: tasks[name]["refcoco_bbox_rec"]["ACC@0.5"]),
+        ("", "captions, `refcoco_bbox_*`: ROUGE_L", lambda name: tasks[name]["refcoco_bbox"]["ROUGE_L"]),
+    ]  # fmt: skip
+    table = [[by, measure, *(f"{100 * value(name):.1f}" for name in STATES)] for by, measure, value in measures]
+    questions = models["trained"]["tasks"][0]["questions"]
+    return [
+        *markdown(["by", "per cent", *STATES.values()], table),
+        "",
+        f"Run: {result['run']}. The probe: {result['probe']['counts']['test']['regions']:,} test regions, one vector a "
+        f"region; the rest: {questions} questions of each task on {result['images']} test images "
+        f"({result['device']}, commit {result['commit']}, `python bench/evaluation.py RUN --python PYTHON`).",
+    ]
 
 
 def public() -> list[str]:
     """A row a measure of a RefCOCO task: by lmms-eval, and by granvit.eval where it has the same."""
-    result = json.loads((RESULTS / "lmms_eval.json").read_text())
+    result = end_to_end()
+    tasks = result["models"]["trained"]["tasks"]
     table = []
-    for task in result["tasks"]:
+    for task in tasks:
         for number, (name, values) in enumerate(task["measures"].items()):
             table.append([
                 "" if number else f"`{task['task']}_*`", name,
                 *(f"{values[by]:.4f}" if by in values else "" for by in ("lmms_eval", "granvit")),
             ])  # fmt: skip
-    equal = ", ".join(f"{task['equal_answers']} of {task['questions']}" for task in result["tasks"])
+    equal = {
+        name: ", ".join(f"{task['equal_answers']} of {task['questions']}" for task in result["models"][name]["tasks"])
+        for name in STATES
+    }
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     return [
         *markdown(["task", "measure", "lmms-eval", "granvit.eval"], table),
         "",
-        f"Run: {result['run']}, on {result['images']} test images. Equal answers, task by task: {equal}. "
-        f"{result['device']}, {versions}, commit {result['commit']}.",
+        f"Run: {result['run']}, on {result['images']} test images. Equal answers, task by task: {equal['trained']}; of "
+        f"the control {equal['control']}; before stage 1 {equal['untrained']}. {result['device']}, {versions}, commit "
+        f"{result['commit']}.",
     ]
 
 
 def probed() -> list[str]:
     """What the features of smoke's encoder tell, beside itself before training and plain pixels."""
-    result = kept("probe.json")
-    if not result:
-        return [NOT_YET]
+    result = end_to_end()["probe"]
     columns = {"linear": "linear_top1", "kNN": "knn_top1", "R@1": "retrieval_r1", "mAP": "retrieval_map"}
     table = [
         [row["target"], row["encoder"], row["grid"]]
@@ -370,14 +425,14 @@ def probed() -> list[str]:
         *markdown(["of regions", "encoder", "grid", *columns], table),
         "",
         f"Per cent, of {test['regions']:,} regions of {test['images']:,} test images ({result['device']}, commit "
-        f"{result['commit']}, `python bench/probe.py RUN`).",
+        f"{result['commit']}, `python bench/evaluation.py RUN --python PYTHON`).",
     ]
 
 
 FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "README.md": {"picture": picture, "quick": quick, "benchmarks": benchmarks, "reached": reached},
     "docs/results.md": {"training": training},
-    "docs/evaluation.md": {"probe": probed, "public": public},
+    "docs/evaluation.md": {"whole": whole, "probe": probed, "public": public},
     "docs/training.md": {"choices": choices, "targets": targets, "crops": crops, "instruct": instruct},
     "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }
