@@ -1,4 +1,5 @@
-"""python -m granvit.export RUN_OR_CHECKPOINT --output DIR [--format granvit | encoder | lfm2-vl]: a model, at any time.
+"""python -m granvit.export RUN_OR_CHECKPOINT [--output DIR] [--push-to-hub OWNER/NAME] [--format FORMAT]: a model, at any
+time.
 
 A run that is under way gives what its newest checkpoint holds; RUN/checkpoints/STAGE-STEP is that checkpoint.
 """
@@ -6,7 +7,9 @@ A run that is under way gives what its newest checkpoint holds; RUN/checkpoints/
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,36 +93,59 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "model", metavar="RUN_OR_CHECKPOINT", help="a run, RUN/checkpoints/STAGE-STEP, or a folder of save_pretrained's"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is not there yet, or is empty")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="a folder that is not there yet, or is empty")
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="a repository of the hub that it goes to, too or without --output"
+    )
+    parser.add_argument("--private", action="store_true", help="make that repository private, if it is a new one")
     parser.add_argument("--license", metavar="ID", help="the model's, as the hub names it (apache-2.0), for its card")
     parser.add_argument("--format", choices=FORMATS, default="granvit", help="see below (granvit)")
     options = parser.parse_args(arguments)
-    folder = Path(options.output)
+    if not (options.output or options.push_to_hub):
+        parser.error("give --output DIR, --push-to-hub OWNER/NAME, or both")
+    if options.private and not options.push_to_hub:
+        parser.error("--private is of a repository: give --push-to-hub OWNER/NAME")
+    if options.output:
+        _check_output(parser, options.output)
+    return options
+
+
+def _check_output(parser: argparse.ArgumentParser, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         parser.error(f"--output {folder}: it is there already; give a new or an empty folder")
     for parent in folder.resolve().parents:
         if (parent / "config.yaml").is_file():  # what lies in RUN/export is taken for what the run itself wrote
             parser.error(f"--output {folder}: it is in the folder of a run, {parent}; give another")
-    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        from transformers.utils import logging
+        from granvit.hub import check_repository, push
 
-        from granvit.model.formats import save
-        from granvit.train.card import write_card
-
-        logging.disable_progress_bar()
+        if options.push_to_hub:
+            check_repository(options.push_to_hub)
         source = find_source(options.model)
-        save(*source.load(), Path(options.output), options.format)
-        write_card(Path(options.output), options.format, source.run, source.checkpoint, options.license)
+        with contextlib.nullcontext(options.output) if options.output else tempfile.TemporaryDirectory() as folder:
+            _write(source, Path(folder), options)
+            pushed = options.push_to_hub and push(folder, options.push_to_hub, "model", options.private)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{source.path} as {options.format} in {options.output}")
+    for place in filter(None, (options.output, pushed)):
+        print(f"{source.path} as {options.format} in {place}")
     return 0
+
+
+def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from granvit.model.formats import save
+    from granvit.train.card import write_card
+
+    logging.disable_progress_bar()
+    save(*source.load(), folder, options.format)
+    write_card(folder, options.format, source.run, source.checkpoint, options.license, options.push_to_hub)
 
 
 if __name__ == "__main__":

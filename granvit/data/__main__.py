@@ -167,6 +167,21 @@ def overlap(
         console.print(f"wrote {page}")
 
 
+def push(folder: Positional[Path], repository: Positional[str], private: bool = False) -> None:
+    """Upload a Gran dataset to the Hugging Face hub, with its card. The same command again sends what is missing.
+
+    Args:
+        folder: What convert, annotate or filter wrote.
+        repository: OWNER/NAME.
+        private: Make the repository private, if it is a new one.
+    """
+    from granvit.data.shards import check_built
+    from granvit.hub import push
+
+    check_built(folder)
+    console.print(f"{folder} is in {push(folder, repository, 'dataset', private, ('README.md', '*.parquet'))}")
+
+
 def _built(output: Path, summary: Summary) -> None:
     console.print(f"wrote {output}")
     console.print(summary.table())
@@ -185,7 +200,7 @@ def _ids(file: Path | None) -> list[str]:
 
 
 COMMANDS = {
-    "sample": sample, "convert": convert, "annotate": annotate, "filter": filter, "overlap": overlap,
+    "sample": sample, "convert": convert, "annotate": annotate, "filter": filter, "overlap": overlap, "push": push,
     "audit": resolve_name("granvit.audit.command:audit"),  # by its name: it stands on the model, above this package
 }  # fmt: skip
 

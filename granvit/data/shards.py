@@ -277,6 +277,15 @@ def _check_free(output_dir: Path, split: str) -> None:
         raise ValueError(f"output must be a new or an empty folder, got {output_dir}")
 
 
+def check_built(folder: Path) -> None:
+    """Raises ValueError unless `build_dataset` has written the folder, and is done with it."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "README.md" not in names or not any(map(SHARD.fullmatch, names)):
+        raise ValueError(f"{folder} is no dataset that convert, annotate or filter wrote (README.md and Parquet files)")
+    if WORK in names:
+        raise ValueError(f"{folder} holds unfinished work: run the command that wrote it to its end")
+
+
 def _claim(work: Path, described: dict[str, Any], output_dir: Path) -> None:
     """Note what is being built. Raises ValueError naming what differs from what was begun here."""
     path = work / "plan.json"

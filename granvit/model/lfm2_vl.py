@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Lfm2VlConfig, Lfm2VlForConditionalGeneration
+from transformers import GenerationConfig, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Siglip2VisionConfig
 
 from granvit.lora import adapters, merged
 from granvit.questions.prompts import IMAGE
@@ -24,10 +24,23 @@ from .config import GranViTConfig
 from .granvit import GranViT
 from .preprocessor import write_preprocessor
 from .processing import GranViTProcessor
-from .vision import VisionEncoder
 
 TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit, with which a copy counts as one."""
+
+
+NEEDS = {"box_style": "text", "box_format": "text", "pixel_shuffle": 2, "cell_positions": False}
+"""What a GranViT's configuration must say."""
+
+
+def why_no_lfm2_vl(config: GranViTConfig) -> str | None:
+    """Why a model of this configuration has no form as a Lfm2-VL; None where nothing speaks against it."""
+    for name, value in NEEDS.items():
+        if getattr(config, name) != value:
+            return f"{name}: the model's is {getattr(config, name)!r}; a Lfm2-VL needs {value!r}"
+    if not isinstance(config.vision_config, Siglip2VisionConfig):
+        return f"vision_config: the encoder is a {config.vision_config.model_type!r}; a Lfm2-VL needs a SigLIP2"
+    return None
 
 
 def save_lfm2_vl(model: GranViT, processor: GranViTProcessor, directory: str | Path) -> None:
@@ -61,13 +74,8 @@ def to_lfm2_vl(model: GranViT) -> Lfm2VlForConditionalGeneration:
     Raises ValueError as `save_lfm2_vl` does.
     """
     config, text = model.config, model.config.text_config
-    wanted = {"box_style": "text", "box_format": "text", "pixel_shuffle": 2, "cell_positions": False}
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{name}: the model's is {getattr(config, name)!r}; a Lfm2-VL needs {value!r}")
-    if not isinstance(model.encoder, VisionEncoder):
-        kind = config.vision_config.model_type
-        raise ValueError(f"vision_config: the encoder is a {kind!r}; a Lfm2-VL needs a SigLIP2")
+    if reason := why_no_lfm2_vl(config):
+        raise ValueError(reason)
     llm_state = merged(model.state_dict(), model.llm) if adapters(model.llm) else model.state_dict()
     prefix = f"llm.{model.llm.base_model_prefix}."
     rows = config.region_token_id + 1

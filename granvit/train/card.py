@@ -15,6 +15,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from granvit.machine import cache_folder
+from granvit.model.config import GranViTConfig
+from granvit.model.lfm2_vl import why_no_lfm2_vl
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT
 from granvit.train.folder import config_folder, config_of
 from granvit.train.metrics_log import MetricsLog
@@ -40,13 +42,18 @@ METRICS = {
 
 
 def write_card(
-    folder: Path, form: Form, run: Path | None = None, checkpoint: Path | None = None, licence: str | None = None
+    folder: Path,
+    form: Form,
+    run: Path | None = None,
+    checkpoint: Path | None = None,
+    licence: str | None = None,
+    repository: str | None = None,
 ) -> None:
     """Write folder/README.md, and that of the encoder in it.
 
     run: the folder of the run (of one seed) that trained the model; None: how it was trained is not known. checkpoint:
     which of its checkpoints it is; None: the newest state. licence: an identifier of the hub's; None: the card says
-    that there is none yet.
+    that there is none yet. repository: of the hub, where the folder will be; None: it stays a folder.
     """
     training = {} if run is None else _training(run, form, checkpoint)
     config: TrainConfig | None = training.get("config")
@@ -65,6 +72,8 @@ def write_card(
     text = template.render(
         card_data=head.to_yaml(),
         form=form,
+        place=repository or "FOLDER",
+        stock=form == "granvit" and not why_no_lfm2_vl(GranViTConfig.from_pretrained(folder)),
         licence=licence,
         began={_code(_short(name)): _licence(name) for name in began},
         version=importlib.metadata.version("granvit"),
