@@ -1,5 +1,4 @@
-"""python -m granvit.export RUN_OR_CHECKPOINT [--output DIR] [--push-to-hub OWNER/NAME] [--format FORMAT]: a model, at any
-time.
+"""python -m granvit.export RUN_OR_CHECKPOINT [--output DIR] [--push-to-hub OWNER/NAME]: a model, at any time.
 
 A run that is under way gives what its newest checkpoint holds; RUN/checkpoints/STAGE-STEP is that checkpoint.
 """
