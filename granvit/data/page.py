@@ -1,11 +1,16 @@
-"""HTML pages about data: one file, all pictures inside. Whatever a dataset says is escaped, cut and shown as text."""
+"""HTML pages about data and runs: one file, all pictures inside. Whatever a dataset or a model says is escaped, cut and
+shown as text; the only script that runs is ours, which the page's Content-Security-Policy names by its hash."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 import jinja2
@@ -16,12 +21,22 @@ LONGEST = 300
 """Characters of other people's text that a page shows."""
 
 
-def render(template: str, package: str = "granvit.data", **values: Any) -> str:
+def render(template: str, package: str = "granvit.data", scripts: Sequence[str] = (), **values: Any) -> str:
     """A template in a package's folder html/, filled in; every string in `values` is escaped, and cut by `shown`.
 
-    It may extend granvit.data's base.html.
+    It may extend granvit.data's base.html, whose script is page.js and then `scripts`, files in the package's html/.
     """
-    return _environment(package).get_template(template).render(**values)
+    places = [("granvit.data", "page.js"), *((package, name) for name in scripts)]
+    script = "".join(files(place).joinpath("html", name).read_text(encoding="utf-8") for place, name in places)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = {"script": Markup(script), "script_source": Markup(f"'sha256-{digest}'")}
+    return _environment(package).get_template(template).render(**own, **values)
+
+
+def as_data(value: Any) -> Markup:
+    """JSON for a <script type="application/json">, which no text in it can end. ValueError for a NaN."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def shown(text: Any) -> str:
