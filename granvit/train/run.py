@@ -369,10 +369,11 @@ class Run:
                     )  # fmt: skip
         seconds = time.perf_counter() - began
         if world.leads:
-            if when == "after" and predictions is not None:  # first, as what has its line is not done again
-                self._keep_predictions(stage.name, predictions)
-                test = self.splits["test"]
-                self.trackers.show(stage.name, step, "answers", lambda: draw_answers(predictions, test))
+            if blind is None and predictions is not None:  # first, as what has its line is not done again
+                self._keep_predictions("before" if when == "before" else stage.name, predictions)
+                if when == "after":
+                    test = self.splits["test"]
+                    self.trackers.show(stage.name, step, "answers", lambda: draw_answers(predictions, test))
             self.metrics.write(stage=stage.name, step=step, evaluation=when, **metrics, seconds=seconds)
         return metrics
 
@@ -384,11 +385,12 @@ class Run:
                 return {name: value for name, value in line.items() if name not in names and name != "seconds"}
         return None
 
-    def _keep_predictions(self, stage: str, predictions: list[dict]) -> None:
+    def _keep_predictions(self, name: str, predictions: list[dict]) -> None:
+        """name: the stage that has just ended, or "before" the first one."""
         path = self.folder / "report" / "predictions.json"
         path.parent.mkdir(exist_ok=True)
         kept = json.loads(path.read_text()) if path.exists() else {}
-        write_aside(path, json.dumps(kept | {stage: predictions}, indent=1))
+        write_aside(path, json.dumps(kept | {name: predictions}, indent=1))
 
     @torch.no_grad()
     def _features(self, when: str) -> dict[str, float]:

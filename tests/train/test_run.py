@@ -60,6 +60,8 @@ def test_a_run_leaves_what_the_documentation_names(finished):
         "report/summary.json",
     ):
         assert (folder / name).is_file(), name
+    answers = json.loads((folder / "report" / "predictions.json").read_text())
+    assert list(answers) == ["before", "pretrain", "adapt"] and len({len(a) for a in answers.values()}) == 1
     lines = training_lines(folder)
     counted = [(line["stage"], line["step"]) for line in lines]
     stages = (config.warmup, config.pretrain, config.adapt)
@@ -231,7 +233,7 @@ def test_a_mixture_is_trained_on_by_its_weights_and_evaluated_by_dataset(small_c
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert summary["data"]["shares"] == {name: 0.25, "few": 0.75}
     page = (tmp_path / "run" / "report" / "index.html").read_text()
-    assert "few: 75.0 % of the images drawn" in page and "<th>dataset few</th>" in page
+    assert "few: 75.0 % of the images drawn" in page and "<th>dataset few<small>" in page
     after = summary["mean"]["stages"]["adapt"]["after"]
     assert {"caption2bbox_acc50", f"dataset {name}/caption2bbox_acc50", "dataset few/caption2bbox_acc50"} <= set(after)
     prints = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
