@@ -24,7 +24,7 @@ from torch import Tensor  # noqa: E402
 
 from granvit.data.loader import GranDataset  # noqa: E402
 from granvit.eval.metrics import Prediction  # noqa: E402
-from granvit.eval.report import is_right  # noqa: E402
+from granvit.eval.pictures import is_right  # noqa: E402
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX  # noqa: E402
 
 KEPT = ("preset", "commit", "device", "versions", "peak_memory_mb", "floors", "mean")

@@ -5,6 +5,8 @@ tests do without it.
 """
 
 import os
+import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHAT_TEMPLATE = (
     "<bos>Be brief.\n{% for m in messages %}{{ m.role }}:\n{{ m.content | trim }}"
     "{{ '\n' if m.role == 'user' else '<eos>' }}{% endfor %}{{ 'assistant:\n' if add_generation_prompt }}"
@@ -50,6 +53,25 @@ def make_sample(seed: int, height: int = 48, width: int = 64, regions: int = 3) 
         id=f"sample-{seed}", image=image, caption=caption, regions=tuple(boxed), source="test",
         conversations=(chat, chat[1:])[: seed % 3],
     )  # fmt: skip
+
+
+@pytest.fixture
+def tab():
+    """A page of a headless Chromium; the hosts that it asked are in tab.hosts, and what its console said in
+    tab.said."""
+    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if BROWSER is None:
+        pytest.skip("needs a Chromium")
+    with driver.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.hosts = set()
+        page.on("request", lambda request: page.hosts.update(re.findall(r"^https?://([^:/]+)", request.url)))
+        page.said = []
+        page.on("console", lambda message: page.said.append(message.text))
+        page.on("pageerror", lambda error: page.said.append(str(error)))
+        yield page
+        browser.close()
 
 
 @pytest.fixture(scope="session")

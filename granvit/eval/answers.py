@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from granvit.data.loader import GranDataset
-from granvit.eval.metrics import Prediction
+from granvit.eval.metrics import Prediction, place
+from granvit.eval.pictures import open_pictures
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 if TYPE_CHECKING:
@@ -34,14 +35,14 @@ def draw_answers(predictions: list[Prediction], test: GranDataset) -> Image.Imag
     rows = [random.Random(0).sample(asked, min(DRAWN, len(asked))) for asked in tasks if asked]
     if not rows:
         raise ValueError("there is no prediction to draw")
-    pictures = _pictures(test, {_place(p) for row in rows for p in row})
+    pictures = open_pictures(test, {place(p) for row in rows for p in row})
     figure = Figure(figsize=(2.4 * DRAWN, 2.9 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), DRAWN, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for row, some in zip(axes, rows, strict=True):
         for axis, prediction in zip(row, some, strict=False):
-            _draw(axis, prediction, pictures[_place(prediction)])
+            _draw(axis, prediction, pictures[place(prediction)])
     return rendered(figure)
 
 
@@ -72,16 +73,3 @@ def _rectangle(x1: float, y1: float, x2: float, y2: float, colour: str):
     from matplotlib.patches import Rectangle
 
     return Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5, clip_on=True)
-
-
-def _place(prediction: Prediction) -> tuple[str, str]:
-    """The dataset of a mixture, else "", and the image's id."""
-    return prediction.get("dataset", ""), prediction["id"]
-
-
-def _pictures(test: GranDataset, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], Image.Image]:
-    ids, pictures = {name for _, name in wanted}, {}
-    for row, name in enumerate(test.ids()):
-        if name in ids and (sample := test[row]) is not None and (sample.dataset, name) in wanted:
-            pictures.setdefault((sample.dataset, name), Image.fromarray(sample.image.numpy()))
-    return pictures

@@ -1,8 +1,6 @@
 """The demo's page, without a browser as far as that goes, and in a headless Chromium."""
 
 import json
-import re
-import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +12,6 @@ from granvit.demo.subject import load_subject
 from granvit.toy.tiny import TinyLLM, TinyVision, build_tiny
 from granvit.train.build import build, random_encoder
 from granvit.train.presets import Model
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +85,6 @@ def served(model, monkeypatch):
     yield serve
     for page in pages:
         page.close()
-
-
-@pytest.fixture
-def tab():
-    """A page of a headless Chromium; the hosts that it asked are in tab.hosts."""
-    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if BROWSER is None:
-        pytest.skip("needs a Chromium")
-    with driver.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.hosts = set()
-        page.on("request", lambda request: page.hosts.update(re.findall(r"^https?://([^:/]+)", request.url)))
-        yield page
-        browser.close()
 
 
 @pytest.mark.browser

@@ -31,7 +31,7 @@ def _row(name, regions, source="toy", size=(48, 32)):
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gran_rows():
     """gran_rows([(id, regions, source), ...]) -> datasets.Dataset of the Gran schema."""
 

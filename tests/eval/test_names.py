@@ -5,6 +5,7 @@ from pathlib import Path
 
 from granvit.eval.metrics import SIZES, summarise
 from granvit.eval.names import FLOORS, METRICS, STATES, figure_name
+from granvit.eval.tables import tables
 
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 
@@ -39,6 +40,10 @@ def test_every_figure_of_an_evaluation_has_a_name_of_the_glossary():
     assert {name.rpartition("_")[2] for name in figures} > {*SIZES, "colour", "cer"}
     names = {name: figure_name(name) for name in [*figures, "chat_token_accuracy", "features_effective_rank"]}
     assert {word for _, called in names.values() for word in called.split(", ")} <= words
+    stages = {"pretrain": {"after": figures | {"chat_token_accuracy": 0.5}}}
+    made = tables({"floors": {}, "mean": {"stages": stages}, "runs": [{"stages": stages}]}, {})  # the report's
+    heads = [called.removesuffix(" (less is better)") for table in made for called, _ in table["heads"]]
+    assert len(made) == 6 and {word for called in heads for word in called.split(", ")} <= words
     assert {of for of, _ in names.values()} == {"all", "not text", "text", "scenes (drawn)", "a/b"}
     assert names["natural_caption2bbox_acc75"] == ("not text", "ACC@0.75")
     assert names["ocr_exact"] != names["ocr_bbox2caption_exact"] == ("text", "exact")

@@ -5,14 +5,21 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import datasets
 import pytest
 from PIL import Image
 
+from granvit.data.mixture import open_split
+from granvit.data.page import as_data
 from granvit.eval.curves import draw_curves, panels, smooth
-from granvit.eval.metrics import summarise
-from granvit.eval.report import _images, attribute_table, choose, headlines, size_table, write_report
+from granvit.eval.failures import failures
+from granvit.eval.metrics import scored, summarise
+from granvit.eval.names import METRICS
+from granvit.eval.pictures import choose, compared, open_pictures
+from granvit.eval.report import write_report
+from granvit.eval.tables import attribute_metrics, headlines, size_metrics, table, tables
 
 LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -31,14 +38,18 @@ def box_answer(name, truth, box, source="photos", kind="natural"):
 
 
 PREDICTIONS = {
+    "before": [
+        caption("a", "a red circle", "nothing much"),
+        box_answer("a", "a red circle", RIGHT),
+    ],
     "pretrain": [
         caption("a", "a red circle", "a red circle"),
-        caption("a", HOSTILE, "a blue square"),
+        caption("c", HOSTILE, "a blue square"),
         caption("b", "Total 12", HOSTILE, "pages", "ocr"),
     ],
     "adapt": [
         box_answer("a", "a red circle", LEFT),
-        box_answer("a", HOSTILE, RIGHT),
+        box_answer("c", HOSTILE, RIGHT),
         box_answer("b", "Total 12", None, "pages", "ocr"),
     ],
 }
@@ -50,9 +61,15 @@ def metrics(caption_quality, box_quality):
 
 @pytest.fixture
 def summary(tmp_path, gran_rows):
+    return made_summary(tmp_path / "data", gran_rows)
+
+
+def made_summary(data, gran_rows):
+    """Of a run over a new dataset in the folder `data`."""
     rows = [("a", [(LEFT, "a red circle", "natural")], "photos"), ("b", [(LEFT, "Total 12", "ocr")], "pages")]
+    rows.append(("c", [(LEFT, HOSTILE, "natural")], "photos"))
     rows.append(("unasked", [(LEFT, "x", "natural")], "photos"))
-    datasets.DatasetDict({"test": gran_rows(rows)}).save_to_disk(tmp_path / "data")
+    datasets.DatasetDict({"test": gran_rows(rows)}).save_to_disk(data)
     measured = summarise(PREDICTIONS["pretrain"] + PREDICTIONS["adapt"])
     run = {
         "seed": 0,
@@ -69,7 +86,7 @@ def summary(tmp_path, gran_rows):
         "versions": {"torch": "2.13.0"},
         "seconds": 90.0,
         "peak_memory_mb": 2048.0,
-        "data": {"path": str(tmp_path / "data")},
+        "data": {"path": str(data)},
         "floors": {"blind": metrics(0.25, 0.05), "whole_image": {"caption2bbox_acc50": 0.01}},
         "runs": [run],
         "mean": {"stages": run["stages"], "features": run["features"]},
@@ -126,39 +143,70 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-@pytest.fixture
-def page(tmp_path, summary):
-    return Page(write_report(lay_out(tmp_path / "run", summary)).read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, gran_rows):
+    """The report's path."""
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(lay_out(folder / "<b>run", made_summary(folder / "data", gran_rows)))
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    return Page(written.read_text(encoding="utf-8"))
 
 
 def test_captions_answers_and_names_are_text_and_never_markup(page):
-    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object", "link")]
+    kinds = [attributes.get("type", "ours") for tag, attributes in page.tags if tag == "script"]
+    assert sorted(kinds) == ["application/json", "ours"]
+    assert not [tag for tag, _ in page.tags if tag in ("iframe", "object", "link", "base", "form")]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert "GranViT: <b>run" in page.text
     # as the caption asked about (twice), as the model's answer, in place of a box, and as the device's name
     assert "".join(page.text).count(HOSTILE) == 5
-    assert [a["alt"] for tag, a in page.tags if tag == "img"].count(HOSTILE) == 2
+    assert [a.get("aria-label") for tag, a in page.tags if tag == "svg"].count(HOSTILE) == 2
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+
+
+def test_the_scripts_write_text_and_never_markup():
+    for package, name in (("granvit.data", "page.js"), ("granvit.eval", "curves.js")):
+        script = files(package).joinpath("html", name).read_text(encoding="utf-8")
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(", script)
+
+
+def test_names_of_data_in_the_curves_cannot_end_their_block():
+    block = as_data({"name": HOSTILE + "&"})
+    assert "<" not in block and json.loads(block) == {"name": HOSTILE + "&"}
 
 
 def test_the_page_is_self_contained(page):
-    sources = [a["src"] for tag, a in page.tags if tag == "img"]
-    assert len(sources) == 1 + 6 and all(re.match(r"data:image/(png|jpeg);base64,", s) for s in sources)
-    assert not [a for _, a in page.tags if "href" in a]
-    pictures = [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources]
-    assert [p.format for p in pictures] == ["PNG"] + ["JPEG"] * 6
-    assert {p.size for p in pictures[1:]} == {(48, 32)}
+    addresses = [a[name] for tag, a in page.tags for name in ("src", "href") if name in a]
+    pictures = {a for a in addresses if a.startswith("data:")}
+    assert all(a.startswith(("data:image/", "#")) for a in addresses)
+    opened = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in pictures]
+    assert {(p.format, p.size) for p in opened if p.format == "JPEG"} == {("JPEG", (48, 32))}
+    assert sum(tag == "image" for tag, _ in page.tags) == 3  # each once, however often it is shown
+    targets = {a["id"] for _, a in page.tags if "id" in a}
+    assert {a[1:] for a in addresses if a.startswith("#")} <= targets  # of the page's own parts and pictures
 
 
 def test_boxes_are_drawn_in_the_pictures_pixels(page):
     shown = [
-        (a["class"], *(float(a[k]) for k in ("x", "y", "width", "height")))
+        (a["class"].split()[-1], *(float(a[k]) for k in ("x", "y", "width", "height")))
         for t, a in page.tags
         if t == "rect"
     ]
-    assert [r for r in shown if r[0] == "predicted"] == [
-        ("predicted", 0.0, 0.0, 24.0, 32.0),
-        ("predicted", 24.0, 0.0, 24.0, 32.0),
-    ]
-    assert [r for r in shown if r[0] == "true"] == [("true", 0.0, 0.0, 24.0, 32.0)] * 6
+    left, right = (0.0, 0.0, 24.0, 32.0), (24.0, 0.0, 24.0, 32.0)
+    assert [r[1:] for r in shown if r[0] == "model"] == [right, left, right]  # of a before and after, of c
+    assert {r[1:] for r in shown if r[0] == "truth"} == {left}
+
+
+def test_a_question_has_its_answers_before_and_after(page):
+    text = " ".join(" ".join(page.text).split())
+    before, after = r"before stage 1 · ✗ ", r" after stage {} · ✓ "
+    assert re.search(f"a red circle {before}ROUGE-L 0 nothing much{after.format(1)}ROUGE-L 100 a red circle", text)
+    assert re.search(f"a red circle {before}IoU 0.00{after.format(2)}IoU 1.00", text)
+
 
 
 def test_tables_hold_floors_controls_and_states(page):
@@ -169,6 +217,7 @@ def test_tables_hold_floors_controls_and_states(page):
     assert re.search(rf"after stage 1 {rouge:.1f}", text)
     assert re.search(r"stage 2 on a random frozen encoder 20\.0", text)
     assert "before stage 2" not in text  # the end of stage 1 stands there already
+    assert all(name in text and words in text for name, words in METRICS.items())  # the glossary
     assert "1.5 minutes" in text and "2.0 GiB" in text and "9.25 12.50" in text
 
 
@@ -185,7 +234,7 @@ def test_a_run_of_several_seeds_shows_the_first_ones_curves_and_the_range(tmp_pa
 
 
 def test_headlines_give_the_distance_to_what_sees_nothing(summary):
-    captions, boxes, kept = headlines(summary)
+    captions, boxes, kept = headlines(summary, {})
     rouge = 100 * summary["mean"]["stages"]["pretrain"]["after"]["bbox2caption_rouge_l"]
     distance = {other["who"]: other["distance"] for other in captions["against"]}
     assert distance == pytest.approx({"blind floor": rouge - 25, "another image": rouge - 20})
@@ -195,15 +244,17 @@ def test_headlines_give_the_distance_to_what_sees_nothing(summary):
 
 
 def test_pictures_are_right_and_wrong_ones_of_every_source_with_their_number():
-    many = {"pretrain": [caption("a", "cat", "cat")] * 30 + [caption("a", "cat", "dog")] * 7, "adapt": []}
-    (group,) = choose(many)
+    right = [caption(f"r{i % 10}", "cat", "cat") for i in range(30)]
+    wrong = [caption(f"w{i % 2}", "cat", "dog") for i in range(7)]
+    (group,) = choose({"pretrain": right + wrong, "adapt": []})
     assert (group["right"], group["of"]) == (30, 37)
-    assert [p["answer"] for p in group["predictions"]] == ["cat"] * 4 + ["dog"] * 4
+    assert [p["answer"] for p in group["predictions"]] == ["cat"] * 3 + ["dog"] * 2
+    assert len({p["id"] for p in group["predictions"]}) == 5  # each of another picture
     assert [(g["source"], g["task"]) for g in choose(PREDICTIONS)] == [
         ("photos", "bbox2caption"),
-        ("pages", "bbox2caption"),
+        ("pages of text", "bbox2caption"),
         ("photos", "caption2bbox"),
-        ("pages", "caption2bbox"),
+        ("pages of text", "caption2bbox"),
     ]
 
 
@@ -262,6 +313,7 @@ def test_an_unfinished_run_is_said(tmp_path, summary, missing):
 def test_faults_of_rows_that_are_not_shown_end_no_report(tmp_path, summary, gran_rows):
     """A run of a raised fault budget has kept to it; its report must not count again by another."""
     shown = [("a", [(LEFT, "a red circle", "natural")], "photos"), ("b", [(LEFT, "Total 12", "ocr")], "pages")]
+    shown.append(("c", [(LEFT, HOSTILE, "natural")], "photos"))
     broken = [("broken", [(LEFT, "x", "natural")], "photos")] * 5
     datasets.DatasetDict({"test": gran_rows(broken + shown)}).save_to_disk(tmp_path / "faulty")
     summary["data"]["path"] = str(tmp_path / "faulty")
@@ -282,8 +334,9 @@ def test_pictures_are_those_of_a_predictions_dataset(tmp_path, gran_rows):
     for name, size in sizes.items():
         rows = gran_rows([("a", [(LEFT, "x", "natural")], "photos", size)])
         datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / name)
-    images = _images([str(tmp_path / name) for name in sizes], {(name, "a") for name in sizes})
-    assert {name: image["size"] for (name, _), image in images.items()} == sizes
+    test = open_split([str(tmp_path / name) for name in sizes], "test")
+    images = open_pictures(test, {(name, "a") for name in sizes})
+    assert {name: image.size for (name, _), image in images.items()} == sizes
 
 
 def test_attributes_and_sizes_have_tables(summary):
@@ -292,8 +345,86 @@ def test_attributes_and_sizes_have_tables(summary):
     states = summary["mean"]["stages"]["pretrain"]
     states["after"] = summarise(answers)
     summary["floors"] = {"most_frequent_words": {"bbox2caption_colour": 0.2, "scenes/bbox2caption_colour": 0.2}}
-    attributes, sizes = attribute_table(summary), size_table(summary)
+    attributes, sizes = (table(summary, "", make, {}) for make in (attribute_metrics(summary), size_metrics()))
     assert attributes["heads"] == [["colour", 1], ["kind", 1], ["pattern", 1]]
-    assert sizes["heads"] == [["large: ACC@0.5", 2], ["large: mean IoU", 2]]  # all, and not text
+    assert sizes["heads"] == [["ACC@0.5, large", 2], ["mean IoU, large", 2]]  # all, and not text
     rows = {row["who"]: [cell["text"] for cell in row["cells"]] for row in attributes["rows"]}
     assert rows["after stage 1"] == ["100.0", "0.0", "0.0"] and rows["most frequent words"] == ["20.0", "", ""]
+
+
+def test_cells_say_how_sure_they_are_and_no_bar_where_less_is_better(summary):
+    answers = [caption(f"{i}", "a cat", "a cat" if i % 2 else "dogs", "pages", "ocr") for i in range(10)]
+    summary["mean"]["stages"] = {"pretrain": {"after": summarise(answers)}}
+    summary["runs"] = [{"seed": 0, "stages": summary["mean"]["stages"]}]
+    made = {t["title"]: t for t in tables(summary, {("pretrain", "after"): scored(answers)})}
+    (row,) = [row for row in made["Captions of boxes"]["rows"] if row["who"] == "after stage 1"]
+    rouge, *_, exact, _ = row["cells"]
+    assert made["Captions of boxes"]["columns"][0] == {"label": "all", "number": 10, "images": 10}
+    assert rouge["text"] == "50.0" and rouge["bar"] == 50 and rouge["value"] == 0.5
+    low, high = map(float, rouge["spread"].split(" to "))
+    assert 10 <= low < 50 < high <= 90 and exact["spread"] == "23.7 to 76.3"  # Wilson's, of 5 in 10
+    assert made["Text regions, to the letter"]["heads"] == [["CER (less is better)", 1], ["to the letter", 1]]
+    cer, _ = made["Text regions, to the letter"]["rows"][-1]["cells"]
+    assert cer["bar"] == 0 and cer["text"]
+
+
+def test_an_interval_of_one_image_is_none(summary):
+    answers = [caption("a", "a cat", "a dog"), caption("a", "two cats", "cats")]
+    summary["mean"]["stages"] = {"pretrain": {"after": summarise(answers)}}
+    summary["runs"] = [{"seed": 0, "stages": summary["mean"]["stages"]}]
+    made = tables(summary, {("pretrain", "after"): scored(answers)})[0]
+    assert made["rows"][-1]["cells"][0]["spread"] == "" and made["columns"][0]["images"] == 1
+
+
+def test_failures_say_what_is_mistaken_for_what():
+    answers = [caption(f"{i}", "striped red ball", said, "scenes") for i, said in enumerate(["red star", "blue ball"])]
+    answers += [caption("2", "plain blue ball", "blue ball", "scenes"), caption("3", "a red thing", "x", "photos")]
+    colour = next(f for f in failures(answers) if f["attribute"] == "colour")
+    assert (colour["asked"], colour["right"], colour["confusions"]) == (3, 2, [("red", "blue", 1)])
+    assert [(row["thing"], row["right"], row["said"]) for row in colour["rows"]] == [
+        ("red", 1, [("blue", 1)]),
+        ("blue", 1, []),
+    ]
+    pattern = next(f for f in failures(answers) if f["attribute"] == "pattern")
+    assert ("striped", "none named", 2) in pattern["confusions"]
+
+
+def test_the_same_question_is_compared_and_no_other():
+    asked = caption("a", "a cat", "a cat")
+    others = {"then": [caption("b", "a cat", "1"), caption("a", "a dog", "2"), asked | {"answer": "3"}], "never": []}
+    others["of another set"] = [asked | {"dataset": "wide"}]
+    assert {who: p["answer"] for who, p in compared(asked, others).items()} == {"then": "3"}
+
+
+@pytest.mark.browser
+def test_in_a_browser_tables_sort_and_curves_are_smoothed(written, tab):
+    tab.goto(written.as_uri())
+    first = tab.locator("table.figures").first
+    shares = first.locator("tbody tr td:nth-child(2)")
+
+    def column():
+        return [float(cell.get_attribute("data-value")) for cell in shares.all()]
+
+    as_it_was = column()
+    head = first.locator("thead tr:last-child th").nth(1)
+    for order, wanted in (("descending", sorted(as_it_was, reverse=True)), ("ascending", sorted(as_it_was))):
+        head.click()
+        assert head.get_attribute("aria-sort") == order and column() == wanted
+    head.press("Enter")
+    assert column() == as_it_was
+
+    curve = tab.locator("#curves path.curve").first
+    smooth = curve.get_attribute("d")
+    tab.locator("#smoothing").fill("0")
+    assert curve.get_attribute("d") != smooth and tab.locator("#smoothing-value").inner_text() == "0.00"
+    assert curve.get_attribute("d") == tab.locator("#curves path.raw").first.get_attribute("d")
+
+    for width in (1280, 390):
+        tab.set_viewport_size({"width": width, "height": 800})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    colours = []
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        colours.append(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert colours[0] != colours[1]
+    assert tab.said == [] and tab.hosts == set() and tab.title() == "GranViT: <b>run"
