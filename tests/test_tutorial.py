@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -22,6 +23,7 @@ def run_commands(code: str, monkeypatch) -> None:
         assert not cli.main(), line
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_from_pictures_to_a_similarity_map(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
