@@ -12,14 +12,15 @@ centre_box, whole_image, mean_box: the middle half of the image, all of it, the 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from granvit.data.loader import spread
 from granvit.data.measures import tokens
 from granvit.data.sample import ATTRIBUTES
-from granvit.eval.evaluation import TASKS, ask
+from granvit.eval.evaluation import TASKS, ask, readable
 from granvit.eval.metrics import Prediction, box_iou, is_attribute, named, summarise
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
@@ -122,16 +123,19 @@ def _frequent_words(known: list[Prediction], source: str) -> str:
     return " ".join(frequent)
 
 
-def floors(train: Any, test: Any, limit: int | None = None) -> dict[str, dict[str, float]]:
+def floors(
+    train: Any, test: Any, limit: int | None = None, rows: Sequence[int] | None = None
+) -> dict[str, dict[str, float]]:
     """Metrics of every floor, {floor: {metric: value}}, fitted on `train` and measured on `test` (both
     GranDatasets).
 
-    `limit` as in `evaluate`: that many test images. They are decoded, so that no floor is measured on a row
-    that a model is never asked about; training images are not looked at. Where `train` has no region, only the
-    floors that need no fitting are there. ValueError where `test` has none.
+    limit, rows: as in `evaluate`, so that no floor is measured on a row that a model is never asked about; training
+    images are not looked at. Where `train` has no region, only the floors that need no fitting are there. ValueError
+    where `test` has none.
     """
-    known = [q.truth for q in ask(train, (BBOX2CAPTION,), pictures=False)]
-    asked = [q.truth for q in ask(test, TASKS, limit)]
+    known = [q.truth for q in ask(train, (BBOX2CAPTION,), range(len(train)))]
+    rows = readable(test, spread(len(test), limit)) if rows is None else rows
+    asked = [q.truth for q in ask(test, TASKS, rows)]
     if not asked:
         raise ValueError("test has no region; floors are measured on at least one")
 

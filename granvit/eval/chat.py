@@ -41,7 +41,10 @@ def score_chat(
     pictured = {row: sample for row, sample in conversing.items() if sample.image.numel()}
     if blind == "other_image" and len(pictured) < 2:
         return {}
-    shown = conversing | other_images(pictured) if blind == "other_image" else conversing
+    shown = dict(conversing)
+    if blind == "other_image":
+        others = other_images({row: sample.source for row, sample in pictured.items()})
+        shown |= {row: pictured[other] for row, other in others.items()}
     pairs = [
         (replace(sample, image=shown[row].image), question)
         for row, sample in conversing.items()

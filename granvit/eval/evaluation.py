@@ -1,32 +1,42 @@
-"""Ask a model about every region of a dataset, and the same questions blinded."""
+"""Ask a model about every region of a dataset, and the same questions blinded.
+
+Images are opened twice. At first each rank looks whether its share of them can be read (`readable`), so that all ranks
+know what can be asked and which image stands in for which. Then each opens those that it asks about, a few at a time.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
 
 from granvit.data.loader import GranDataset, spread
+from granvit.data.schema import good_or_none
 from granvit.eval.metrics import Prediction, summarise
 from granvit.model.asking import answer
-from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, Question, questions
-from granvit.questions.schema import Sample
+from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, Question
+from granvit.questions.prompts import questions as write_questions
+from granvit.questions.schema import DataFault
+from granvit.world import World
 
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
 MAX_NEW_TOKENS = 48  # of a caption; a box ends where its written form does
+ALONE = World()
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, the image it is asked of with its row in the dataset (an id may be repeated by mistake), and
-    the truth half of its prediction (see granvit.eval.metrics)."""
+    """A question, the image it is asked of by its row in the dataset (an id may be repeated by mistake), and the truth
+    half of its prediction (see granvit.eval.metrics)."""
 
     question: Question
-    sample: Sample
     row: int
     truth: Prediction
 
@@ -39,40 +49,70 @@ class Evaluation:
     predictions: list[Prediction]
 
 
+def readable(
+    dataset: GranDataset, rows: Sequence[int], world: World = ALONE, progress: Progress | None = None
+) -> list[int]:
+    """Those of the rows that can be asked about: whose text and picture can be read.
+
+    Every rank calls it and opens its share of the pictures; each one's dataset then counts the faults of all. Raises
+    FaultBudgetExceeded on every rank where there are too many. progress: of this rank's share.
+    """
+    share = rows[world.rank :: world.ranks]
+
+    def look() -> tuple[list[tuple[int, DataFault]], set[int]]:
+        faults: list[tuple[int, DataFault]] = []
+        lost: set[int] = set()
+        for number, row in enumerate(share, 1):
+            noted: list[DataFault] = []
+            if good_or_none(lambda note, row=row: dataset.read(row, note), noted.append) is None:
+                lost.add(row)
+            faults += [(row, fault) for fault in noted]
+            if len({row for row, _ in faults}) > dataset.faults.allowed:
+                break  # the budget is exceeded already, whatever the other ranks meet
+            if progress:
+                progress(number, len(share))
+        return faults, lost
+
+    parts = world.each(look)
+    faults = sorted((fault for part, _ in parts for fault in part), key=lambda fault: fault[0])
+    dataset.faults.add_all((row, dataset.name(row), fault) for row, fault in faults)
+    dataset.faults.check()
+    lost = set().union(*(part for _, part in parts))
+    return [row for row in rows if row not in lost]
+
+
 def ask(
     dataset: GranDataset,
     tasks: Iterable[str],
-    limit: int | None = None,
-    write: Callable[..., list[Question]] = questions,
-    pictures: bool = True,
+    rows: Iterable[int],
+    write: Callable[..., list[Question]] = write_questions,
 ) -> Iterator[Asked]:
-    """Every question of the tasks (about regions) on at most `limit` images, spread evenly over the dataset,
-    so that no source is left out; sentences that regions share are asked of each. `write` writes a sample's questions.
-    Without `pictures` images are blank. Faulty rows are skipped, and counted by the dataset.
-    """
-    chosen, tasks = spread(len(dataset), limit), tuple(tasks)
-    read = dataset.__getitem__ if pictures else dataset.annotations
-    for row, sample in zip(chosen, map(read, chosen), strict=True):
+    """Every question of the tasks (about regions) on these rows, for sentences that regions share once for each. No
+    picture is opened. `write` writes a sample's questions. Rows with a faulty text are skipped, and counted by the
+    dataset."""
+    tasks = tuple(tasks)
+    for row in rows:
+        sample = dataset.annotations(row)
         for question in [] if sample is None else write(sample, tasks, shared=True):
             region = sample.regions[question.region]
             truth = {"id": sample.id, "source": sample.source, "task": question.task, "kind": region.kind}
             truth |= {"box": list(region.box), "caption": region.caption}
             truth |= {"dataset": sample.dataset} if sample.dataset else {}
-            yield Asked(question, sample, row, truth)
+            yield Asked(question, row, truth)
 
 
-def other_images(samples: dict[int, Sample]) -> dict[int, Sample]:
-    """For each sample, by its row, another one whose image is shown instead: a derangement, the same at every
-    call.
+def other_images(sources: Mapping[int, str]) -> dict[int, int]:
+    """For each row, whose image's source is given, another one whose image is shown instead: a derangement, the same at
+    every call.
 
-    One cycle through all samples, in a seeded order within each source: nearly every image is replaced by one
-    of its own source, so that a page stands in for a page and gives away no more than that.
+    One cycle through all rows, in a seeded order within each source: nearly every image is replaced by one of its own
+    source, so that a page stands in for a page and gives away no more than that.
     """
-    if len(samples) < 2:
-        raise ValueError(f"blind='other_image' needs at least 2 images, the dataset has {len(samples)}")
-    order = random.Random(0).sample(list(samples), len(samples))
-    order.sort(key=lambda row: samples[row].source)
-    return {here: samples[there] for here, there in zip(order, order[1:] + order[:1], strict=True)}
+    if len(sources) < 2:
+        raise ValueError(f"blind='other_image' needs at least 2 images, the dataset has {len(sources)}")
+    order = random.Random(0).sample(list(sources), len(sources))
+    order.sort(key=lambda row: sources[row])
+    return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
 @torch.no_grad()
@@ -84,49 +124,92 @@ def evaluate(
     blind: Literal["other_image", "text"] | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-    rank: int = 0,
-    ranks: int = 1,
-    gather: Callable[[list[Prediction]], list[list[Prediction]]] = lambda own: [own],
-    progress: Callable[[int, int], None] | None = None,
+    world: World = ALONE,
+    progress: Progress | None = None,
+    rows: Sequence[int] | None = None,
     questions: int | None = None,
 ) -> Evaluation:
-    """Ask `model` (a GranViT) the tasks' questions of at most `limit` images of `dataset`, greedily decoded.
+    """Ask `model` (a GranViT) the tasks' questions of at most `limit` images of `dataset`, spread evenly over it,
+    greedily decoded.
 
-    blind: None; "other_image" shows another test image with every question (`other_images`); "text" shows
-        none, only the question's text. The images are held in memory, so `limit` is for large test sets. The
-        model is put back into training mode if it was.
-    rank, ranks, gather: processes that share the questions; gather returns every rank's predictions to each.
-    progress: called with the number of answers that there are, and of how many, after each batch.
+    blind: None; "other_image" shows another test image with every question (`other_images`); "text" shows none, only
+        the question's text. The model is put back into training mode if it was.
+    batch_size: questions at a time. The images in memory are those of so many regions at most, and every image is
+        encoded once.
+    world: the processes that share the images; all call this. Each opens its own alone; predictions and figures are
+        those of one process, and every rank has them. Up to batch_size regions are one rank's work.
+    progress: of this rank's answers, after each batch.
+    rows: what `readable` gave, where it was called before; None: it looks at the images that are asked about.
     questions: at most so many, spread evenly over tasks, kinds and images.
-    ValueError for another `blind`, a dataset without
-        regions, and where "other_image" finds one image only.
+    Raises ValueError for another `blind`, a dataset without regions, and where "other_image" finds one image only; and
+        what `readable` raises. What fails on one rank is raised on all: Failed on the others.
     """
     if blind not in (None, "other_image", "text"):
         raise ValueError(f"blind must be None, 'other_image' or 'text', got {blind!r}")
-    asked = list(ask(dataset, tasks, limit, processor.questions))
+    asked = list(ask(dataset, tasks, spread(len(dataset), limit) if rows is None else rows, processor.questions))
+    asked.sort(key=lambda a: (a.truth["task"], a.truth["kind"]))
+    asked = [asked[i] for i in spread(len(asked), questions)]
+    if rows is None:
+        good = set(readable(dataset, sorted({a.row for a in asked}), world))
+        asked = [a for a in asked if a.row in good]
     if not asked:
         raise ValueError(f"nothing to ask: none of {len(dataset)} rows has a region for {', '.join(tasks)}")
-    shown = {a.row: a.sample for a in asked}
+    shown = {a.row: a.row for a in asked}
     if blind == "other_image":
-        shown = other_images(shown)
-    # Answers of one task and kind are of about one length: few steps are spent on rows that have ended.
-    asked.sort(key=lambda a: (a.truth["task"], a.truth["kind"]))
-    asked = [asked[i] for i in spread(len(asked), questions)][rank::ranks]
+        shown = other_images({a.row: a.truth["source"] for a in asked})
+    mine = list(portions(asked, batch_size))[world.rank :: world.ranks]
 
-    training = model.training
-    model.eval()
-    images = None if blind == "text" else {row: sample.image for row, sample in shown.items()}
-    asked_of = [a.row for a in asked]
-    answers = answer(
-        model, processor, [a.question for a in asked], asked_of, images, batch_size, MAX_NEW_TOKENS, progress
-    )
-    model.train(training)
+    def answers() -> dict[int, str]:
+        texts: dict[int, str] = {}
+        total, training = sum(map(len, mine)), model.training
+        model.eval()
+        for numbers in mine:
+            of, before = [asked[i].row for i in numbers], len(texts)
+            images = None if blind == "text" else {row: _picture(dataset, shown[row]) for row in dict.fromkeys(of)}
+            tell = (lambda now, _, before=before: progress(before + now, total)) if progress else None
+            said = answer(
+                model, processor, [asked[i].question for i in numbers], of, images, batch_size, MAX_NEW_TOKENS, tell
+            )
+            texts |= zip(numbers, said, strict=True)
+        model.train(training)
+        return texts
 
-    boxes = processor.parse_boxes(answers)
+    texts = {number: text for part in world.each(answers) for number, text in part.items()}
+    boxes = processor.parse_boxes([texts[i] for i in range(len(asked))])
     predictions = []
-    for a, said, box in zip(asked, answers, boxes, strict=True):
+    for i, (a, box) in enumerate(zip(asked, boxes, strict=True)):
         predicted = list(box) if box is not None and a.truth["task"] == CAPTION2BBOX else None
-        predictions.append({**a.truth, "answer": said, "predicted_box": predicted})
-    parts = gather(predictions)
-    predictions = [prediction for several in zip_longest(*parts) for prediction in several if prediction is not None]
+        predictions.append({**a.truth, "answer": texts[i], "predicted_box": predicted})
     return Evaluation(summarise(predictions), predictions)
+
+
+def portions(asked: Sequence[Asked], size: int) -> Iterator[list[int]]:
+    """The numbers of the questions in portions, rising within each: all questions of some images, at most `size` of a
+    task, or those of an image that has more by itself. Images of one kind of region stand together, as their captions
+    are of about one length.
+
+    How an answer is rounded depends on the answers that are made with it. So portions, of which each is one rank's,
+    don't depend on the number of ranks.
+    """
+    images: dict[int, list[int]] = {}
+    for number, question in enumerate(asked):
+        images.setdefault(question.row, []).append(number)
+    kinds = {row: sorted({asked[number].truth["kind"] for number in own}) for row, own in images.items()}
+    portion: list[int] = []
+    counts: Counter[str] = Counter()
+    for row in sorted(images, key=lambda row: (kinds[row], row)):
+        own = Counter(asked[number].question.task for number in images[row])
+        if portion and any(counts[task] + own[task] > size for task in own):
+            yield sorted(portion)
+            portion, counts = [], Counter()
+        portion += images[row]
+        counts += own
+    if portion:
+        yield sorted(portion)
+
+
+def _picture(dataset: GranDataset, row: int) -> torch.Tensor:
+    sample = dataset[row]
+    if sample is None:
+        raise ValueError(f"{dataset.name(row)} could be read before and can't be now: the data changes meanwhile")
+    return sample.image

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from granvit.questions.prompts import CAPTION2BBOX, Question
+from granvit_kernels import PackedLayout
 
 from .images import is_single, read_images
 from .processing import GranViTProcessor, as_lists, nesting
@@ -116,29 +118,57 @@ def answer(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """The model's answer to each question, greedily decoded. rows: for each question the key of its image in `images`
-    (uint8 [H, W, 3]); images=None: the question's text alone. Questions whose answers are of about one length should
-    stand together: a batch takes as long as its longest. A caption2bbox question's own answer, where it has one, says
-    how long boxes are. progress: called after each batch with the number of answers that there are, and of how many.
+    (uint8 [H, W, 3]); images=None: the question's text alone. An image is read and encoded once, when it is first asked
+    about, and its features are kept until it is last. Questions whose answers are of about one length should stand
+    together: a batch takes as long as its longest, and holds questions of one task. A caption2bbox question's own
+    answer, where it has one, says how long boxes are. progress: called after each batch with the number of answers that
+    there are, and of how many.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, accepted is 1 or more")
+    encoded = None if images is None else _Encoded(model, images, rows)
     answers: list[str] = []
-    for i in range(0, len(questions), batch_size):
-        batch, of = questions[i : i + batch_size], rows[i : i + batch_size]
-        distinct = list(dict.fromkeys(of))  # in order
-        inputs = processor(
-            images=None if images is None else [images[row] for row in distinct],
-            questions=batch,
-            image_index=None if images is None else [distinct.index(row) for row in of],
-        ).to(model.device)
+    while (first := len(answers)) < len(questions):
+        batch = questions[first : first + batch_size]
+        batch = batch[: next((i for i, question in enumerate(batch) if question.task != batch[0].task), None)]
+        sizes, index, features = (None,) * 3 if encoded is None else encoded.take(rows[first : first + len(batch)])
+        inputs = processor(questions=batch, image_sizes=sizes, image_index=index).to(model.device)
         length = max_new_tokens
         if all(question.task == CAPTION2BBOX and question.answer for question in batch):
             length = 4 + max(map(len, processor.answer_ids([question.answer for question in batch])))
-        out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+        out = model.generate(**inputs, features=features, max_new_tokens=length, do_sample=False)
         answers += processor.decode_answers(out)
         if progress:
             progress(len(answers), len(questions))
     return answers
+
+
+class _Encoded:
+    """Images that questions are asked of, each encoded when it is first asked about and forgotten when it was last.
+
+    rows: the key in `images` of every question that there will be.
+    """
+
+    def __init__(self, model: Any, images: Mapping[Any, torch.Tensor], rows: Sequence[Any]) -> None:
+        self._model, self._images, self._left = model, images, Counter(rows)
+        self._kept: dict[Any, tuple[tuple[int, int], torch.Tensor]] = {}  # size in pixels, features [h, w, C]
+
+    def take(self, rows: Sequence[Any]) -> tuple[list[tuple[int, int]], list[int], tuple[torch.Tensor, PackedLayout]]:
+        """What the next questions are about: the sizes (height, width) of the distinct images among `rows`, each row's
+        place among them, and their features [T, C] with their layout."""
+        distinct = list(dict.fromkeys(rows))
+        if new := [row for row in distinct if row not in self._kept]:
+            images = [self._images[row] for row in new]
+            features, layout = self._model.encode(images)
+            sizes = [tuple(image.shape[:2]) for image in images]
+            self._kept |= zip(new, zip(sizes, layout.split(features), strict=True), strict=True)
+        sizes, grids = zip(*(self._kept[row] for row in distinct), strict=True)
+        self._left.subtract(rows)
+        for row in distinct:
+            if not self._left[row]:
+                del self._kept[row]
+        layout = PackedLayout.from_grids([grid.shape[:2] for grid in grids], device=grids[0].device)
+        return list(sizes), [distinct.index(row) for row in rows], (torch.cat([g.flatten(0, 1) for g in grids]), layout)
 
 
 def _rows(name: str, single: bool, pictures: list[torch.Tensor], values: Any) -> list[list[Any]]:

@@ -139,7 +139,7 @@ class HeldOut:
         if self.test is not None and phase.stage.name != phase.config.warmup.name:
             metrics = evaluate(
                 model, self.processor, self.test, limit=phase.config.data.eval_images, questions=QUESTIONS,
-                rank=world.rank, ranks=world.ranks, gather=world.gather,
+                world=world,
             ).metrics  # fmt: skip
             values = {name: value for name, value in metrics.items() if "/" not in name}
         if self.chats is not None:

@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,18 +18,17 @@ from PIL import Image
 
 from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch, collate
-from granvit.data.loader import GranDataset
+from granvit.data.loader import GranDataset, spread
 from granvit.data.mixture import described
-from granvit.eval import evaluate
 from granvit.eval.answers import draw_answers, rendered
 from granvit.eval.chat import score_chat
 from granvit.eval.curves import draw_curves
+from granvit.eval.evaluation import evaluate, readable
 from granvit.eval.report import write_report
 from granvit.lora import adapters, save_adapters
 from granvit.machine import commit, device_name
 from granvit.model import GranViT
 from granvit.model.formats import save
-from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 from granvit.questions.schema import Region, Sample
 from granvit.train.build import build
 from granvit.train.card import write_card
@@ -50,7 +50,6 @@ from granvit.train.summary import known_floors, write_summary
 from granvit.train.trackers import Trackers
 from granvit.world import World, start, stop
 
-TASKS = (BBOX2CAPTION, CAPTION2BBOX)
 WHEN = {
     "before": "before {}",
     "after": "after {}",
@@ -121,7 +120,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
         world.first(lambda: same_data(folder / "data.json", splits))
         if not results:
             with console.waiting("measuring what guesses reach without the image (once)"):
-                console.floors = world.first(lambda: known_floors(folder, splits, config.data.eval_images))
+                console.floors = known_floors(folder, splits, config.data.eval_images, world)
         run.count_steps()
         console.forecast.begin_seed(run.config)
         results.append(run.finish())
@@ -329,6 +328,12 @@ class Run:
         questions = self.processor.questions(sample, stage.tasks)[:1]
         return collate([sample], [questions], self.processor, self.config.data.capacity, self.config.crops)
 
+    @cached_property
+    def test_rows(self) -> list[int]:
+        """The test images that evaluations ask about. All ranks look for them together."""
+        test = self.splits["test"]
+        return readable(test, spread(len(test), self.config.data.eval_images), self.world)
+
     def evaluation(
         self,
         stage: Stage,
@@ -357,8 +362,8 @@ class Run:
             if known is None and "test" in self.splits:
                 with self.console.evaluation(title) as answered:
                     evaluated = evaluate(
-                        self.model, self.processor, self.splits["test"], TASKS, blind=blind, limit=limit,
-                        rank=world.rank, ranks=world.ranks, gather=world.gather, progress=answered,
+                        self.model, self.processor, self.splits["test"], blind=blind, world=world, progress=answered,
+                        rows=self.test_rows,
                     )  # fmt: skip
                 metrics, predictions = evaluated.metrics, evaluated.predictions
             if stage is self.config.sft and "chat_test" in self.splits and blind != "text":

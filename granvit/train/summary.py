@@ -11,22 +11,32 @@ from typing import Any
 
 from PIL import Image
 
-from granvit.data.loader import GranDataset
+from granvit.data.loader import GranDataset, spread
 from granvit.data.mixture import shares
 from granvit.eval import floors
+from granvit.eval.evaluation import readable
 from granvit.train.metrics_log import write_aside
 from granvit.train.presets import TrainConfig
+from granvit.world import World
 
 
-def known_floors(folder: Path, splits: dict[str, GranDataset], limit: int) -> dict[str, dict[str, float]]:
+def known_floors(
+    folder: Path, splits: dict[str, GranDataset], limit: int, world: World
+) -> dict[str, dict[str, float]]:
     """{floor: metrics} of the test images that a run is evaluated on, measured once and kept in folder/floors.json.
-    Nothing where there is no test split."""
+    Nothing where there is no test split. All ranks call it."""
     path = folder / "floors.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    measured = floors(splits["train"], splits["test"], limit=limit) if "test" in splits else {}
-    write_aside(path, json.dumps(measured, indent=1))
-    return measured
+    known = world.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    if known is not None:
+        return known
+    rows = readable(splits["test"], spread(len(splits["test"]), limit), world) if "test" in splits else []
+
+    def measure() -> dict[str, dict[str, float]]:
+        measured = floors(splits["train"], splits["test"], rows=rows) if "test" in splits else {}
+        write_aside(path, json.dumps(measured, indent=1))
+        return measured
+
+    return world.first(measure)
 
 
 def keep_example(folder: Path, test: GranDataset) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripted import TextProcessor
+from scripted import FirstPixel, TextProcessor
 
 from granvit.audit import cycle
 from granvit.audit.cycle import auc, check_regions, log_likelihood
@@ -125,7 +125,7 @@ def sample(number: int, captions: list[str]) -> Sample:
     return Sample(f"s{number}", image, None, tuple(regions), "toy", "")
 
 
-class Perfect(TextProcessor):
+class Perfect(TextProcessor, FirstPixel):
     """Stands for a model and its processor that know the right caption of every box, and the box of every caption."""
 
     box_style, box_format, bins, device = "text", "text", 1000, torch.device("cpu")
@@ -134,12 +134,12 @@ class Perfect(TextProcessor):
         self.truth = {s.image[0, 0, 0].item(): {region.box: region.caption for region in s.regions} for s in samples}
         self.images = [s.image[0, 0, 0].item() for s in samples]
 
-    def __call__(self, images, questions, image_index):
-        asked = [(questions[i], images[k][0, 0, 0].item()) for i, k in enumerate(image_index)]
+    def __call__(self, questions, image_sizes, image_index):
+        asked = list(zip(questions, image_index, strict=True))
         return SimpleNamespace(to=lambda device: {"asked": asked})
 
-    def generate(self, asked, max_new_tokens, do_sample):
-        return [self.right(question, number) for question, number in asked]
+    def generate(self, asked, features, max_new_tokens, do_sample):
+        return [self.right(question, features[0][image, 0].item()) for question, image in asked]
 
     def right(self, question, number):
         """The right answer to a question about the picture of this number."""

@@ -1,13 +1,21 @@
 """evaluate() with a model whose answers are scripted."""
 
+import pickle
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from weakref import WeakSet
+
 import pytest
 import torch
-from scripted import TextProcessor
+from scripted import FirstPixel, TextProcessor
 
 from granvit.data.loader import GranDataset
+from granvit.errors import Failed
 from granvit.eval import evaluate
-from granvit.eval.evaluation import ask, other_images
+from granvit.eval.evaluation import ask, other_images, portions, readable
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, questions
+from granvit.world import World
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
@@ -18,16 +26,16 @@ class Inputs(dict):
 
 
 class Processor(TextProcessor):
-    """Stands for GranViTProcessor: hands questions and images through to the scripted model."""
+    """Stands for GranViTProcessor: hands questions through to the scripted model."""
 
     def questions(self, sample, tasks, shared=False):
         return questions(sample, tasks, shared=shared)
 
-    def __call__(self, images, questions, image_index):
-        return Inputs(images=images, questions=questions, image_index=image_index)
+    def __call__(self, questions, image_sizes, image_index):
+        return Inputs(questions=questions, image_index=image_index)
 
 
-class Scripted(torch.nn.Module):
+class Scripted(FirstPixel, torch.nn.Module):
     """Answers by a function of a question and the colour of its image's first pixel (None without an
     image)."""
 
@@ -39,13 +47,20 @@ class Scripted(torch.nn.Module):
         self.batches = []
         self.modes = set()
         self.lengths = []
+        self.encoded = []
 
-    def generate(self, images, questions, image_index, max_new_tokens, do_sample):
-        self.batches.append((len(images or ()), len(questions)))
+    def encode(self, images):
+        features, layout = super().encode(images)
+        self.encoded += map(tuple, features.tolist())
+        return features, layout
+
+    def generate(self, questions, image_index, features, max_new_tokens, do_sample):
+        self.batches.append((0 if features is None else len(features[0]), len(questions)))
         self.modes.add(self.training)
         self.lengths.append(max_new_tokens)
-        shown = [None] * len(questions) if images is None else [images[i] for i in image_index]
-        colours = [None if s is None else tuple(s[0, 0].tolist()) for s in shown]
+        colours = [None] * len(questions)
+        if features is not None:
+            colours = [tuple(features[0][i].tolist()) for i in image_index]
         return [self.answer(q, colour) for q, colour in zip(questions, colours, strict=True)]
 
 
@@ -102,7 +117,8 @@ def test_each_question_is_asked_of_its_own_image_and_an_image_stands_once_in_a_b
     ids = colours(dataset)
     model = Scripted(lambda q, colour: seen.append((ids[colour], q.answer)) or "")
     evaluate(model, Processor(), dataset, tasks=(BBOX2CAPTION,), batch_size=4)
-    assert sorted(seen) == sorted((a.sample.id, a.question.answer) for a in ask(dataset, (BBOX2CAPTION,)))
+    asked = ask(dataset, (BBOX2CAPTION,), readable(dataset, range(4)))
+    assert sorted(seen) == sorted((a.truth["id"], a.question.answer) for a in asked)
     assert model.batches == [(2, 4), (2, 2)]  # the natural regions of a and c, then the text of b and d
 
 
@@ -114,16 +130,17 @@ def test_a_box_gets_the_tokens_that_its_written_form_needs(dataset):
 
 def test_blind_other_image_shows_a_derangement_within_sources(dataset):
     ids, shown = colours(dataset), set()
-    owner = {a.question.answer: a.sample.id for a in ask(dataset, (BBOX2CAPTION,))}
+    owner = {a.question.answer: a.truth["id"] for a in ask(dataset, (BBOX2CAPTION,), readable(dataset, range(4)))}
     model = Scripted(lambda q, colour: shown.add((owner[q.answer], ids[colour])) or "")
     evaluate(model, Processor(), dataset, tasks=(BBOX2CAPTION,), blind="other_image")
     assert all(mine != other for mine, other in shown)
     assert {other for _, other in shown} == set("abcd")  # each image is shown once
     pages = set("bd")
     assert sum((mine in pages) != (other in pages) for mine, other in shown) == 2  # the cycle's seams
-    samples = {i: dataset[i] for i in range(len(dataset))}
-    first, again = other_images(samples), other_images(samples)
-    assert all(first[i] is not sample and first[i] is again[i] for i, sample in samples.items())
+    sources = {i: dataset[i].source for i in range(len(dataset))}
+    shown = other_images(sources)
+    assert shown == other_images(sources) and sorted(shown.values()) == [0, 1, 2, 3]
+    assert all(row != other for row, other in shown.items())
 
 
 def test_rows_that_share_an_id_are_shown_each_with_its_own_picture(gran_rows):
@@ -151,26 +168,133 @@ def test_the_model_is_asked_in_eval_mode_and_left_as_it_was(dataset):
     assert not model.training
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 50])
-def test_ranks_share_the_questions_and_find_what_one_finds(dataset, ranks):
-    """Also more ranks than there are questions: the ones without any take part in the gathering."""
+class Ranks:
+    """So many threads that work as ranks."""
 
-    def answer(question, colour):
-        return question.prompt[-20:]
+    def __init__(self, number):
+        self.number, self.barrier, self.values = number, Barrier(number, timeout=60), {}
 
-    alone = evaluate(Scripted(answer), Processor(), dataset)
-    parts = []
+    def run(self, work):
+        """work(world) on each, in their order: what it returned, or the error that it raised."""
 
-    def send(own):
-        parts.append(own)
-        return [alone.predictions]
+        class Rank(World):
+            def gather(world, value):
+                self.values[world.rank] = pickle.dumps(value)
+                self.barrier.wait()
+                values = [pickle.loads(self.values[i]) for i in range(self.number)]
+                self.barrier.wait()
+                return values
 
-    for rank in range(ranks):
-        evaluate(Scripted(answer), Processor(), dataset, rank=rank, ranks=ranks, gather=send)
-    assert sum(map(len, parts)) == len(alone.predictions) and (ranks < 50 or [] in parts)
-    for rank in range(ranks):
-        joined = evaluate(Scripted(answer), Processor(), dataset, rank=rank, ranks=ranks, gather=lambda own: parts)
-        assert joined == alone
+        def of(rank):
+            try:
+                return work(Rank(rank, self.number))
+            except (ValueError, Failed) as error:
+                return error
+
+        with ThreadPoolExecutor(self.number) as pool:
+            return list(pool.map(of, range(self.number)))
+
+
+class Watched(GranDataset):
+    """Knows which rows' pictures were opened, and how many of them were there at a time."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.opened, self.most, self.alive = [], 0, WeakSet()
+
+    def read(self, index, drop, decode=True):
+        sample = super().read(index, drop, decode)
+        if decode:
+            self.opened.append(index)
+            self.alive.add(sample.image)
+            self.most = max(self.most, len(self.alive))
+        return sample
+
+
+@pytest.fixture
+def many(gran_rows):
+    """many() -> a data set of 40 pictures, the same each time; pictures 5, 6 and 30 are broken, and a box of 7's."""
+    rows = []
+    for i in range(40):
+        kind, source = (("natural", "photos"), ("ocr", "pages"))[i % 3 == 1]
+        boxes = [((0.0, 0.0, 0.5, (1 + k) / 10), f"thing {i} {k % 2}", kind) for k in range(1 + i % 4)]
+        boxes += [((0.0, 0.0, 1.5, 1.0), "outside", kind)] if i == 7 else []
+        rows.append(("broken" if i in (5, 6, 30) else "i" * (i + 1), boxes, source))  # each of another colour
+    return lambda **options: Watched(gran_rows(rows), **{"fault_budget": 0.5} | options)
+
+
+def spelt(question, colour):
+    return f"{colour} {question.prompt[-20:]}"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 50])
+@pytest.mark.parametrize("blind", [None, "other_image", "text"])
+def test_ranks_share_the_images_and_find_what_one_finds(many, ranks, blind):
+    """Also more ranks than there are portions: those without any take part in the gathering."""
+    alone_data, alone_model = many(), Scripted(spelt)
+    alone = evaluate(alone_model, Processor(), alone_data, blind=blind, batch_size=8)
+    datasets, models = [many() for _ in range(ranks)], [Scripted(spelt) for _ in range(ranks)]
+
+    def work(world):
+        model, data = models[world.rank], datasets[world.rank]
+        return evaluate(model, Processor(), data, blind=blind, batch_size=8, world=world)
+
+    results = Ranks(ranks).run(work)
+    assert all(result == alone for result in results)
+    assert {str(data.faults.counts) for data in datasets} == {str(alone_data.faults.counts)} != {"Counter()"}
+    assert sorted(batch for model in models for batch in model.batches) == sorted(alone_model.batches)
+    encoded = [colour for model in models for colour in model.encoded]
+    assert len(encoded) == len(set(encoded)) == (0 if blind == "text" else 37)
+    opened = Counter(row for data in datasets for row in data.opened)  # of broken pictures nothing is opened
+    assert len(opened) == 37 and set(opened.values()) == {1 if blind == "text" else 2}
+    assert all(data.most <= 9 for data in (alone_data, *datasets))  # eight regions, and one that is read
+
+
+def test_portions_are_of_whole_images_and_one_kind(many):
+    asked = list(ask(many(), (BBOX2CAPTION, CAPTION2BBOX), [row for row in range(40) if row not in (5, 6, 30)]))
+    parts = list(portions(asked, 4))
+    assert sorted(i for part in parts for i in part) == list(range(len(asked)))
+    rows = [{asked[i].row for i in part} for part in parts]
+    assert sum(map(len, rows)) == 37
+    assert max(Counter(asked[i].question.task for i in part).most_common()[0][1] for part in parts) == 4
+    kinds = [{asked[i].truth["kind"] for i in part} for part in parts]
+    assert sum(len(kind) > 1 for kind in kinds) <= 1
+
+
+def test_some_questions_are_spread_over_tasks_and_images(many):
+    data = many()
+    some = evaluate(Scripted(spelt), Processor(), data, questions=12, batch_size=8).predictions
+    asked = {int(p["caption"].split()[1]) for p in some}
+    assert set(data.opened) == asked, "of the others no picture is opened"
+    assert Counter(p["task"] for p in some) == {BBOX2CAPTION: 5, CAPTION2BBOX: 5}, "one each is of a broken picture"
+    assert len(asked) >= 5
+
+
+def test_the_fault_budget_holds_over_all_ranks(many):
+    """Three broken pictures and a box of a fourth, on different ranks, are too many together, and each rank says so."""
+
+    def work(world):
+        data = many(fault_budget=0.09)  # three rows
+        return evaluate(Scripted(spelt), Processor(), data, world=world)
+
+    errors = Ranks(3).run(work)
+    assert len({str(error) for error in errors}) == 1
+    assert "4 of 40 rows have faults" in str(errors[0]) and "the fault budget allows 3" in str(errors[0])
+
+
+def test_what_fails_on_one_rank_is_said_on_all(many):
+    """A picture that is gone when it is asked about."""
+    rows = readable(many(), range(40))
+
+    def work(world):
+        data = many(fault_budget=1.0)
+        if world.rank == 1:
+            data.rows = data.rows.map(lambda row: {"image": {"bytes": b"gone", "path": None}})
+        return evaluate(Scripted(spelt), Processor(), data, batch_size=4, rows=rows, world=world)
+
+    first, second, third = Ranks(3).run(work)
+    assert isinstance(second, ValueError) and "could be read before and can't be now" in str(second)
+    assert isinstance(first, Failed) and f"rank 1 failed (ValueError: {second})" == str(first) == str(third)
 
 
 def test_a_limit_and_faulty_rows(gran_rows):

@@ -1,6 +1,17 @@
-"""What stand-ins for a GranViTProcessor share, beside a model whose answers are texts."""
+"""What stand-ins for a GranViT and its processor share, whose answers are texts and whose features are a pixel."""
+
+import torch
 
 from granvit.questions.prompts import parse_box
+from granvit_kernels import PackedLayout
+
+
+class FirstPixel:
+    """Encodes an image as its first pixel, by which a stand-in knows it."""
+
+    def encode(self, images):
+        pixels = torch.stack([image[0, 0] for image in images])
+        return pixels, PackedLayout.from_grids([(1, 1)] * len(images))
 
 
 class TextProcessor:
