@@ -1,6 +1,7 @@
-"""python -m granvit.eval RUN_OR_MODEL --data DIR [--json FILE]: measure a model, beside the floors.
+"""python -m granvit.eval RUN_OR_MODEL [--data DIR] [--json FILE]: measure a model, beside the floors.
 
-python -m granvit.eval probe ENCODER... --data DIR: measure frozen encoders (granvit.eval.probe).
+Under torchrun the ranks share the images. python -m granvit.eval probe ENCODER... --data DIR: measure frozen encoders
+(granvit.eval.probe).
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from granvit.data.files import output_fault
-from granvit.machine import default_device
+from granvit.errors import Failed
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
 if TYPE_CHECKING:
+    import torch
+
     from granvit.data.loader import GranDataset
+    from granvit.world import World
 
 BLIND = {"other image": "other_image", "text alone": "text"}
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+"""Exit codes."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -32,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run's folder, or a folder of save_pretrained's"
     )
-    parser.add_argument("--data", required=True, metavar="DIR", help="a Gran dataset")
+    parser.add_argument("--data", metavar="DIR", help="a Gran dataset (that of the run)")
     parser.add_argument("--split", default="test", help="the split that is asked about (test)")
     parser.add_argument("--json", metavar="FILE", help="write metrics, floors and every prediction there")
     parser.add_argument("--limit", type=int, metavar="N", help="N images only, spread over the split")
@@ -41,10 +47,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fault-budget", type=float, default=0.01, metavar="SHARE", help="faulty rows allowed (0.01)"
     )
-    parser.add_argument("--device")
+    parser.add_argument(
+        "--precision", metavar="float32|bfloat16", help="what the model computes in (as its weights were saved)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu or cuda (a GPU where there is one)")
     options = parser.parse_args(arguments)
 
-    options.device = options.device or default_device()
     for name in ("limit", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -54,15 +62,71 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def train_split(options: argparse.Namespace, console: Console) -> GranDataset | None:
-    """The split that floors are fitted on, or None, said aloud, where the dataset has none."""
-    from granvit.data.loader import GranDataset
+def train_split(paths: list[str], options: argparse.Namespace, console: Console) -> GranDataset | None:
+    """The split that floors are fitted on, or None, and a line about it, where the data has none."""
+    from granvit.data.mixture import open_split
 
     try:
-        return GranDataset(options.data, "train", options.fault_budget)
+        return open_split(paths, "train", options.fault_budget)
     except ValueError as error:
         console.print(f"no floors: {error}", style="yellow", soft_wrap=True)
         return None
+
+
+def measure(options: argparse.Namespace, world: World, device: torch.device) -> None:
+    """Evaluate, print the figures and write them down; every rank of a world does it with the others. Raises ValueError
+    for what can't be measured, and Failed on ranks where it was another that failed."""
+    from transformers.utils import logging
+
+    from granvit.data.loader import spread
+    from granvit.data.mixture import open_split
+    from granvit.eval.baselines import floors
+    from granvit.eval.evaluation import evaluate, readable
+    from granvit.eval.loading import load_model, own_data
+    from granvit.eval.metrics import counts
+    from granvit.eval.terminal import bars, print_figures
+
+    logging.disable_progress_bar()  # "Loading weights"
+    console = Console(markup=False, emoji=False, highlight=False, quiet=not world.leads)
+    paths = world.first(lambda: [options.data] if options.data else own_data(options.model))
+    ready = []
+
+    def prepare() -> None:
+        test = open_split(paths, options.split, options.fault_budget)
+        ready.extend((test, *load_model(options.model, device, options.precision)))
+
+    world.each(prepare)
+    test, model, processor = ready
+    with bars(world.leads) as bar:
+        rows = readable(test, spread(len(test), options.limit), world, bar("opening pictures"))
+        asked = {"rows": rows, "batch_size": options.batch_size, "world": world}
+        evaluation = evaluate(model, processor, test, **asked, progress=bar("answers"))
+        blinded = {
+            label: evaluate(model, processor, test, blind=blind, **asked, progress=bar(f"answers, {label}")).metrics
+            for label, blind in (BLIND.items() if options.blind else ())
+        }
+
+    def guess() -> dict[str, dict[str, float]]:
+        train = train_split(paths, options, console)
+        return floors(train, test, rows=rows) if train is not None else {}
+
+    below, numbers = world.first(guess), counts(evaluation.predictions)
+    print_figures(console, {"model": evaluation.metrics} | blinded | below, numbers, options.json)
+    if test.faults.counts:
+        console.print(f"left out: {test.faults.summary()}", style="yellow", soft_wrap=True)
+    if options.json and world.leads:
+        result = {
+            "model": str(options.model),
+            "data": paths[0] if len(paths) == 1 else paths,
+            "split": options.split,
+            "metrics": evaluation.metrics,
+            "blind": blinded,
+            "floors": below,
+            "counts": numbers,
+            "predictions": evaluation.predictions,
+        }
+        Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        console.print(f"written to {options.json}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,47 +136,24 @@ def main(arguments: list[str] | None = None) -> int:
 
         return probe(arguments[1:])
     options = parse(arguments)
-    from granvit.data.loader import GranDataset
-    from granvit.eval.baselines import floors
-    from granvit.eval.evaluation import evaluate
-    from granvit.eval.loading import check_device, load_model
-    from granvit.eval.metrics import counts
-    from granvit.eval.terminal import print_figures
-
-    console = Console(markup=False, emoji=False, highlight=False)
+    leads = True
     try:
-        check_device(options.device)
-        test = GranDataset(options.data, options.split, options.fault_budget)
-        model, processor = load_model(options.model, options.device)
-        evaluation = evaluate(model, processor, test, limit=options.limit, batch_size=options.batch_size)
-        blinded = {
-            label: evaluate(
-                model, processor, test, blind=blind, limit=options.limit, batch_size=options.batch_size
-            ).metrics
-            for label, blind in (BLIND.items() if options.blind else ())
-        }
-        train = train_split(options, console)
-        below = floors(train, test, options.limit) if train is not None else {}
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    asked = counts(evaluation.predictions)
-    print_figures(console, {"model": evaluation.metrics} | blinded | below, asked, options.json)
-    if test.faults.counts:
-        console.print(f"left out: {test.faults.summary()}", style="yellow", soft_wrap=True)
-    if options.json:
-        result = {
-            "model": str(options.model),
-            "data": str(options.data),
-            "split": options.split,
-            "metrics": evaluation.metrics,
-            "blind": blinded,
-            "floors": below,
-            "counts": asked,
-            "predictions": evaluation.predictions,
-        }
-        Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
-        console.print(f"written to {options.json}", soft_wrap=True)
+        from granvit.world import start, stop
+
+        world, device = start(options.device)
+        leads = world.leads  # the others would repeat what it says
+        try:
+            measure(options, world, device)
+        finally:
+            stop()
+    except (ValueError, OSError, Failed) as error:
+        if leads:
+            print(f"error: {error}", file=sys.stderr)
+        return FAILED if isinstance(error, Failed) else USAGE
+    except KeyboardInterrupt:
+        if leads:
+            print("stopped: nothing was written", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

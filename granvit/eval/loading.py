@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 
+from granvit.data.sample import cached_sample
 from granvit.model.granvit import GranViT
 from granvit.model.processing import GranViTProcessor
 
+PRECISIONS = ("float32", "bfloat16")
 ACCEPTED = "a run's folder (with export/ in it) or a model's (written by GranViT.save_pretrained)"
 
 
@@ -58,11 +61,35 @@ def find_encoder(path: str | Path) -> Path | str:
     return path
 
 
-def load_model(path: str | Path, device: str = "cpu") -> tuple[GranViT, GranViTProcessor]:
-    """The model that `path` means (`find_model`), in eval mode on `device`, and its processor.
+def own_data(path: str | Path) -> list[str]:
+    """The datasets of the run that `path` is or lies in, an export of it, say; the sample set, drawn if need be, where
+    the run named none. ValueError for a path outside a run."""
+    folder = Path(path).absolute()
+    configs = [place / "config.yaml" for place in (folder, *folder.parents[:2]) if (place / "config.yaml").is_file()]
+    if not configs:
+        raise ValueError(f"{path} is no run (no config.yaml in it or above), so it has no test set; give --data DIR")
+    try:
+        data = yaml.safe_load(configs[0].read_text(encoding="utf-8"))["data"]
+        named, sample = data["path"], (data["images"], data["pages"])
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{configs[0]} does not say which data the run had ({error!r}); give --data DIR") from error
+    if named is None:
+        images, pages = sample
+        return [str(cached_sample(images, seed=0, pages=pages))]
+    return [named] if isinstance(named, str) else list(named)
 
-    ValueError where its files are damaged, lack weights or don't belong together, and for a device that isn't there.
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", precision: str | None = None
+) -> tuple[GranViT, GranViTProcessor]:
+    """The model that `path` means (`find_model`), in eval mode on `device`, and its processor. precision: "float32" or
+    "bfloat16"; None: as its weights were saved.
+
+    ValueError for another precision, for files that are damaged, lack weights or don't belong together, and for a
+    device that isn't there.
     """
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}")
     check_device(device)
     folder = find_model(path)
     try:
@@ -74,13 +101,13 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[GranViT, GranViTP
     except Exception as error:  # on damaged files the libraries raise whatever the damage leads to
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{folder} can't be loaded: {kind}{error}") from error
-    return model.eval().to(device), processor
+    return model.eval().to(device=device, dtype=None if precision is None else getattr(torch, precision)), processor
 
 
-def check_device(device: str) -> None:
+def check_device(device: str | torch.device) -> None:
     """ValueError for what torch can't compute on: no device's name, one that is not here, or "meta"."""
     try:
         torch.zeros((), device=device).item()
     except Exception as error:  # each backend raises its own
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: got {device!r}, accepted is 'cpu', or 'cuda' with a GPU: {reason}") from error
+        raise ValueError(f"device: got {str(device)!r}, accepted is 'cpu', or 'cuda' with a GPU: {reason}") from error

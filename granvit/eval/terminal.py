@@ -1,12 +1,14 @@
-"""An evaluation's figures as tables for a terminal, of 80 columns or more."""
+"""What a terminal of 80 columns or more shows of an evaluation: bars while it goes, then its figures in tables."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +22,21 @@ COLUMNS = FLOORS | {"other image": "another image"}
 ORDER = [word for words in METRICS for word in words.split(", ")]  # the glossary's
 
 Figures = Mapping[str, float]
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Inside, bar(title) adds a progress bar on the error stream, if that is a terminal, and returns what is to be told
+    how much is done, and of how much. They go when all is done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+
+        def bar(title: str) -> Callable[[int, int], None]:
+            task = progress.add_task(title, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield bar
 
 
 def print_figures(
@@ -41,7 +58,7 @@ def print_figures(
     ):
         if rows:
             counts = {} if task is None else {name.removesuffix(task): n for name, n in asked.items()}
-            console.print(table(title, rows, columns, shown, counts))
+            console.print(table(title, rows, columns, shown, counts), "")
     if hidden:
         most = max(hidden.values())
         console.print(

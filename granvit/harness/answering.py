@@ -19,8 +19,6 @@ from granvit.questions.prompts import CAPTION2BBOX
 
 from .wording import Wording, cut, write_answer
 
-PRECISIONS = ("float32", "bfloat16")
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -65,12 +63,8 @@ class Pictures(Mapping[Hashable, torch.Tensor]):
 
 
 def load(pretrained: str, device: str | None, precision: str | None) -> tuple[GranViT, GranViTProcessor]:
-    """A run's model or an export (`load_model`), in eval mode. device: None: "cuda" where there is one, else "cpu".
-    precision: of PRECISIONS; None: as its weights were saved. ValueError for anything else."""
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f"precision: got {precision!r}, accepted are {', '.join(map(repr, PRECISIONS))}")
-    model, processor = load_model(str(pretrained), device or default_device())
-    return model if precision is None else model.to(getattr(torch, precision)), processor
+    """`load_model`. device: None: "cuda" where there is one, else "cpu"."""
+    return load_model(str(pretrained), device or default_device(), precision)
 
 
 def answer(

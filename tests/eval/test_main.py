@@ -3,11 +3,16 @@
 import io
 import json
 import re
+from unittest.mock import Mock
 
 import datasets
 import pytest
+import ranks
+import yaml
+from launching import run_ranks
 from rich.console import Console
 
+from granvit.eval import evaluation, loading
 from granvit.eval.__main__ import main
 from granvit.eval.names import figure_name
 from granvit.eval.terminal import frequent_sources, table
@@ -24,7 +29,8 @@ def data(gran_rows, tmp_path):
             ("b", [(LEFT, "Total 12", "ocr")], "pages"),
         ]
     )
-    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "data")
+    splits = {"train": rows, "test": rows, "bare": gran_rows([("a", [], "photos")])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -51,6 +57,49 @@ def test_a_model_is_measured_beside_the_floors(saved, data, tmp_path, capsys):
     assert "all: 3" in shown and "not text: 2" in shown and "pages of text: 1" in shown
 
 
+@pytest.mark.slow
+def test_two_ranks_find_what_one_process_finds(saved, gran_rows, tmp_path, capsys):
+    """A broken picture too, which one of them alone meets, is counted once; weights in bfloat16."""
+    rows = [(f"{'i' * i}", [(LEFT, f"a cat {i}", "natural"), (RIGHT, f"{i}", "ocr")], f"{i % 2}") for i in range(1, 9)]
+    rows = gran_rows([*rows, ("broken", [(LEFT, "a dog", "natural")], "0")])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "data")
+    options = ["--data", str(tmp_path / "data"), "--batch-size", "2", "--precision", "bfloat16", "--blind"]
+    options = [str(saved[0]), *options, "--fault-budget", "0.2", "--device", "cpu", "--json"]
+    run_ranks(ranks.measure, 2, *options, str(tmp_path / "two.json"), seconds=120)
+    assert main([*options, str(tmp_path / "one.json")]) == 0
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two and one["counts"]["bbox2caption"] == 16
+    assert "left out: 1 of 9 rows have faults (image 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["run", "run/export"])
+def test_a_run_is_asked_about_its_own_test_set(saved, data, tmp_path, capsys, place):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "export").symlink_to(saved[0] / "export")
+    config = {"data": {"path": str(data), "images": 9, "pages": 0.05}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main([str(tmp_path / place), "--device", "cpu", "--json", str(tmp_path / "result.json")]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["data"] == str(data)
+    (tmp_path / "run" / "config.yaml").write_text("data: [}")
+    assert main([str(tmp_path / place), "--device", "cpu"]) == 2
+    assert "config.yaml does not say which data the run had" in capsys.readouterr().err
+
+
+def test_the_sample_set_is_that_of_a_run_without_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "cached_sample", lambda images, seed, pages: tmp_path / f"{images} {seed} {pages}")
+    (tmp_path / "config.yaml").write_text("data: {path: null, images: 200, pages: 0.05}")
+    assert loading.own_data(tmp_path) == [str(tmp_path / "200 0 0.05")]
+    (tmp_path / "config.yaml").write_text("data: {path: [a, b], images: 200, pages: 0.05}")
+    assert loading.own_data(tmp_path / "seed-0") == ["a", "b"]
+
+
+def test_ctrl_c_is_said_in_a_line(saved, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "answer", Mock(side_effect=KeyboardInterrupt))
+    out = tmp_path / "result.json"
+    assert main([str(saved[0]), "--data", str(data), "--device", "cpu", "--json", str(out)]) == 130
+    assert capsys.readouterr().err.endswith("stopped: nothing was written\n") and not out.exists()
+
+
 def test_without_a_train_split_the_missing_floors_are_said(saved, data, tmp_path, capsys):
     datasets.DatasetDict({"test": datasets.load_from_disk(data)["test"]}).save_to_disk(tmp_path / "bare")
     assert main([str(saved[0]), "--data", str(tmp_path / "bare"), "--limit", "1", "--device", "cpu"]) == 0
@@ -63,7 +112,10 @@ def test_without_a_train_split_the_missing_floors_are_said(saved, data, tmp_path
         ({"model": "nowhere"}, "no model at nowhere: it is not there"),
         ({"--data": "nowhere"}, "no dataset at nowhere"),
         ({"--split": "dev"}, "split must be one of"),
-        ({"--device": "foo"}, "device: got 'foo', accepted is 'cpu', or 'cuda' with a GPU"),
+        ({"--device": "foo"}, "device: 'foo' can't be used here"),
+        ({"--precision": "float8"}, "precision: got 'float8', accepted are 'float32', 'bfloat16'"),
+        ({"--data": ""}, "is no run (no config.yaml in it or above), so it has no test set; give --data DIR"),
+        ({"--split": "bare"}, "nothing to ask: none of 1 rows has a region"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(saved, data, capsys, change, message):

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from granvit.data.batches import Batch, Read, collate, join
+from granvit.eval import __main__ as measuring
 from granvit.questions.prompts import GLOBAL_CAPTION
 from granvit.train import __main__
 from granvit.train.guard import Termination
@@ -165,3 +166,8 @@ def keep_held_out(world: World, folder: Path) -> None:
         evaluations[parallel].append({"best": Path(run.checkpoints.folder / "pretrain-best").resolve().name})
     if world.leads:
         torch.save(evaluations, folder / f"held_out-{world.ranks}.pt")
+
+
+def measure(_: World, *arguments: str) -> None:
+    """`python -m granvit.eval ARGUMENTS`."""
+    assert measuring.main(list(arguments)) == 0
