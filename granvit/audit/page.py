@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from granvit.data.loader import open_rows, spread
@@ -20,13 +21,17 @@ from granvit.data.page import data_uri, render
 from granvit.data.parallel import progress
 from granvit.data.schema import good_or_none, parse_row
 from granvit.data.writer import whole_folder
+from granvit.eval.names import KINDS
+from granvit.questions.prompts import Box
 from granvit.questions.schema import Region, Sample
 
+SOURCES = 50
+"""Sources that the page's table has, those of the most rows; audit.json has all."""
 CARDS = 48
 """Random regions, and doubtful ones, that the page shows."""
 DOUBTS = 1000
 """Doubtful regions that audit.json names."""
-THUMBNAIL = 240  # pixels
+THUMBNAIL, WHOLE = 240, 480  # pixels of a card's picture, and of the whole one that a click opens
 GREEN, RED = (34, 197, 94), (239, 68, 68)
 
 
@@ -74,7 +79,8 @@ def audit(
             ]
         (folder / "audit.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         title = f"Audit of {Path(data).name}"
-        html = render("audit.html", "granvit.audit", title=title, **{**result, **values})
+        shown = list(result["numbers"]["sources"].items())[:SOURCES]
+        html = render("audit.html", "granvit.audit", title=title, sources=shown, **{**result, **values})
         (folder / "index.html").write_text(html, encoding="utf-8")
     return result
 
@@ -124,18 +130,19 @@ def _random_regions(rows: Any, chosen: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _card(sample: Sample, region: Region) -> dict[str, Any]:
-    """A region with half its size around it, and its box drawn."""
+    """A region with half its size around it, and its box drawn; and the whole picture."""
     picture = Image.fromarray(sample.image.numpy())
     x1, y1, x2, y2 = (v * side for v, side in zip(region.box, picture.size * 2, strict=True))
     margin = 0.25 * max(x2 - x1, y2 - y1) + 4
     corner = (max(0, round(x1 - margin)), max(0, round(y1 - margin)))
     end = (min(picture.width, round(x2 + margin)), min(picture.height, round(y2 + margin)))
-    crop = _thumbnail(picture.crop((*corner, *end)))
+    crop = _scaled(picture.crop((*corner, *end)), THUMBNAIL)
     scale = crop.width / (end[0] - corner[0]), crop.height / (end[1] - corner[1])
     box = [(v - at) * by for v, at, by in zip((x1, y1, x2, y2), corner * 2, scale * 2, strict=True)]
     return {
-        "picture": data_uri(_outlined(crop, box, GREEN), THUMBNAIL), "caption": region.caption, "kind": region.kind,
-        "size": (round(x2 - x1), round(y2 - y1)), "id": sample.id,
+        "picture": data_uri(_outlined(crop, box, GREEN), THUMBNAIL), "whole": _whole(picture, {GREEN: region.box}),
+        "caption": region.caption, "kind": KINDS[region.kind], "size": (round(x2 - x1), round(y2 - y1)),
+        "id": sample.id, "source": sample.source,
     }  # fmt: skip
 
 
@@ -144,17 +151,25 @@ def _doubt(rows: Any, doubt: dict[str, Any]) -> dict[str, Any] | None:
     sample = _sample(rows, doubt["row"])
     if sample is None:
         return None
-    picture = _thumbnail(Image.fromarray(sample.image.numpy()))
-    for box, colour in ((doubt["box"], GREEN), (doubt["found"], RED)):
+    picture = Image.fromarray(sample.image.numpy())
+    boxes = {GREEN: doubt["box"], RED: doubt["found"]}
+    shown = {"picture": _whole(picture, boxes, THUMBNAIL), "whole": _whole(picture, boxes)}
+    return doubt | shown | {"id": sample.id, "source": sample.source}
+
+
+def _whole(picture: Image.Image, boxes: dict[tuple[int, int, int], Box | None], long_side: int = WHOLE) -> Markup:
+    """A picture with relative xyxy boxes drawn in their colours, as a data: URI."""
+    picture = _scaled(picture, long_side)
+    for colour, box in boxes.items():
         if box:
             sides = [v * side for v, side in zip(box, picture.size * 2, strict=True)]
             picture = _outlined(picture, sides, colour)
-    return doubt | {"picture": data_uri(picture, THUMBNAIL), "id": sample.id}
+    return data_uri(picture, long_side, quality=72)
 
 
-def _thumbnail(picture: Image.Image) -> Image.Image:
-    """Brought to THUMBNAIL pixels on the long side; a small one is enlarged, so that a line is a line."""
-    scale = THUMBNAIL / max(picture.size)
+def _scaled(picture: Image.Image, long_side: int) -> Image.Image:
+    """Brought to so many pixels on the long side; a small one is enlarged, so that a line is a line."""
+    scale = long_side / max(picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
     return picture.resize(size, Image.Resampling.BICUBIC)
 

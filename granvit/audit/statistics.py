@@ -25,6 +25,7 @@ SAME_BOX = 0.9
 """Boxes of one kind in one picture are counted as duplicates where their IoU is above this."""
 EXAMPLES = 5
 """As many faults of a kind are quoted."""
+SOURCE_COUNTS = ("rows", "faulty", "pictures", "captioned", *KINDS, "words")
 _CHUNK = 128
 
 
@@ -38,7 +39,8 @@ class Statistics:
     sizes [N, 2]: width and height of the good pictures in pixels. regions_of [N]: how many regions each has.
     boxes: {kind: [R, 4]}, relative xyxy; sides: {kind: [R, 2]}, their width and height in pixels. lengths: {kind or
     "image": words of the captions}. same_boxes, same_captions: regions that repeat one of their picture's. codes: the
-    pictures' hashes.
+    pictures' hashes. sources: {source: how many rows, faulty rows, pictures, captioned ones, regions of each kind, and
+    words of their captions it has}.
     """
 
     rows: int = 0
@@ -59,6 +61,7 @@ class Statistics:
     sides: dict[str, list[Any]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     lengths: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in (*KINDS, "image")})
     codes: list[np.ndarray] = field(default_factory=list)
+    sources: dict[str, Counter[str]] = field(default_factory=dict)
 
     def __iadd__(self, other: Statistics) -> Statistics:
         for name, value in vars(other).items():
@@ -66,6 +69,9 @@ class Statistics:
             if name == "examples":
                 for kind, messages in value.items():
                     mine[kind] = (mine.get(kind, []) + messages)[:EXAMPLES]
+            elif name == "sources":
+                for source, counts in value.items():
+                    mine.setdefault(source, Counter()).update(counts)
             elif isinstance(value, dict) and not isinstance(value, Counter):
                 for kind, values in value.items():
                     mine[kind].extend(values)
@@ -105,6 +111,10 @@ class Statistics:
             "vocabulary": len(self.vocabulary),
             "frequent_captions": [[text[:300], number] for text, number in self.captions.most_common(20)],
             "frequent_words": [[text[:300], number] for text, number in self.vocabulary.most_common(20)],
+            "sources": {
+                source: {name: counts[name] for name in SOURCE_COUNTS}
+                for source, counts in sorted(self.sources.items(), key=lambda item: (-item[1]["rows"], item[0]))
+            },
             "repeated_ids": sum(number - 1 for number in self.ids.values()),
             "repeated_pictures": len(pictures),
             "repeated_boxes": self.same_boxes,
@@ -137,14 +147,18 @@ def _count(data: str, split: str, chosen: Sequence[int]) -> Statistics:
         name = f"{split}[{number}] id={str(row['id'])[:80]!r}"
         statistics.rows += 1
         statistics.ids[str(row["id"])] += 1
+        source = statistics.sources.setdefault(str(row["source"])[:300], Counter())
+        source["rows"] += 1
         _count_boxes(statistics, row)
         try:
             sample = parse_row(row, lambda fault, name=name: statistics.fault(name, fault))
         except DataFault as fault:
             statistics.fault(name, fault)
         else:
-            _count_sample(statistics, sample)
-        statistics.faulty += statistics.faults.total() > before
+            _count_sample(statistics, sample, source)
+        faulty = statistics.faults.total() > before
+        statistics.faulty += faulty
+        source["faulty"] += faulty
     return statistics
 
 
@@ -158,17 +172,19 @@ def _count_boxes(statistics: Statistics, row: dict[str, Any]) -> None:
             statistics.empty += "no area" in fault
 
 
-def _count_sample(statistics: Statistics, sample: Sample) -> None:
+def _count_sample(statistics: Statistics, sample: Sample, source: Counter[str]) -> None:
     if not sample.image.numel():  # conversations alone
         return
     height, width = sample.image.shape[:2]
     statistics.sizes.append((width, height))
+    source["pictures"] += 1
     statistics.regions_of.append(len(sample.regions))
     code = picture_hash(Image.fromarray(sample.image.numpy()))
     if code is not None:
         statistics.codes.append(code)
     if sample.caption is not None:
         statistics.captioned += 1
+        source["captioned"] += 1
         statistics.lengths["image"].append(len(words(sample.caption)))
     captions: Counter[str] = Counter()
     for region in sample.regions:
@@ -177,6 +193,8 @@ def _count_sample(statistics: Statistics, sample: Sample) -> None:
         statistics.sides[region.kind].append(((x2 - x1) * width, (y2 - y1) * height))
         said = words(region.caption)
         statistics.lengths[region.kind].append(len(said))
+        source[region.kind] += 1
+        source["words"] += len(said)
         if region.kind == "natural":
             captions[normalised(region.caption)] += 1
             statistics.vocabulary.update(said)

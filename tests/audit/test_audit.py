@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import datasets
@@ -71,6 +72,9 @@ def test_numbers(folder, workers, monkeypatch):
         "repeated_ids": 1, "repeated_pictures": 1, "repeated_boxes": 1, "repeated_captions_in_image": 1,
     }  # fmt: skip
     assert {name: numbers[name] for name in wanted} == wanted
+    whole = {"rows": 9, "faulty": 3, "pictures": 7, "captioned": 1, "natural": 10, "ocr": 1}
+    assert {name: numbers["sources"]["toy"][name] for name in whole} == whole
+    assert list(numbers["sources"]) == ["toy"] and numbers["sources"]["toy"]["words"] > 20
     assert numbers["frequent_captions"][0] == ["a red ball", 6]
     assert numbers["regions_an_image"][-1] == 3 and len(numbers["fault_examples"]["box"]) == 2
     json.dumps(numbers)
@@ -84,6 +88,17 @@ def test_page_of_hostile_text_is_whole_and_small(folder, tmp_path):
     assert "default-src 'none'" in html and 'src="http' not in html and "prefers-color-scheme: dark" in html
     stored = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert stored["numbers"]["rows"] == 9 and "doubts" not in stored
+
+
+def test_sources_are_named_as_text_and_cards_open_their_picture(tmp_path):
+    rows = [row(str(i), region(), caption="a thing") | {"source": EVIL if i else "plain"} for i in range(3)]
+    data = datasets.Dataset.from_dict({name: [r[name] for r in rows] for name in FEATURES}, FEATURES)
+    data.save_to_disk(str(tmp_path / "data"))
+    assert list(audit(tmp_path / "data", tmp_path / "out", workers=0)["numbers"]["sources"]) == [EVIL, "plain"]
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert html.count("&lt;script&gt;alert(1)") >= 3 and "<script>alert" not in html
+    opens = re.findall(r'popovertarget="([\w-]+)"', html)
+    assert len(opens) == 3 and re.findall(r'popover id="([\w-]+)"><img src="data:image/jpeg', html) == opens
 
 
 def test_an_empty_and_a_broken_dataset(tmp_path):
