@@ -147,6 +147,11 @@ def test_links_lead_somewhere(page, link):
     assert not anchor or anchor in headings(target)
 
 
+@pytest.mark.parametrize("page", sorted(page.relative_to(ROOT / "docs") for page in PAGES[2:]), ids=str)
+def test_pages_stand_in_the_sites_navigation(page):
+    assert re.search(rf"^ +- .*: {re.escape(str(page))}$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+
+
 def test_ci_calls_a_command_that_stands_here():
     assert re.search(r"^python -m pytest", README, re.MULTILINE)
 
