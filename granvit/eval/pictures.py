@@ -129,7 +129,8 @@ def draw_maps(run: Path, config: dict[str, Any], chosen: list[tuple[Image.Image,
 
     from granvit.eval.maps import load_features, pca_picture, similarity_picture
 
-    start = config.get("model", {}).get("encoder")
+    model = config.get("model", {})
+    start = model.get("encoder") or model.get("whole")
     try:
         trained = load_features(run / "export" / "encoder")
         if start:

@@ -83,7 +83,7 @@ def task_metrics(summary: dict[str, Any], task: str, names: tuple[str, ...]) -> 
     """The first metric of a task for every kind and source, the others over all."""
     first, *rest = names
     ending = f"{task}_{first}"
-    sources = sorted(name for name in _names(summary) if name.endswith(f"/{ending}"))
+    sources = sorted((n for n in _names(summary) if n.endswith(f"/{ending}")), key=lambda name: name.rpartition("/"))
     return [ending, f"natural_{ending}", f"ocr_{ending}", *sources, *(f"{task}_{name}" for name in rest)]
 
 

@@ -229,7 +229,7 @@ def test_sft_keeps_an_eye_on_the_regions_of_the_models_run(run, chats, tmp_path)
     after = [line for line in lines_of(tmp_path / "run") if line.get("evaluation") == "after"][0]
     assert {"chat_token_accuracy", "bbox2caption_rouge_l", "caption2bbox_acc50"} <= after.keys()
     page = (tmp_path / "run" / "report" / "index.html").read_text()
-    assert "Answers in conversations after stage 3" in page and "Tokens of the answers in conversations" in page
+    assert "Answers in conversations after stage 3" in page and "tokens foreseen</span>" in page
 
 
 def test_conversations_without_a_test_split_are_learnt_and_not_scored(run, chats, tmp_path):
