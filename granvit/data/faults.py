@@ -59,7 +59,7 @@ class FaultLog:
                 names.setdefault(str(fault), []).append(name)
         for message, rows in names.items():
             more = f" and {len(rows) - NAMED:,} more" if len(rows) > NAMED else ""
-            log.warning("%s", _printable(f"{', '.join(rows[:NAMED])}{more}: {message}"))
+            log.warning("%s", printable(f"{', '.join(rows[:NAMED])}{more}: {message}"))
 
     def check(self) -> None:
         """Raises FaultBudgetExceeded if there are more rows with faults than the budget allows."""
@@ -72,6 +72,6 @@ class FaultLog:
         return f"{len(self.faulty)} of {self.rows} {self.unit}s have faults" + (f" ({kinds})" if kinds else "")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """On one line, and nothing that a terminal obeys: names are other people's."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

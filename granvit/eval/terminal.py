@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from granvit.data.faults import printable
 from granvit.eval.metrics import is_attribute, is_of_size
 from granvit.eval.names import FLOORS, KINDS, METRICS, figure_name
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
@@ -123,6 +124,7 @@ def _prefix(figure: str) -> str:
 
 
 def _heading(of: str, number: int | None) -> str:
+    of = printable(of)
     if len(of) > LONGEST:  # long names often begin alike
         of = f"{of[: LONGEST // 2 - 1]}…{of[-LONGEST // 2 :]}"
     return of if number is None else f"{of}: {number:,}"

@@ -141,10 +141,12 @@ def test_a_result_that_could_not_be_written_is_said_before_the_work(tmp_path, ca
 
 
 def test_a_sources_name_is_text_and_no_markup():
-    name = "[red]/bbox2caption_exact"
-    shown = io.StringIO()
-    Console(file=shown, width=100).print(table("[b]title", [name], {"model": {name: 0.5}}, ["[red]"], {"[red]/": 1234}))
-    assert "[b]title" in shown.getvalue() and "[red]: 1,234" in shown.getvalue() and "50.0" in shown.getvalue()
+    source, shown = "[red]\x1b[31m", io.StringIO()
+    name = f"{source}/bbox2caption_exact"
+    drawn = table("[b]title", [name], {"model": {name: 0.5}}, [source], {f"{source}/": 1234})
+    Console(file=shown, width=100).print(drawn)
+    shown = shown.getvalue()
+    assert "[b]title" in shown and "[red]\\x1b[31m: 1,234" in shown and "50.0" in shown and "\x1b" not in shown
 
 
 def test_of_a_hundred_sources_the_most_frequent_are_shown_in_80_columns_and_all_written(
