@@ -19,8 +19,8 @@ import datasets
 import yaml
 from PIL import Image
 
-from granvit.data.loader import GranDataset
-from granvit.eval.evaluation import Asked, Evaluation, ask
+from granvit.data.loader import GranDataset, spread
+from granvit.eval.evaluation import Asked, Evaluation, ask, readable
 from granvit.eval.metrics import iou
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
@@ -42,22 +42,24 @@ BOXES = {
 CAPTIONS = {"ROUGE_L": "bbox2caption_rouge_l", "CIDEr": "bbox2caption_cider"}
 
 
-def write_rows(asked: Iterable[Asked], path: Path) -> None:
+def write_rows(data: GranDataset, asked: Iterable[Asked], path: Path) -> None:
     """A Parquet file in RefCOCO's form, a row a question: picture, box in pixels (x, y, width, height), expressions."""
     rows = []
     for number, question in enumerate(asked):
-        height, width = question.sample.image.shape[:2]
+        pixels = data[question.row].image.numpy()
+        height, width = pixels.shape[:2]
         x1, y1, x2, y2 = question.truth["box"]
         box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
-        image = Image.fromarray(question.sample.image.numpy())
+        image = Image.fromarray(pixels)
         rows.append({"question_id": str(number), "image": image, "bbox": box, "answer": [question.truth["caption"]]})
     datasets.Dataset.from_list(rows, FEATURES).to_parquet(path)
 
 
 def write_tasks(folder: Path, templates: Path, data: GranDataset, images: int | None) -> None:
     """lmms-eval's tasks in `folder`, with their rows. templates: the folder of lmms-eval's own tasks."""
+    rows = readable(data, spread(len(data), images))
     for kind in (BBOX2CAPTION, CAPTION2BBOX):
-        write_rows(ask(data, (kind,), images), folder / f"{kind}.parquet")
+        write_rows(data, ask(data, (kind,), rows), folder / f"{kind}.parquet")
     for name, (template, kind) in TASKS.items():
         task = {
             "include": str(templates / template),
@@ -111,8 +113,9 @@ def in_order(evaluation: Evaluation, data: GranDataset, images: int | None) -> d
         return truth["task"], truth["id"], truth["caption"], *truth["box"]
 
     by_place = {place(prediction): prediction for prediction in evaluation.predictions}
+    rows = readable(data, spread(len(data), images))
     return {
-        kind: [by_place[place(asked.truth)] for asked in ask(data, (kind,), images, pictures=False)]
+        kind: [by_place[place(asked.truth)] for asked in ask(data, (kind,), rows)]
         for kind in (BBOX2CAPTION, CAPTION2BBOX)
     }
 

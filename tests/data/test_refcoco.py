@@ -170,7 +170,7 @@ def test_every_expression_is_asked_when_a_part_is_evaluated(folder, part):
     refs = pickled(folder, [ref(*one) for one in [*(one for one in OBJECTS if one[3] != part), *objects]])
     convert(RefCoco(refs, str(folder / "train2014"), part=part), folder / "out", split=part)
     data = GranDataset(folder / "out", part)
-    asked = [(a.truth["caption"], a.truth["box"]) for a in ask(data, (CAPTION2BBOX,))]
+    asked = [(a.truth["caption"], a.truth["box"]) for a in ask(data, (CAPTION2BBOX,), range(len(data)))]
     official = [(sentence, box) for *_, box, sentences in objects for sentence in sentences]
     pixels = [[x / 40, y / 20, (x + w) / 40, (y + h) / 20] for _, (x, y, w, h) in official]
     assert [caption for caption, _ in asked] == [sentence for sentence, _ in official]
