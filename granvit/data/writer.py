@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import tempfile
@@ -19,9 +20,10 @@ from granvit.data.schema import FEATURES
 def write_dataset(output_dir: str | Path, splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """Write rows of the schema as a DatasetDict folder that `datasets.load_from_disk` reads.
 
-    Rows stream to disk, images as the encoded bytes that they come with. Raises ValueError if `output_dir`
-    has anything in it, a split's name could lead out of it, or a split has no rows (`datasets` would write it,
-    but not open it); an error while rows are made leaves nothing behind.
+    Rows stream to disk, images as the encoded bytes that they come with. Equal rows give an equal fingerprint, by which
+    a run knows its data again. Raises ValueError if `output_dir` has anything in it, a split's name could lead out of
+    it, or a split has no rows (`datasets` would write it, but not open it); an error while rows are made leaves nothing
+    behind.
     """
     for split in splits:
         check_split(split)
@@ -35,6 +37,7 @@ def write_dataset(output_dir: str | Path, splits: Mapping[str, Iterable[Mapping[
                         writer.write(dict(row))
                     writer.finalize()
                 written[split] = datasets.Dataset.from_file(arrow)
+                written[split]._fingerprint = _digest(arrow)  # else `datasets` draws one by lot
                 if not len(written[split]):
                     raise ValueError(f"split {split!r} has no rows; leave it out or give it at least one")
             bars = datasets.are_progress_bars_disabled()
@@ -44,6 +47,14 @@ def write_dataset(output_dir: str | Path, splits: Mapping[str, Iterable[Mapping[
             finally:
                 if not bars:
                     datasets.enable_progress_bars()
+
+
+def _digest(path: str) -> str:
+    known = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            known.update(block)
+    return known.hexdigest()
 
 
 def check_split(split: str) -> None:
