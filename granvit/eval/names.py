@@ -15,6 +15,16 @@ FLOORS = {
     "whole_image": "whole image",
     "mean_box": "mean box",
 }
+FLOOR_WORDS = {
+    "most frequent caption": "the most frequent training caption of the region's kind",
+    "most frequent words": "of each attribute what most training captions name: its chance level",
+    "blind: knows kind and size": "of a box its kind and size class: the caption that fits its training regions best; "
+    "for a sentence the box that overlaps most training boxes",
+    "centre box": "the middle half of the image",
+    "whole image": "all of it",
+    "mean box": "the mean training box of the kind",
+}
+"""{what a floor is called: what it answers}."""
 STAGES = {"warmup": "warm-up", "align": "alignment", "pretrain": "stage 1", "adapt": "stage 2", "sft": "stage 3"}
 STATES = {
     "before": ("before {}", "before"),
@@ -24,6 +34,13 @@ STATES = {
     "after": ("after {}", "after"),
 }
 """{state: (its name, with a place for the stage's, and its class)}."""
+CONTROL_WORDS = {
+    "shown another image": "every question is asked of another test image of the same source",
+    "text alone": "the question's text alone, no image",
+    "on a random frozen encoder": "stage 2 on a frozen encoder with random weights: what stage 1 adds is the distance "
+    "to it",
+}
+"""{what a control is called: what is done}."""
 SOURCES = {
     "scenes": "scenes (drawn)",
     "scenes-heldout": "scenes with held-out combinations",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from granvit.data.loader import GranDataset
 from granvit.data.page import data_uri, encoded
 from granvit.eval.metrics import Prediction, exact, iou, place, rouge_l
 from granvit.eval.names import source_name
+from granvit.eval.tables import SOURCES
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
 
 PICTURES = 3  # right ones and wrong ones a source and task
@@ -34,12 +36,13 @@ def is_right(prediction: Prediction) -> bool:
 
 
 def choose(predictions: dict[str, list[Prediction]]) -> list[dict[str, Any]]:
-    """Questions to show: for each stage's own task and each source some with right and some with wrong answers, drawn
-    at random (seeded) and each of another picture, with the number that there were of either."""
+    """Questions to show: for each stage's own task and each of SOURCES some with right and some with wrong answers,
+    drawn at random (seeded) and each of another picture, with the number that there were of either."""
     groups = []
     for stage, task in (("pretrain", BBOX2CAPTION), ("adapt", CAPTION2BBOX)):
         asked = [p for p in predictions.get(stage, []) if p["task"] == task]
-        for kind, source in sorted({(p["kind"], p["source"]) for p in asked}):  # natural before ocr
+        frequent = Counter((p["kind"], p["source"]) for p in asked).most_common(SOURCES)
+        for kind, source in sorted(pair for pair, _ in frequent):  # natural before ocr
             mine = [p for p in asked if p["kind"] == kind and p["source"] == source]
             right = [p for p in mine if is_right(p)]
             wrong = [p for p in mine if not is_right(p)]

@@ -19,9 +19,9 @@ from granvit.data.page import as_data, encoded, render
 from granvit.eval.curves import draw_curves, panels
 from granvit.eval.failures import failures
 from granvit.eval.metrics import Prediction, place, scored
-from granvit.eval.names import METRICS, STATES, stage_name
+from granvit.eval.names import CONTROL_WORDS, FLOOR_WORDS, METRICS, STATES, stage_name
 from granvit.eval.pictures import MAPS, card, choose, draw_maps, open_pictures, shown_picture
-from granvit.eval.tables import headlines, tables
+from granvit.eval.tables import SOURCES, headlines, tables
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -76,7 +76,8 @@ def write_report(run_dir: str | Path) -> Path:
         maps=draw_maps(first, summary.get("config", {}), [(images[place(p)], p) for p in of_maps]),
         configuration=escape(yaml.safe_dump(summary.get("config", {}), sort_keys=False, allow_unicode=True)),
         export=(first / "export").relative_to(run) if (first / "export").is_dir() else None,
-        glossary=METRICS,
+        sources=SOURCES if len({p["source"] for several in predictions.values() for p in several}) > SOURCES else None,
+        glossary={"Figures": METRICS, "Who answers": FLOOR_WORDS | CONTROL_WORDS},
     )
     page = report / "index.html"
     page.write_text(html, encoding="utf-8")

@@ -17,6 +17,8 @@ TABLES = (
     ("Captions of boxes", BBOX2CAPTION, ("rouge_l", "exact", "cider")),
     ("Boxes of sentences", CAPTION2BBOX, ("acc50", "acc75", "acc90", "miou", "f1", "unparsed")),
 )
+SOURCES = 8
+"""Sources that have columns and pictures of their own: those of the most questions."""
 LESS = ("cer", "unparsed")  # metrics of which less is better
 
 
@@ -69,7 +71,7 @@ def headlines(summary: dict[str, Any], scores: Scores) -> list[dict[str, Any]]:
 def tables(summary: dict[str, Any], scores: Scores) -> list[dict[str, Any]]:
     """All of the report's tables that have a row."""
     metrics = {
-        **{title: task_metrics(summary, task, names) for title, task, names in TABLES},
+        **{title: task_metrics(summary, task, names, _numbers(scores)) for title, task, names in TABLES},
         "Attributes that captions of boxes name right": attribute_metrics(summary),
         "Boxes of sentences by the object's size": size_metrics(),
         "Text regions, to the letter": ["ocr_cer", "ocr_exact"],
@@ -79,11 +81,15 @@ def tables(summary: dict[str, Any], scores: Scores) -> list[dict[str, Any]]:
     return [table for table in made if table["rows"]]
 
 
-def task_metrics(summary: dict[str, Any], task: str, names: tuple[str, ...]) -> list[str]:
-    """The first metric of a task for every kind and source, the others over all."""
+def task_metrics(
+    summary: dict[str, Any], task: str, names: tuple[str, ...], numbers: Mapping[str, int]
+) -> list[str]:
+    """The first metric of a task for every kind and for SOURCES, the others over all. numbers: of answers a metric."""
     first, *rest = names
     ending = f"{task}_{first}"
-    sources = sorted((n for n in _names(summary) if n.endswith(f"/{ending}")), key=lambda name: name.rpartition("/"))
+    known = sorted((n for n in _names(summary) if n.endswith(f"/{ending}")), key=lambda name: name.rpartition("/"))
+    asked = sorted(known, key=lambda name: -numbers.get(name, 0))[:SOURCES]
+    sources = [name for name in known if name in asked]
     return [ending, f"natural_{ending}", f"ocr_{ending}", *sources, *(f"{task}_{name}" for name in rest)]
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from granvit.eval.metrics import SIZES, summarise
-from granvit.eval.names import FLOORS, METRICS, STATES, figure_name
+from granvit.eval.names import CONTROL_WORDS, FLOOR_WORDS, FLOORS, METRICS, STATES, figure_name
 from granvit.eval.tables import tables
 
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -23,7 +23,8 @@ def test_the_docs_call_figures_by_the_names_of_the_code():
         assert meaning.startswith(METRICS[called])
         first = re.findall(r"`(\w+)`", figures)[:1]
         assert all(figure_name(name)[1].split(", ")[-1] == called.split(", ")[0] for name in first)
-    assert [floor for floor, _ in cells("Floors")] == list(FLOORS.values())
+    assert dict(cells("Floors")) == FLOOR_WORDS and list(FLOOR_WORDS) == list(FLOORS.values())
+    assert {called: done for _, called, done in cells("Controls")} == CONTROL_WORDS
     for state, called, _ in cells("Controls"):
         assert STATES[state.strip("`")][0].endswith(called)
 

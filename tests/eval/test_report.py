@@ -16,7 +16,7 @@ from granvit.data.page import as_data
 from granvit.eval.curves import draw_curves, panels, smooth
 from granvit.eval.failures import failures
 from granvit.eval.metrics import scored, summarise
-from granvit.eval.names import METRICS
+from granvit.eval.names import CONTROL_WORDS, FLOOR_WORDS, METRICS
 from granvit.eval.pictures import choose, compared, open_pictures
 from granvit.eval.report import write_report
 from granvit.eval.tables import attribute_metrics, headlines, size_metrics, table, tables
@@ -217,7 +217,8 @@ def test_tables_hold_floors_controls_and_states(page):
     assert re.search(rf"after stage 1 {rouge:.1f}", text)
     assert re.search(r"stage 2 on a random frozen encoder 20\.0", text)
     assert "before stage 2" not in text  # the end of stage 1 stands there already
-    assert all(name in text and words in text for name, words in METRICS.items())  # the glossary
+    glossary = METRICS | FLOOR_WORDS | CONTROL_WORDS
+    assert all(name in text and words in text for name, words in glossary.items())
     assert "1.5 minutes" in text and "2.0 GiB" in text and "9.25 12.50" in text
 
 
@@ -374,6 +375,16 @@ def test_an_interval_of_one_image_is_none(summary):
     summary["runs"] = [{"seed": 0, "stages": summary["mean"]["stages"]}]
     made = tables(summary, {("pretrain", "after"): scored(answers)})[0]
     assert made["rows"][-1]["cells"][0]["spread"] == "" and made["columns"][0]["images"] == 1
+
+
+def test_of_many_sources_those_of_the_most_questions_are_shown(summary):
+    answers = [caption("a", "a cat", "" if k else "a cat", f"source {i}") for i in range(12) for k in range(1 + i)]
+    summary["mean"]["stages"] = {"pretrain": {"after": summarise(answers)}}
+    summary["runs"] = [{"seed": 0, "stages": summary["mean"]["stages"]}]
+    wanted = sorted(f"source {i}" for i in range(4, 12))
+    shown = tables(summary, {("pretrain", "after"): scored(answers)})[0]["columns"]
+    assert [column["label"] for column in shown if "source" in column["label"]] == wanted
+    assert [group["source"] for group in choose({"pretrain": answers})] == wanted
 
 
 def test_failures_say_what_is_mistaken_for_what():
