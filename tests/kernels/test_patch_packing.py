@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import granvit_kernels
 from granvit_kernels import PackedLayout, backends, fit_grid, native, pack_patches, unpack_patches
 from granvit_kernels.ops.patch_packing import CANDIDATES, cuda
 from granvit_kernels.ops.patch_packing.arguments import check_packing
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(granvit_kernels.__file__).resolve().parents[1]
 PHOTOGRAPHS = ROOT / "granvit" / "data" / "sample" / "photographs"
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
 STEPS = torch.tensor(STD, dtype=torch.float64) * 255  # values -> 8-bit steps, by channel

@@ -1,6 +1,8 @@
 """roi_gather: torchvision's numbers, the C++ kernel against the reference, what torch asks of an operator."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -362,6 +364,7 @@ def test_traced_forward_and_backward_with_dynamic_shapes():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_forward_and_backward():
     torch._dynamo.reset()
     equals_eager(torch.compile(squared, fullgraph=True, dynamic=True), 8, 5, 0)
