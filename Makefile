@@ -43,6 +43,16 @@ build/mermaid.min.js:
 		tar -xzOf build/$(MERMAID).tgz package/dist/mermaid.min.js > $@.part && mv $@.part $@
 	rm -f build/$(MERMAID).tgz
 
+.PHONY: wheel wheel-test
+wheel:  ## an sdist and a manylinux wheel for this Python in dist/; wants '.[release]'
+	rm -rf build/dist && $(PYTHON) -m build --outdir build/dist
+	.ci/repair build/dist/*.whl dist
+	mv build/dist/*.tar.gz dist
+	$(PYTHON) -m twine check --strict dist/*
+
+wheel-test:  ## the wheel in dist/, installed and tested outside of the checkout and without a compiler
+	PYTHON=$(PYTHON) CONSTRAINTS='$(CONSTRAINTS)' .ci/wheel-test
+
 train:  ## the smoke preset: both stages and a report in runs/smoke, minutes on two cores
 	$(PYTHON) -m granvit.train
 
