@@ -75,9 +75,11 @@ def memory(sizes: Sizes, stage: Stage, ranks: int = 1, precision: str = "float32
     learns = sizes.parameters | ({"llm": sizes.adapters} if sizes.adapters else {})
     under = sizes.parameters["llm"] if sizes.adapters else 0
     trained = sum(learns[name] for name in stage.train)
+    muon = sum(sizes.matrices.get(name, 0) for name in stage.train) if stage.optimizer == "muon" else 0
     teacher = sizes.parameters["encoder"] if stage.distill else 0
     weights = 4 * sum(learns.values()) + (2 if precision == "bfloat16" else 4) * under
-    parts = {"weights": weights, "gradients": 4 * trained, "Adam": 8 * trained, "teacher": 4 * teacher}
+    moments = 4 * (2 * trained - muon)  # AdamW keeps two, Muon one
+    parts = {"weights": weights, "gradients": 4 * trained, "moments": moments, "teacher": 4 * teacher}
     return {name: number / ranks for name, number in parts.items()}
 
 

@@ -162,7 +162,7 @@ class Run:
         self.trackers = Trackers()  # the first rank's; they can't be sent
         world.first(self._make_trackers)
         kept = config.keep_checkpoints + any(stage.eval_every for stage in config.stages)  # the best one, too
-        world.first(lambda: check_room(folder, self._checkpoint_bytes(), kept))
+        world.first(lambda: check_room(folder / "checkpoints", self._checkpoint_bytes(), kept))
         self.checkpoints = Checkpoints(
             folder / "checkpoints", config.keep_checkpoints, config.keep_every, world.control
         )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from granvit.cost import plan as planning
@@ -15,6 +16,7 @@ from granvit.data.loader import GranDataset
 from granvit.data.mixture import Mixture
 from granvit.lora import Lora
 from granvit.train.build import build
+from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
 from granvit.train.presets import PRESETS, Model
 
 STAGE_1, STAGE_2 = ("encoder", "projector"), ("projector", "llm")
@@ -161,9 +163,23 @@ def test_a_run_that_is_finished_can_be_planned_anew(small_config, tiny, sample_s
 
 def test_memory_and_hours():
     stage = PRESETS["paper"].pretrain
-    assert memory(ROUND, stage) == {"weights": 4 * 170, "gradients": 4 * 110, "Adam": 8 * 110, "teacher": 400}
+    assert memory(ROUND, stage) == {"weights": 4 * 170, "gradients": 4 * 110, "moments": 8 * 110, "teacher": 400}
     assert memory(ROUND, stage, ranks=10)["weights"] == 68
     assert gpu_hours(3.6e18, 0.4, 1000) == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_are_what_the_optimizer_keeps(tiny, optimizer):
+    model, _ = tiny()
+    stage = replace(PRESETS["smoke"].pretrain, optimizer=optimizer)
+    freeze(model.groups(), stage.train)
+    adam_or_muon = make_optimizer(model.groups(), stage, hidden_matrices(model))
+    for group in adam_or_muon.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    adam_or_muon.step()
+    kept = [t for state in adam_or_muon.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
+    assert memory(Sizes.of(model), stage)["moments"] == sum(t.numel() * t.element_size() for t in kept)
 
 
 def test_a_measured_speed_takes_the_place_of_the_assumed_one(tmp_path):
