@@ -48,7 +48,7 @@ def main() -> int | None:
         print(granvit.__version__)
         return 0
     if word not in COMMANDS:
-        print(f"error: there is no command {word!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"granvit: error: there is no command {word!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = COMMANDS[word]
     sys.argv = ["granvit", *command.words, *rest]

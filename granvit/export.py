@@ -1,4 +1,4 @@
-"""python -m granvit.export RUN_OR_CHECKPOINT [--output DIR] [--push-to-hub OWNER/NAME]: a model, at any time.
+"""granvit export RUN_OR_CHECKPOINT [--output DIR] [--push-to-hub OWNER/NAME]: a model, at any time.
 
 A run that is under way gives what its newest checkpoint holds; RUN/checkpoints/STAGE-STEP is that checkpoint.
 """
@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from granvit.status import run
+
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
 if TYPE_CHECKING:
     from granvit.model import GranViT, GranViTProcessor
 
+NAME = "granvit export"
+
 FORMATS = {
-    "granvit": "the whole model, for GranViT.from_pretrained and `python -m granvit.predict`",
+    "granvit": "the whole model, for GranViT.from_pretrained and `granvit predict`",
     "encoder": "the vision encoder and its image processor, for plain transformers",
     "lfm2-vl": "the whole model as a Lfm2VlForConditionalGeneration, for plain transformers and what serves it",
 }
@@ -82,9 +86,9 @@ def _from_checkpoint(checkpoint: Path) -> tuple[GranViT, GranViTProcessor]:
     return model.eval(), processor
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m granvit.export",
+        prog=NAME,
         description="Write the model of a run, finished or under way, to a folder.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="formats:\n" + "\n".join(f"  {name:9}{text}" for name, text in FORMATS.items()),
@@ -99,6 +103,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="make that repository private, if it is a new one")
     parser.add_argument("--license", metavar="ID", help="the model's, as the hub names it (apache-2.0), for its card")
     parser.add_argument("--format", choices=FORMATS, default="granvit", help="see below (granvit)")
+    return parser
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if not (options.output or options.push_to_hub):
         parser.error("give --output DIR, --push-to-hub OWNER/NAME, or both")
@@ -117,23 +126,22 @@ def _check_output(parser: argparse.ArgumentParser, folder: Path) -> None:
             parser.error(f"--output {folder}: it is in the folder of a run, {parent}; give another")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        from granvit.hub import check_repository, push
+def export(options: argparse.Namespace) -> None:
+    from granvit.hub import check_repository, push
 
-        if options.push_to_hub:
-            check_repository(options.push_to_hub)
-        source = find_source(options.model)
-        with contextlib.nullcontext(options.output) if options.output else tempfile.TemporaryDirectory() as folder:
-            _write(source, Path(folder), options)
-            pushed = options.push_to_hub and push(folder, options.push_to_hub, "model", options.private)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.push_to_hub:
+        check_repository(options.push_to_hub)
+    source = find_source(options.model)
+    with contextlib.nullcontext(options.output) if options.output else tempfile.TemporaryDirectory() as folder:
+        _write(source, Path(folder), options)
+        pushed = options.push_to_hub and push(folder, options.push_to_hub, "model", options.private)
     for place in filter(None, (options.output, pushed)):
         print(f"{source.path} as {options.format} in {place}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    return run(NAME, lambda: export(options))
 
 
 def _write(source: Source, folder: Path, options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""python -m granvit.predict MODEL --image FILE, and one of --box x1 y1 x2 y2, --find SENTENCE, --features PNG and
+"""granvit predict MODEL --image FILE, and one of --box x1 y1 x2 y2, --find SENTENCE, --features PNG and
 --similar x y."""
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw
 
 from granvit.data.files import output_fault
+from granvit.errors import Failed
 from granvit.machine import default_device
 from granvit.questions.pictures import decode_image
 from granvit.questions.prompts import Box, Question, check_box, check_sentence
+from granvit.questions.schema import DataFault
+from granvit.status import DONE, run
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
 if TYPE_CHECKING:
     from granvit.model import GranViT, GranViTProcessor
+
+NAME = "granvit predict"
 
 LONG_SIDE = 640  # a smaller picture is enlarged to this before a box is drawn on it
 
@@ -56,9 +61,9 @@ def draw(image: Image.Image, box: Box) -> Image.Image:
     return drawn
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m granvit.predict",
+        prog=NAME,
         description="Caption a box of a picture, find what a sentence describes, or draw what the encoder sees.",
     )
     parser.add_argument(
@@ -73,7 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs=4,
         type=float,
         metavar=("X1", "Y1", "X2", "Y2"),
-        help="caption this box (relative, in [0, 1])",
+        help="caption this box (relative, in [0, 1]; or in --pixels)",
     )
     task.add_argument("--find", metavar="SENTENCE", help="find the box that this sentence describes")
     task.add_argument(
@@ -84,16 +89,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs=2,
         type=float,
         metavar=("X", "Y"),
-        help="draw how similar each patch is to the one at this point (relative, in [0, 1])",
+        help="draw how similar each patch is to the one at this point (relative, in [0, 1]; or in --pixels)",
     )
     parser.add_argument(
         "--output",
         metavar="PNG",
         help="where --find draws the box (found.png) and --similar the map (similar.png)",
     )
+    parser.add_argument(
+        "--pixels", action="store_true", help="boxes and points are in pixels of the upright picture, the found box too"
+    )
     parser.add_argument("--device")
-    options = parser.parse_args(arguments)
+    return parser
 
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     options.device = options.device or default_device()
     drawn = options.features or options.output or ("similar.png" if options.similar else "found.png")
     if not options.box and (fault := output_fault(drawn)):
@@ -102,16 +114,44 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def check(options: argparse.Namespace) -> None:
-    """ValueError for a box, a sentence or a point that can't be asked about, before anything is loaded."""
-    if options.box:
-        check_box(options.box)
-    elif options.find is not None:
-        check_sentence(options.find)
-    elif options.similar:
-        from granvit.eval.maps import check_point
+def read_picture(path: Path) -> Image.Image:
+    """ValueError naming a file that is none."""
+    if not path.is_file():
+        raise ValueError(f"no picture at {path}")
+    try:
+        return decode_image(path.read_bytes())
+    except DataFault as fault:
+        raise ValueError(f"{path}: {fault}") from None
 
-        check_point(options.similar)
+
+def check(options: argparse.Namespace, size: tuple[int, int]) -> None:
+    """Bring a box or a point in pixels of a picture of this size (width, height) to its sides. ValueError for a box, a
+    sentence or a point that can't be asked about, before a model is loaded."""
+    if options.find is not None:
+        check_sentence(options.find)
+    given = options.box or options.similar
+    if not given:
+        return
+    sides = size * 2 if options.box else size
+    values = [value / side for value, side in zip(given, sides, strict=True)] if options.pixels else given
+    try:
+        if options.box:
+            check_box(values)
+        else:
+            from granvit.eval.maps import check_point
+
+            check_point(values)
+    except ValueError as error:
+        if options.pixels:
+            what = f"box {given} (x1 < x2, y1 < y2)" if options.box else f"point {given}"
+            raise ValueError(f"{what} is not in the image, {size[0]} pixels wide and {size[1]} high") from None
+        if max(given) > 1:
+            raise ValueError(f"{error}. For pixels give --pixels too") from None
+        raise
+    if options.box:
+        options.box = values
+    else:
+        options.similar = values
 
 
 def draw_map(options: argparse.Namespace, image: Image.Image) -> str:
@@ -129,36 +169,37 @@ def draw_map(options: argparse.Namespace, image: Image.Image) -> str:
     return f"cosine similarity of {patches}, from {low:.2f} (violet) to 1 (yellow), drawn in {options.output}"
 
 
+def predict(options: argparse.Namespace) -> int:
+    image = read_picture(Path(options.image))
+    check(options, image.size)
+    from transformers.utils import logging
+
+    from granvit.eval.loading import load_model
+
+    logging.disable_progress_bar()  # "Loading weights"
+    if options.features or options.similar:
+        print(draw_map(options, image))
+        return DONE
+    model, processor = load_model(options.model, options.device)
+    if options.box:
+        print(caption_box(model, processor, image, tuple(options.box)))
+        return DONE
+    box, text = find(model, processor, image, options.find)
+    if box is None:
+        raise Failed(f"the model's answer holds no box: {text!r}")
+    draw(image, box).save(options.output, "PNG")
+    shown = (
+        [f"{value * side:.0f}" for value, side in zip(box, image.size * 2, strict=True)]
+        if options.pixels
+        else [f"{value:.3f}" for value in box]
+    )
+    print(f"[{', '.join(shown)}]  drawn in {options.output}")
+    return DONE
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        check(options)
-        path = Path(options.image)
-        if not path.is_file():
-            raise ValueError(f"no picture at {path}")
-        image = decode_image(path.read_bytes())
-        from transformers.utils import logging
-
-        from granvit.eval.loading import load_model
-
-        logging.disable_progress_bar()  # "Loading weights"
-        if options.features or options.similar:
-            print(draw_map(options, image))
-            return 0
-        model, processor = load_model(options.model, options.device)
-        if options.box:
-            print(caption_box(model, processor, image, tuple(options.box)))
-            return 0
-        box, text = find(model, processor, image, options.find)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if box is None:
-        print(f"the model's answer holds no box: {text!r}", file=sys.stderr)
-        return 1
-    draw(image, box).save(options.output, "PNG")
-    print(f"[{', '.join(f'{v:.3f}' for v in box)}]  drawn in {options.output}")
-    return 0
+    return run(NAME, lambda: predict(options))
 
 
 if __name__ == "__main__":

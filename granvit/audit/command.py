@@ -1,4 +1,4 @@
-"""The command `python -m granvit.data audit`."""
+"""The command `granvit audit`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `python -m granvit.train plan` is asked, and what it assumes."""
+"""What `granvit plan` is asked, and what it assumes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
-"""python -m granvit.train plan [quick|smoke|compact|paper] [--config FILE] [--data.path DIR]: a run's costs.
+"""The tables of `granvit plan`: what a run costs, as far as can be said before it.
 
-GPU hours and what will be seen; then operations of both recipes, ours (an image once, its questions packed behind it)
-and one question a sample in padded batches; memory of a rank; and how the hours of a data set of Gran-29M's size grow.
-Nothing is trained or downloaded. What is measured is measured on a dataset's own text and sizes; what is assumed is
-called so.
+What is measured is measured on a dataset's own text and sizes; what is assumed is called so.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +25,6 @@ from granvit.data.loader import GranDataset
 from granvit.data.mixture import open_split
 from granvit.data.sample import cached_sample
 from granvit.model import GranViTConfig
-from granvit.train.presets import PRESETS, load_config
 from granvit.train.stages import Stage
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -50,6 +45,7 @@ def measurements(plan: PlanConfig, stage: Stage, results: Path = RESULTS) -> dic
 
 def _known(name: str | None) -> str | None:
     return ALSO.get(name, name)
+
 
 def report(plan: PlanConfig, console: Console) -> None:
     """Print all tables. Raises ValueError for shapes that are not known and data that is none."""
@@ -267,26 +263,3 @@ def _cost_tables(
     yield grown(f"By image size, at {a_picture:.2f} regions an image", "patches an image", sizes_of_images)
     numbers = [(f"{number:.3g}", number, config) for number in sorted({1.0, 3.0, a_picture, 12.0, 24.0})]
     yield grown(f"By regions, at {config.max_image_tokens} patches an image", "regions an image", numbers)
-
-
-def parse(arguments: Sequence[str]) -> PlanConfig:
-    """The plan that a command line asks for. Exits with a usage text for what it cannot read."""
-    words = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    preset = words.pop(0) if words and not words[0].startswith("-") else "quick"
-    if preset not in PRESETS:
-        raise SystemExit(f"granvit.train plan: there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-    default = PRESETS[preset]
-    if "--config" in words:
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise SystemExit("granvit.train plan: --config takes the path of a run's config.yaml")
-        default = load_config(Path(words[at + 1]))
-        words = words[:at] + words[at + 2 :]
-    return tyro.cli(
-        PlanConfig, args=words, default=PlanConfig(default), prog=f"python -m granvit.train plan {preset}",
-        description=__doc__,
-    )  # fmt: skip
-
-
-def main(arguments: Sequence[str]) -> None:
-    report(parse(arguments), Console(markup=False, emoji=False))

@@ -1,11 +1,12 @@
-"""python -m granvit.data: makes and converts Gran datasets."""
+"""granvit data: makes and converts Gran datasets."""
 
+import functools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 import tyro
 from rich.console import Console
@@ -23,6 +24,7 @@ from granvit.data.sources.pdf import Pdf
 from granvit.data.sources.refcoco import RefCoco
 from granvit.data.sources.visual_genome import VisualGenome
 from granvit.data.sources.voc import Voc
+from granvit.status import read, run
 
 console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
@@ -205,25 +207,41 @@ COMMANDS = {
 }  # fmt: skip
 
 
+SHORT = ("annotate", "audit")
+"""Commands that are the console script's own, too."""
+
+
+def parse(arguments: Sequence[str]) -> Callable[[], None]:
+    """What a command line asks for, still to be done. Exits with a usage text for what it cannot read."""
+    config = (OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
+    later = {name: _later(work) for name, work in COMMANDS.items()}
+    if arguments and arguments[0] in SHORT:
+        word, *rest = arguments
+        return tyro.cli(later[word], prog=f"granvit {word}", args=rest, config=config)
+    return tyro.extras.subcommand_cli_from_dict(
+        later, prog="granvit data", description="Make, convert and examine Gran datasets.", args=arguments,
+        config=config,
+    )  # fmt: skip
+
+
+def _later(work: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A function of the same arguments that returns the work, with them: tyro calls what it reads arguments for."""
+
+    @functools.wraps(work)
+    def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(work, *args, **kwargs)
+
+    return bound
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 1 after one line on stderr that says what is wrong, or 130 after
-    Ctrl-C."""
+    """Runs a command and returns its exit status (granvit.status)."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="python -m granvit.data",
-            description="Make, convert and examine Gran datasets.",
-            args=arguments,
-            config=(OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
-        )
-    except (ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red")
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped", style="red")
-        return 130
-    return 0
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    name = "granvit data"
+    if arguments and arguments[0] in COMMANDS:
+        name = f"granvit {arguments[0]}" if arguments[0] in SHORT else f"granvit data {arguments[0]}"
+    return run(name, lambda: read(name, lambda: parse(arguments))())
 
 
 if __name__ == "__main__":

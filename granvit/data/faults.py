@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+from granvit.errors import Failed
 from granvit.questions.schema import DataFault
 
 log = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ NAMED = 10
 """Rows of one and the same fault that a line names."""
 
 
-class FaultBudgetExceeded(ValueError):
+class FaultBudgetExceeded(Failed, ValueError):
     """More rows are faulty than the caller allowed."""
 
 

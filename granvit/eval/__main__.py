@@ -1,7 +1,8 @@
-"""python -m granvit.eval RUN_OR_MODEL [--data DIR] [--json FILE]: measure a model, beside the floors.
+"""granvit eval RUN_OR_MODEL [--data DIR] [--json FILE]: measure a model, beside the floors.
 
-Under torchrun the ranks share the images. python -m granvit.eval probe ENCODER... --data DIR: measure frozen encoders
-(granvit.eval.probe).
+Under torchrun the ranks share the images.
+
+granvit eval probe ENCODER... --data DIR: measure frozen encoders (granvit.eval.probe).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from granvit.data.files import output_fault
-from granvit.errors import Failed
+from granvit.status import run
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
 if TYPE_CHECKING:
@@ -26,15 +28,14 @@ if TYPE_CHECKING:
     from granvit.world import World
 
 BLIND = {"other image": "other_image", "text alone": "text"}
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
-"""Exit codes."""
+NAME = "granvit eval"
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m granvit.eval",
+        prog=NAME,
         description="Caption every box and find every sentence of a data set's images, beside the floors.",
-        epilog="`python -m granvit.eval probe --help`: frozen encoders, without an LLM.",
+        epilog="`granvit eval probe --help`: frozen encoders, without an LLM.",
     )
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="a run's folder, or a folder of save_pretrained's"
@@ -52,8 +53,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--precision", metavar="float32|bfloat16", help="what the model computes in (as its weights were saved)"
     )
     parser.add_argument("--device", default="auto", help="cpu or cuda (a GPU where there is one)")
-    options = parser.parse_args(arguments)
+    return parser
 
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     for name in ("limit", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -137,27 +142,21 @@ def main(arguments: list[str] | None = None) -> int:
 
         return probe(arguments[1:])
     options = parse(arguments)
-    leads = True
-    try:
-        from granvit.world import start, stop
+    leads = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; the others would repeat what this one says
+    return run(NAME, lambda: measure_here(options), "stopped: nothing was written", quiet=not leads)
 
-        world, device = start(options.device)
-        leads = world.leads
-        if not leads:  # it would repeat what the first one says
-            logging.disable(logging.WARNING)
-        try:
-            measure(options, world, device)
-        finally:
-            stop()
-    except (ValueError, OSError, Failed) as error:
-        if leads:
-            print(f"error: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, Failed) else USAGE
-    except KeyboardInterrupt:
-        if leads:
-            print("stopped: nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+
+def measure_here(options: argparse.Namespace) -> None:
+    """`measure` as one of the processes that torchrun has started, or alone."""
+    from granvit.world import start, stop
+
+    world, device = start(options.device)
+    if not world.leads:  # it would repeat what the first one says
+        logging.disable(logging.WARNING)
+    try:
+        measure(options, world, device)
+    finally:
+        stop()
 
 
 if __name__ == "__main__":

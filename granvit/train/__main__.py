@@ -1,7 +1,7 @@
-"""python -m granvit.train [quick|smoke|compact|paper|adapt|sft] [--output DIR] [--any.field value], and other commands.
+"""granvit train [quick|smoke|compact|paper|adapt|sft] [--output DIR] [--any.field value], and other commands.
 
-    python -m granvit.train adapt --encoder RUN --llm NAME_OR_FOLDER [--llm.lora 16]
-    python -m granvit.train sft --model RUN_OR_EXPORT --data.path DIR
+    granvit train adapt --encoder RUN --llm NAME_OR_FOLDER [--llm.lora 16]
+    granvit train sft --model RUN_OR_EXPORT --data.path DIR
 """
 
 from __future__ import annotations
@@ -10,45 +10,49 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
 
-from granvit.errors import Failed
+from granvit.status import read, run
 from granvit.train.console import closing_words, log_handler, say
 from granvit.train.folder import finished
-from granvit.train.guard import INTERRUPTED
 from granvit.train.help import print_help
 from granvit.train.presets import PRESETS, TrainConfig, load_config
 from granvit.train.transfer import adapt_config, check_adapt, check_sft, sft_config
 
+NAME = "granvit train"
+
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The configuration that a command line asks for. Exits with a usage text for what it cannot read."""
+    """The configuration that a command line asks for. Exits with a usage text for what it cannot read; raises
+    ValueError for a word that it doesn't know, and for what a command lacks."""
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     preset = arguments[0] if arguments and not arguments[0].startswith("-") else "quick"
     rest = arguments[1:] if arguments and not arguments[0].startswith("-") else list(arguments)
     if preset not in PRESETS and preset not in STARTS:
         known = f"presets {', '.join(PRESETS)}; commands {', '.join((*STARTS, *COMMANDS))}"
-        raise SystemExit(f"granvit.train: there is no {preset!r}; {known}")
+        raise ValueError(f"there is no {preset!r}; {known}")
     default = PRESETS.get(preset) or STARTS[preset].default(_value(rest, STARTS[preset].flag))
     check = STARTS[preset].check if preset in STARTS else None
     if "--config" in rest:
         check = None  # what was a run once lacks nothing
         at = rest.index("--config")
         if at + 1 == len(rest):
-            raise SystemExit("granvit.train: --config takes the path of a run's config.yaml")
+            raise ValueError("--config takes the path of a run's config.yaml")
         default = load_config(Path(rest[at + 1]))
         rest = rest[:at] + rest[at + 2 :]
     if {"-h", "--help"} & set(rest):
         print_help(preset, default, _USAGE)
         raise SystemExit(0)
     rest = ["--help" if word == "--help-all" else word for word in rest]
-    config = tyro.cli(
-        TrainConfig, args=rest, default=default, prog=f"python -m granvit.train {preset}", description=_USAGE
+    config = read(
+        NAME,
+        lambda: tyro.cli(TrainConfig, args=rest, default=default, prog=f"{NAME} {preset}", description=_USAGE),
     )
     if check:
         check(config, {word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--")})
@@ -93,20 +97,28 @@ def run_preset(arguments: list[str]) -> None:
             say(line)
         return
     if _leads():
-        say(f"granvit.train {config.preset}: loading PyTorch and transformers; the run's folder is {folder}")
+        say(f"{NAME} {config.preset}: loading PyTorch and transformers; the run's folder is {folder}")
     from granvit.train.run import train
 
     train(config)
 
 
 def run_replay(arguments: list[str]) -> None:
-    from granvit.train.replay import replay
+    read(NAME, lambda: tyro.cli(replay, args=arguments, prog=f"{NAME} replay"))
 
-    tyro.cli(replay, args=arguments, prog="python -m granvit.train replay")
+
+def replay(dump: Annotated[Path, tyro.conf.Positional], device: str = "auto") -> None:
+    """Take the step again that made a run stop for not being finite, and print where that began.
+
+    Args:
+        dump: RUN/faults/STAGE-STEP.
+        device: Where it is taken.
+    """
+    resolve_name("granvit.train.replay:replay")(dump, device)  # by its name: --help needs no torch
 
 
 def run_plan(arguments: list[str]) -> None:
-    resolve_name("granvit.cost.plan:main")(arguments)  # by its name: what a run costs stands above the trainer
+    resolve_name("granvit.cost.command:main")(arguments)  # by its name: what a run costs stands above the trainer
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"plan": run_plan, "replay": run_replay}
@@ -118,17 +130,15 @@ def _leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def main() -> None:
+def main() -> int:
+    """Runs the command of sys.argv and returns its exit status (granvit.status)."""
     logging.basicConfig(level=logging.INFO if _leads() else logging.WARNING, handlers=[log_handler()])
-    command = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "")
-    try:
-        command(sys.argv[2:]) if command else run_preset(sys.argv[1:])
-    except (ValueError, OSError, Failed) as error:
-        raise SystemExit(f"granvit.train: {error}") from error
-    except KeyboardInterrupt:
-        print("granvit.train: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    arguments = sys.argv[1:]
+    word = arguments[0] if arguments else ""
+    work = partial(COMMANDS[word], arguments[1:]) if word in COMMANDS else partial(run_preset, arguments)
+    name = "granvit plan" if word == "plan" else NAME
+    return run(name, work, "stopped at once; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -238,5 +238,5 @@ def closing_words(folder: Path) -> list[str]:
     ]
     if example := summary.get("example"):
         box = " ".join(f"{value:.3f}" for value in example["box"])
-        lines.append(f"try it: python -m granvit.predict {model} --image {folder / example['image']} --box {box}")
+        lines.append(f"try it: granvit predict {model} --image {folder / example['image']} --box {box}")
     return lines

@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from granvit.errors import Failed
+from granvit.status import INTERRUPTED, STOPPED
 
 log = logging.getLogger(__name__)
-
-STOPPED = 75
-"""Exit code of a run that was asked to stop by SIGTERM and can go on: EX_TEMPFAIL of sysexits.h."""
-INTERRUPTED = 130
-"""The same after Ctrl-C: what shells say of SIGINT."""
 
 
 class Terminated(SystemExit):

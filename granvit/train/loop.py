@@ -316,7 +316,7 @@ def _give_up(phase: Phase, checkpoints: Checkpoints) -> None:
     advice = f"no dump of it could be written to {dumps.folder}"
     if not dumps.failures:
         path = dumps.newest(phase.stage.name)
-        advice = f"`python -m granvit.train replay {path}` shows where it begins"
+        advice = f"`granvit train replay {path}` shows where it begins"
     raise NotFinite(
         f"{phase.stage.name} step {step}: {phase.streak.length} steps in a row had a loss or gradient that is not "
         f"finite (config.nonfinite_limit); {advice}"

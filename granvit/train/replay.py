@@ -1,13 +1,11 @@
-"""The step again that made a run stop for not being finite: `python -m granvit.train replay RUN/faults/STAGE-STEP`."""
+"""The step again that made a run stop for not being finite: `granvit train replay RUN/faults/STAGE-STEP`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +19,7 @@ from granvit.train.run import Run
 from granvit.world import World, start
 
 
-def replay(dump: Annotated[Path, tyro.conf.Positional], device: str = "auto") -> bool:
+def replay(dump: Path, device: str = "auto") -> bool:
     """Take the dumped step again and print where numbers stop being finite, in the order in which they did. Returns
     whether any did. One process does what all ranks of the run did.
 

@@ -122,10 +122,10 @@ def test_command_line_with_a_model(folder, tiny, tmp_path, capsys):
     assert {"cycle_iou", "said_rouge_l", "found_iou", "caption_gain", "box_gain"} == set(stored["doubts"][0]["parts"])
     html = (tmp_path / "out" / "index.html").read_text()
     assert "doubts most" in html and "<script>alert" not in html
-    assert main([*command, "--model", str(tmp_path / "no")]) == 1
-    assert main([*command[:2], "--images", "0", "--output", str(tmp_path / "none")]) == 1
+    assert main([*command, "--model", str(tmp_path / "no")]) == 2
+    assert main([*command[:2], "--images", "0", "--output", str(tmp_path / "none")]) == 2
     assert "error: images must be >= 1, got 0" in capsys.readouterr().err
-    assert main(command) == 1  # it has something in it
+    assert main(command) == 2  # it has something in it
     assert "error: output must be a new or an empty folder" in capsys.readouterr().err
 
 

@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 
 from granvit.cost import plan as planning
+from granvit.cost.command import parse
 from granvit.cost.flops import Asked, Picture, Sizes, count, one_question_each, operations, packed, padded
-from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_reading, measurements, memory, parse, report
+from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_reading, measurements, memory, report
 from granvit.cost.reading import _looked_at, typical
 from granvit.cost.shapes import config_of, on_meta
 from granvit.data.loader import GranDataset
@@ -210,7 +211,7 @@ def test_the_command_prints_every_table(small_config, sample_set, capsys):
 def test_arguments():
     plan = parse(["compact", "--mfu", "0.5", "--model.llm", "qwen2.5-1.5b", "--data.path", "somewhere"])
     assert (plan.mfu, plan.run.model.llm, plan.run.data.path) == (0.5, "qwen2.5-1.5b", "somewhere")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="there is no preset 'nothing'; there are quick"):
         parse(["nothing"])
     with pytest.raises(ValueError, match="mfu"):
         PlanConfig(PRESETS["smoke"], mfu=1.5)

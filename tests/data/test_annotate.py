@@ -246,7 +246,7 @@ def test_ctrl_c_is_one_line_and_goes_on(plugins, tmp_path):
     while process.poll() is None and len(list(out.glob(".unfinished/0*.json"))) < 5:  # by then both processes work
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=120)[1] == "stopped\n" and process.returncode == 130
+    assert process.communicate(timeout=120)[1] == "granvit annotate: stopped\n" and process.returncode == 130
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert len(read_all(out)) == 60
 
@@ -387,7 +387,7 @@ def test_the_command_with_transformers(detectors, captioners, tmp_path, capsys):
     assert main([*arguments, "--workers", "0"]) == 0, capsys.readouterr().err
     rows = read(tmp_path / "out")
     assert len(rows) == 3 and all(row.caption and row.regions for row in rows)
-    assert main(["annotate", str(folder), "--output", str(tmp_path / "no")]) == 1
+    assert main(["annotate", str(folder), "--output", str(tmp_path / "no")]) == 2
     assert "error: nothing to do: give --ocr" in capsys.readouterr().err
 
 

@@ -164,7 +164,7 @@ def test_a_category_must_have_a_name(folder, caplog):
 def test_a_file_that_is_no_json_ends_with_one_line(folder, capsys):
     (folder / "instances.json").write_text('{"images": [')
     command = ["convert", "coco", str(folder / "instances.json"), "--images", str(folder / "images")]
-    assert main([*command, "--output", str(folder / "out")]) == 1
+    assert main([*command, "--output", str(folder / "out")]) == 2
     assert "instances.json is not readable as JSON" in capsys.readouterr().err
     assert not (folder / "out").exists()
 
@@ -177,7 +177,7 @@ def test_command_line(folder, capsys):
     shown = capsys.readouterr().err
     assert "left out: excluded" in shown and "rows written" in shown
     command = ["convert", "coco", instances, "--images", str(folder / "no"), "--output", str(folder / "other")]
-    assert main(command) == 1
+    assert main(command) == 2
     assert "error: no file or folder at" in capsys.readouterr().err
 
 

@@ -238,5 +238,5 @@ def test_command_line(tmp_path, capsys):
     assert main([*command, "--exclude", str(tmp_path / "ids")]) == 0
     assert "left out: short side image" in capsys.readouterr().err
     assert GranDataset(tmp_path / "out", "test")[0].id == "a"
-    assert main(["filter", str(tmp_path / "no"), "--output", str(tmp_path / "o")]) == 1
+    assert main(["filter", str(tmp_path / "no"), "--output", str(tmp_path / "o")]) == 2
     assert "error: no dataset at" in capsys.readouterr().err

@@ -188,13 +188,13 @@ def test_command_line(file, tmp_path, capsys):
     write(file, line())
     assert main(["convert", "jsonl", str(file), "--output", str(tmp_path / "out")]) == 0
     assert "lines read" in capsys.readouterr().err
-    assert main(["convert", "jsonl", str(file), "--output", str(tmp_path / "out")]) == 1
+    assert main(["convert", "jsonl", str(file), "--output", str(tmp_path / "out")]) == 2
     assert "error: output must be a new or an empty folder" in capsys.readouterr().err
     evil = ["--output", str(tmp_path / "deep" / "o"), "--split", "../../evil"]
-    assert main(["convert", "jsonl", str(file), *evil]) == 1
+    assert main(["convert", "jsonl", str(file), *evil]) == 2
     assert "error: split must be a name of letters" in capsys.readouterr().err
     assert not (tmp_path / "evil").exists() and not (tmp_path / "deep").exists()
-    assert main(["convert", "jsonl", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "o")]) == 1
+    assert main(["convert", "jsonl", str(tmp_path / "no.jsonl"), "--output", str(tmp_path / "o")]) == 2
     assert "error: no file or folder at" in capsys.readouterr().err
 
 
@@ -227,7 +227,7 @@ def test_ids_to_exclude_as_windows_writes_them(file, tmp_path, capsys):
     assert GranDataset(tmp_path / "out").rows["id"] == ["b"]
     for wrong in (b"\xff\xfea", "a\n".encode("utf-16-le")):
         ids.write_bytes(wrong)
-        assert main([*command, "--output", str(tmp_path / "other")]) == 1
+        assert main([*command, "--output", str(tmp_path / "other")]) == 2
         assert "ids.txt is no text in UTF-8" in capsys.readouterr().err
 
 

@@ -154,7 +154,7 @@ def test_every_fault_is_named_and_costs_its_item_alone(folder, bad, message, cap
 def test_items_nested_too_deeply_are_no_crash(folder):
     deep = '[{"image": "a.jpg", "conversations": ' + "[" * 100_000
     (folder / "deep.json").write_text(deep)
-    assert main(["convert", "llava", f"{folder}/deep.json", "--images", f"{folder}", "--output", f"{folder}/out"]) == 1
+    assert main(["convert", "llava", f"{folder}/deep.json", "--images", f"{folder}", "--output", f"{folder}/out"]) == 2
 
 
 @pytest.mark.parametrize(

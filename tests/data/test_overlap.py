@@ -160,11 +160,11 @@ def test_command_line_and_what_takes_its_ids(two, tmp_path, capsys):
     source = Filter(two[0], short_side=0, box_area=0)
     exclude = ids.read_text().splitlines()
     assert build_dataset(source, tmp_path / "out", workers=0, fault_budget=1, exclude=exclude).dropped["excluded"] == 3
-    assert main(["overlap", *two, "--distance", "300"]) == 1
+    assert main(["overlap", *two, "--distance", "300"]) == 2
     assert main(["overlap", *two, "--workers", "-1"]) == 0
     assert "distance must be in" in capsys.readouterr().err
-    assert main(["overlap", *two, "--other-split", "train"]) == 1
-    assert main(["overlap", *two, "--output", str(tmp_path / "no" / "ids")]) == 1
+    assert main(["overlap", *two, "--other-split", "train"]) == 2
+    assert main(["overlap", *two, "--output", str(tmp_path / "no" / "ids")]) == 2
 
 
 def test_a_process_that_dies_is_told_in_one_line():

@@ -247,10 +247,10 @@ def test_a_hostile_pickle_is_refused(folder, capsys, monkeypatch):
 
     refs = pickled(folder, [Hostile()])
     command = ["convert", "refcoco", refs, "--images", str(folder / "train2014"), "--output", str(folder / "out")]
-    assert main(command) == 1
+    assert main(command) == 2
     assert "is not a pickle of plain data: it wants to use 'posix system'" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setattr(refcoco, "MAX_PICKLE", 10)
-    assert main(command) == 1
+    assert main(command) == 2
     assert "has more than the limit of 10 bytes" in " ".join(capsys.readouterr().err.split())
     assert not (folder / "HERE").exists() and not (folder / "out").exists()
 

@@ -375,9 +375,9 @@ def test_command_line(tmp_path, capsys):
         stored[0][1]["width"],
         stored[0][1]["height"],
     )
-    assert main(["sample", "--images", "20", "--output", str(tmp_path / "a")]) == 1
+    assert main(["sample", "--images", "20", "--output", str(tmp_path / "a")]) == 2
     assert "new or an empty folder" in capsys.readouterr().err
-    assert main(["sample", "--images", "3", "--output", str(tmp_path / "b")]) == 1
+    assert main(["sample", "--images", "3", "--output", str(tmp_path / "b")]) == 2
     assert "images must be >= 16" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])

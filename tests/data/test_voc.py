@@ -139,7 +139,7 @@ def test_command_line_and_a_remote_source(folder, capsys):
     there = to_memory(folder, "voc")
     command = ["convert", "voc", f"{there}/Annotations", "--images", f"{there}/JPEGImages", "--workers", "0"]
     assert main([*command, "--output", str(folder / "out")]) == 0
-    assert main(["convert", "voc", str(folder / "no"), "--images", str(folder), "--output", str(folder / "o")]) == 1
+    assert main(["convert", "voc", str(folder / "no"), "--images", str(folder), "--output", str(folder / "o")]) == 2
     assert "error: no file or folder at" in capsys.readouterr().err
 
 

@@ -122,7 +122,7 @@ def test_what_cannot_be_used_is_one_line(saved, data, capsys, change, message):
     options = {"model": str(saved[0]), "--data": str(data), "--split": "test"} | change
     code = main([options.pop("model"), *(part for item in options.items() for part in item)])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2 and error.startswith("error: ") and message in error
+    assert code == 2 and error.startswith("granvit eval: error: ") and message in error
 
 
 def test_numbers_out_of_range_are_usage_errors(capsys):

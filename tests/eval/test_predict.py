@@ -50,7 +50,7 @@ def test_a_box_is_captioned(ask, saved, picture):
 def test_a_box_outside_the_image_or_of_no_area_is_refused_before_the_model_is_loaded(ask, monkeypatch, box, message):
     monkeypatch.setattr(loading, "load_model", None)
     code, out, error = ask("--box", *box)
-    assert code == 2 and out == "" and error.startswith("error: box [") and message in error
+    assert code == 2 and out == "" and error.startswith("granvit predict: error: box [") and message in error
 
 
 def test_a_found_box_is_printed_and_drawn(ask, monkeypatch, tmp_path):
@@ -74,16 +74,18 @@ def test_an_answer_without_a_box_is_said_and_draws_nothing(ask, monkeypatch, tmp
 
 
 def test_other_bad_input_is_one_line(ask, tmp_path):
-    assert ask("--find", "  ")[2] == "error: the sentence to find is empty; describe one thing in the picture"
+    assert ask("--find", "  ")[2].startswith("granvit predict: error: the sentence to find is empty; describe one")
     assert "no picture at" in ask("--find", "x", image=tmp_path / "none.png")[2]
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
-    assert ask("--find", "x", image=tmp_path / "broken.jpg")[2].startswith("error: ")
+    for words in (("--find", "x"), ("--box", 0, 0, 1, 1), ("--features", tmp_path / "pca.png")):
+        error = ask(*words, image=tmp_path / "broken.jpg")[2]
+        assert error.startswith(f"granvit predict: error: {tmp_path / 'broken.jpg'}: can't be opened")
 
 
 def test_devices_and_outputs_that_cannot_be_used_are_said_before_the_work(picture, saved, tmp_path, capsys):
     asked = [str(saved[0]), "--image", str(picture), "--find", "x"]
     assert main([*asked, "--device", "foo", "--output", str(tmp_path / "found.png")]) == 2
-    assert capsys.readouterr().err.startswith("error: device: got 'foo', accepted is 'cpu'")
+    assert capsys.readouterr().err.startswith("granvit predict: error: device: got 'foo', accepted is 'cpu'")
     for output, message in ((tmp_path, "it is a folder"), (tmp_path / "none" / "found.png", "no such folder")):
         with pytest.raises(SystemExit):
             main([*asked, "--output", str(output)])
@@ -106,7 +108,29 @@ def test_maps_are_drawn_of_models_and_of_encoders_by_themselves(saved, picture, 
 def test_a_point_outside_the_image_is_refused_before_the_model_is_loaded(ask, monkeypatch, tmp_path):
     monkeypatch.setattr(maps, "load_features", None)
     code, out, error = ask("--similar", 30, 0.5, "--output", tmp_path / "map.png")
-    assert code == 2 and out == "" and error.startswith("error: point [30.0, 0.5] is outside the image: pixels?")
+    assert code == 2 and out == "" and error.startswith("granvit predict: error: point [30.0, 0.5] is outside")
+    assert error.endswith("For pixels give --pixels too")
+
+
+def test_boxes_and_points_may_be_in_pixels(ask, monkeypatch, tmp_path):
+    assert ask("--box", 6.4, 3.2, 32, 28.8, "--pixels") == ask("--box", 0.1, 0.1, 0.5, 0.9)
+    ask("--similar", 60, 2, "--pixels", "--output", tmp_path / "pixels.png")
+    ask("--similar", 60 / 64, 2 / 32, "--output", tmp_path / "relative.png")
+    assert (tmp_path / "pixels.png").read_bytes() == (tmp_path / "relative.png").read_bytes()
+    monkeypatch.setattr(predict, "answer", lambda *_: "<loc_8><loc_8><loc_15><loc_23>")
+    code, out, _ = ask("--find", "a red circle", "--pixels", "--output", tmp_path / "found.png")
+    assert code == 0 and out.startswith("[17, 8, 31, 24]")
+    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(maps, "load_features", None)
+    size = "is not in the image, 64 pixels wide and 32 high"
+    for words, message in (
+        (("--box", 0, 0, 65, 20), "box [0.0, 0.0, 65.0, 20.0]"),
+        (("--box", 5, 5, 5, 20), "box [5.0, 5.0, 5.0, 20.0] (x1 < x2"),
+        (("--similar", 5, 33), "point [5.0, 33.0]"),
+    ):
+        code, _, error = ask(*words, "--pixels")
+        assert code == 2 and message in error and size in error
+    assert ask("--box", 5, 5, 20, 20)[2].endswith("For pixels give --pixels too")
 
 
 def test_draw_keeps_the_size_of_a_large_picture():

@@ -270,7 +270,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_left_out(encoder_folder, s
     result = json.loads((tmp_path / "probe.json").read_text())
     assert all(result["counts"][split]["unreadable_left_out"] > 0 for split in ("train", "test"))
     assert "left out of test: 1 of" in capsys.readouterr().out
-    assert main([*words, "--fault-budget", "0"]) == 2
+    assert main([*words, "--fault-budget", "0"]) == 1
     assert "the fault budget allows 0" in capsys.readouterr().err
     region = {"row": 0, "box": [0, 0, 1, 1], "labels": {}}
     result["nearest"]["queries"] = [region | {"row": GranDataset(data, "test").rows["source"].index("scenes")}]
@@ -283,7 +283,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_left_out(encoder_folder, s
     [
         ({"encoder": "{tmp}/nowhere"}, "no model and no encoder at {tmp}/nowhere"),
         ({"encoder": "{tmp}"}, "{tmp} is of model type None, accepted are siglip2"),
-        ({"encoder": "{tmp}/checkpoint"}, "is a checkpoint of a run: `python -m granvit.export"),
+        ({"encoder": "{tmp}/checkpoint"}, "is a checkpoint of a run: `granvit export"),
         ({"encoder": "pixels={encoder}"}, "two encoders are called 'pixels'; write NAME=ENCODER"),
         ({"--split": "dev"}, "split must be one of ['test', 'train']"),
         ({"--data": "{tmp}/bare"}, "split must be one of ['test']"),
@@ -302,7 +302,7 @@ def test_what_cannot_be_used_is_one_line(change, message, encoder_folder, sample
     options = {key: value.format(**named) for key, value in options.items()}
     code = main(["probe", options.pop("encoder"), *(part for item in options.items() for part in item)])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2 and error.startswith("error: ") and message.format(**named) in error
+    assert code == 2 and error.startswith("granvit eval probe: error: ") and message.format(**named) in error
 
 
 @pytest.mark.parametrize(

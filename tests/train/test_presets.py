@@ -54,7 +54,7 @@ def test_paper_s_preset_says_what_the_paper_says():
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(SystemExit, match="there is no .huge.; presets quick, smoke, compact, paper"):
+    with pytest.raises(ValueError, match="there is no .huge.; presets quick, smoke, compact, paper"):
         parse(["huge"])
 
 

@@ -173,7 +173,7 @@ def test_the_last_lines_say_figures_places_and_a_command_that_works(finished, ca
         assert f"{label} {100 * after[metric]:.1f} (floor " in result
     assert report.endswith(f"report: {folder / 'report' / 'index.html'}")
     assert f"model: {folder / 'export'} " in model
-    words = command.split("python -m granvit.predict ")[1].split()
+    words = command.split("granvit predict ")[1].split()
     assert predict.main(words) == 0 and len(capsys.readouterr().out.splitlines()) == 1
 
 

@@ -1,10 +1,9 @@
-"""python -m granvit.eval probe ENCODER... --data DIR [--json FILE] [--picture FILE.png]"""
+"""granvit eval probe ENCODER... --data DIR [--json FILE] [--picture FILE.png]"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,9 @@ from rich.text import Text
 
 from granvit.data.files import output_fault
 from granvit.machine import default_device
+from granvit.status import run
+
+NAME = "granvit eval probe"
 
 COLUMNS = {
     "linear": "linear_top1", "linear top-5": "linear_top5", "kNN": "knn_top1", "kNN top-5": "knn_top5",
@@ -27,9 +29,9 @@ LONGEST = 18  # letters of an encoder's name that the table shows, from its end
 CLASSES = 8  # that a table's title names
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m granvit.eval probe",
+        prog=NAME,
         description="What frozen features of boxes tell of labels: linear probe, nearest neighbours and retrieval.",
     )
     parser.add_argument(
@@ -54,6 +56,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--fault-budget", type=float, default=0.01, metavar="SHARE", help="faulty rows allowed (0.01)"
     )
     parser.add_argument("--device")
+    return parser
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
     options = parser.parse_args(arguments)
 
     options.device = options.device or default_device()
@@ -109,6 +116,11 @@ def cell(row: dict[str, Any], metric: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    return run(NAME, lambda: measure(options))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Probe, print the tables and write down what is asked for. Raises ValueError for what can't be measured."""
     from transformers.utils import logging
 
     from granvit.data.loader import GranDataset
@@ -117,19 +129,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console(markup=False, emoji=False)
     logging.disable_progress_bar()
-    try:
-        check_device(options.device)
-        train, test = (GranDataset(options.data, name, options.fault_budget) for name in ("train", options.split))
-        result = probe(
-            options.encoders, train, test, options.limit, options.min_regions, options.max_patches, options.device
-        )
-        if options.picture:
-            from granvit.eval.probe.picture import draw
+    check_device(options.device)
+    train, test = (GranDataset(options.data, name, options.fault_budget) for name in ("train", options.split))
+    result = probe(
+        options.encoders, train, test, options.limit, options.min_regions, options.max_patches, options.device
+    )
+    if options.picture:
+        from granvit.eval.probe.picture import draw
 
-            draw(result, test).savefig(options.picture, dpi=150)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        draw(result, test).savefig(options.picture, dpi=150)
     for target in result["targets"]:
         console.print(table(result, target))
     counts = result["counts"]
@@ -145,4 +153,3 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
         console.print(f"written to {options.json}")
-    return 0

@@ -122,7 +122,7 @@ def load(spec: str, device: str = "cpu", max_patches: int | None = None) -> Froz
     path = path.removeprefix(RANDOM)
     if (Path(path) / "manifest.json").is_file():
         raise ValueError(
-            f"{path} is a checkpoint of a run: `python -m granvit.export {path} --output DIR --format encoder` takes "
+            f"{path} is a checkpoint of a run: `granvit export {path} --output DIR --format encoder` takes "
             "its encoder out"
         )
     features = load_features(path, device)

@@ -140,7 +140,7 @@ def test_what_the_first_rank_finds_wrong_is_said_once_and_without_a_traceback(co
     save_config(config, tmp_path / "config.yaml")
     run_ranks(ranks.train, 2, tmp_path)
     output = (tmp_path / "output").read_text()
-    assert "granvit.train: trackers: 'no_such:thing' can't be made" in output, output
-    assert "granvit.train: the first rank failed (ValueError: trackers: 'no_such:thing'" in output
+    assert "granvit train: error: trackers: 'no_such:thing' can't be made" in output, output
+    assert "granvit train: error: the first rank failed (ValueError: trackers: 'no_such:thing'" in output
     assert 'granvit/train/run.py", line' not in output, output
     assert not (tmp_path / "run" / "config.yaml").exists()

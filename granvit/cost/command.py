@@ -1,0 +1,49 @@
+"""granvit plan [quick|smoke|compact|paper] [--config FILE] [--data.path DIR]: a run's costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from granvit.cost.config import PlanConfig
+from granvit.status import read
+from granvit.train.presets import PRESETS, load_config
+
+NAME = "granvit plan"
+
+_USAGE = """What a run costs: GPU hours and what will be seen; then operations of both recipes, ours (an image \
+once, its questions packed behind it) and one question a sample in padded batches; memory of a rank; and how the hours \
+of a data set of Gran-29M's size grow. The first word picks a preset (quick is the default), or --config a run's \
+config.yaml. Nothing is trained or downloaded. What is measured is measured on a dataset's own text and sizes; what is \
+assumed is called so."""
+
+
+def parse(arguments: Sequence[str]) -> PlanConfig:
+    """The plan that a command line asks for. Exits with a usage text for what it cannot read; raises ValueError for a
+    preset that there is not."""
+    words = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    preset = words.pop(0) if words and not words[0].startswith("-") else "quick"
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    default = PRESETS[preset]
+    if "--config" in words:
+        at = words.index("--config")
+        if at + 1 == len(words):
+            raise ValueError("--config takes the path of a run's config.yaml")
+        default = load_config(Path(words[at + 1]))
+        words = words[:at] + words[at + 2 :]
+    defaults = PlanConfig(default)
+    return read(
+        NAME,
+        lambda: tyro.cli(PlanConfig, args=words, default=defaults, prog=f"{NAME} {preset}", description=_USAGE),
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    plan = parse(arguments)
+    from granvit.cost.plan import report  # --help needs no torch
+
+    report(plan, Console(markup=False, emoji=False))
