@@ -75,7 +75,7 @@ def test_a_hub_that_cant_be_reached_is_said(model, monkeypatch, capsys):
 
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_of_a_test")
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: huggingface_hub.hf_api.HfApi("http://127.0.0.1:9"))
-    assert export([str(model), "--push-to-hub", "me/whole"]) == 2
+    assert export([str(model), "--push-to-hub", "me/whole"]) == 1
     assert "the hub did not take me/whole" in capsys.readouterr().err
 
 
