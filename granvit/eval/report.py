@@ -52,7 +52,8 @@ def write_report(run_dir: str | Path) -> Path:
     asked = [prediction for group in groups for prediction in group["predictions"]]
     images = open_pictures(_test(summary["data"]["path"]), set(map(place, asked))) if asked else {}
     pictures = {where: shown_picture(image) for where, image in images.items()}
-    named = {STATES[state][0].format(stage_name(stage)): several for (stage, state), several in states.items()}
+    seeing = {key: several for key, several in states.items() if key[1] not in ("text_only", "other_image")}
+    named = {STATES[state][0].format(stage_name(stage)): several for (stage, state), several in seeing.items()}
     for group in groups:
         group["cards"] = [card(p, named, pictures[place(p)]["size"]) for p in group["predictions"]]
     natural = {place(p): p for p in asked if p["kind"] == "natural"}
@@ -92,10 +93,13 @@ def _test(path: str | list[str]) -> GranDataset:
 def _states(
     summary: dict[str, Any], predictions: dict[str, list[Prediction]], control: Path
 ) -> dict[tuple[str, str], list[Prediction]]:
-    """The answers that are known, by stage and state: before the first stage, after each, and the control's."""
+    """The answers that are known, by stage and state: before the first stage, after each also of the model blinded,
+    and the control's."""
     stages = list(summary["mean"]["stages"])
     states = {(stages[0], "before"): predictions["before"]} if "before" in predictions else {}
-    states |= {(stage, "after"): predictions[stage] for stage in stages if stage in predictions}
+    for stage in stages:
+        kept = {"after": stage} | {state: f"{stage} {state}" for state in ("text_only", "other_image")}
+        states |= {(stage, state): predictions[name] for state, name in kept.items() if name in predictions}
     if control.is_file():
         states["adapt", "control"] = json.loads(control.read_text()).get("adapt", [])
     return states

@@ -19,6 +19,8 @@ TABLES = (
 )
 SOURCES = 8
 """Sources that have columns and pictures of their own: those of the most questions."""
+LEAST_IMAGES = 10
+"""Of fewer images the bootstrap's interval is much too narrow."""
 LESS = ("cer", "unparsed")  # metrics of which less is better
 
 
@@ -190,7 +192,8 @@ def _cell(
         ends = wilson(mean[metric], number)
     elif metric in scores:
         low, high = bootstrap(scores[metric])
-        ends = (low, high) if high > low else None  # of one image, or of equal answers, it says nothing
+        enough = len({score.image for score in scores[metric]}) >= LEAST_IMAGES
+        ends = (low, high) if enough and high > low else None  # of equal answers it says nothing
     else:
         ends = None
     full = 10 if metric.endswith("cider") else 1

@@ -374,8 +374,9 @@ class Run:
                     )  # fmt: skip
         seconds = time.perf_counter() - began
         if world.leads:
-            if blind is None and predictions is not None:  # first, as what has its line is not done again
-                self._keep_predictions("before" if when == "before" else stage.name, predictions)
+            if predictions is not None:  # first, as what has its line is not done again
+                names = {"before": "before", "after": stage.name}
+                self._keep_predictions(names.get(when, f"{stage.name} {when}"), predictions)
                 if when == "after":
                     test = self.splits["test"]
                     self.trackers.show(stage.name, step, "answers", lambda: draw_answers(predictions, test))
@@ -391,7 +392,7 @@ class Run:
         return None
 
     def _keep_predictions(self, name: str, predictions: list[dict]) -> None:
-        """name: the stage that has just ended, or "before" the first one."""
+        """name: the stage that has just ended, or "before" the first one; with how the model was blinded."""
         path = self.folder / "report" / "predictions.json"
         path.parent.mkdir(exist_ok=True)
         kept = json.loads(path.read_text()) if path.exists() else {}

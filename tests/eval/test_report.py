@@ -47,6 +47,7 @@ PREDICTIONS = {
         caption("c", HOSTILE, "a blue square"),
         caption("b", "Total 12", HOSTILE, "pages", "ocr"),
     ],
+    "pretrain other_image": [caption("a", "a red circle", "said blindly")],
     "adapt": [
         box_answer("a", "a red circle", LEFT),
         box_answer("c", HOSTILE, RIGHT),
@@ -205,6 +206,7 @@ def test_a_question_has_its_answers_before_and_after(page):
     text = " ".join(" ".join(page.text).split())
     before, after = r"before stage 1 · ✗ ", r" after stage {} · ✓ "
     assert re.search(f"a red circle {before}ROUGE-L 0 nothing much{after.format(1)}ROUGE-L 100 a red circle", text)
+    assert "said blindly" not in text
     assert re.search(f"a red circle {before}IoU 0.00{after.format(2)}IoU 1.00", text)
 
 
@@ -369,12 +371,12 @@ def test_cells_say_how_sure_they_are_and_no_bar_where_less_is_better(summary):
     assert cer["bar"] == 0 and cer["text"]
 
 
-def test_an_interval_of_one_image_is_none(summary):
-    answers = [caption("a", "a cat", "a dog"), caption("a", "two cats", "cats")]
+def test_a_mean_of_few_images_has_no_interval(summary):
+    answers = [caption(f"{i}", "a cat", "a dog" if i % 2 else "a cat") for i in range(9)] * 2
     summary["mean"]["stages"] = {"pretrain": {"after": summarise(answers)}}
     summary["runs"] = [{"seed": 0, "stages": summary["mean"]["stages"]}]
     made = tables(summary, {("pretrain", "after"): scored(answers)})[0]
-    assert made["rows"][-1]["cells"][0]["spread"] == "" and made["columns"][0]["images"] == 1
+    assert made["rows"][-1]["cells"][0]["spread"] == "" and made["columns"][0]["images"] == 9
 
 
 def test_of_many_sources_those_of_the_most_questions_are_shown(summary):

@@ -61,7 +61,8 @@ def test_a_run_leaves_what_the_documentation_names(finished):
     ):
         assert (folder / name).is_file(), name
     answers = json.loads((folder / "report" / "predictions.json").read_text())
-    assert list(answers) == ["before", "pretrain", "adapt"] and len({len(a) for a in answers.values()}) == 1
+    names = [f"{stage}{blind}" for stage in ("pretrain", "adapt") for blind in ("", " other_image", " text_only")]
+    assert list(answers) == ["before", *names] and len({len(a) for a in answers.values()}) == 1
     lines = training_lines(folder)
     counted = [(line["stage"], line["step"]) for line in lines]
     stages = (config.warmup, config.pretrain, config.adapt)
