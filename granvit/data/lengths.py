@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHUNK = 512  # rows that are tokenised together
+_BLOCK = 1 << 20  # rows that are looked at together: millions more would take gigabytes for a moment
 _WORTH = 4096  # rows that are worth a process more
 _NOTHING = 1 << 40  # tokens of what can't be asked
+_ARRAYS = ("image", "starts", "question", "task")
 TOO_LONG = "the image with its shortest question takes more than {} tokens"
 
 
@@ -57,18 +59,22 @@ class Lengths:
 
     def shortest(self, weights: Mapping[str, float]) -> np.ndarray:
         """int64 [N]: tokens of each image with its shortest question of weight above 0; else _NOTHING or more."""
-        asked = np.array([weights[task] > 0 for task in self.tasks])[self.task]
-        length = np.where(asked, self.question, np.int64(_NOTHING))
+        asked = np.array([weights[task] > 0 for task in self.tasks])
         shortest = np.full(len(self.image), _NOTHING, np.int64)
-        some = np.flatnonzero(np.diff(self.starts))  # reduceat takes an empty stretch for one of a single number
-        if len(some):
-            shortest[some] = np.minimum.reduceat(length, self.starts[some])
-        return shortest + self.image
+        for first in range(0, len(self.image), _BLOCK):
+            starts = self.starts[first : first + _BLOCK + 1]
+            questions = slice(starts[0], starts[-1])
+            length = np.where(asked[self.task[questions]], self.question[questions], np.int64(_NOTHING))
+            some = np.flatnonzero(np.diff(starts))  # reduceat takes an empty stretch for one of a single number
+            if len(some):
+                shortest[first + some] = np.minimum.reduceat(length, starts[some] - starts[0])
+        shortest += self.image
+        return shortest
 
     def checksum(self, *more: np.ndarray) -> int:
         """Of all numbers, and of further int64 arrays: what is planned from other lengths is another plan."""
         crc = 0
-        for array in (self.image, self.starts, self.question, self.task, *more):
+        for array in (*(getattr(self, name) for name in _ARRAYS), *more):
             crc = zlib.crc32(np.ascontiguousarray(array), crc)
         return crc
 
@@ -92,46 +98,57 @@ def measure(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[s
     """
     if len(dataset.parts) > 1:
         return _joined([measure(part, processor, tasks) for part in dataset.parts])
-    path = cache_folder() / f"lengths-{_fingerprint(dataset, processor, tasks)}.npz"
-    if (lengths := _cached(path, tasks)) is not None:
+    folder = cache_folder() / f"lengths-{_fingerprint(dataset, processor, tasks)}"
+    if (lengths := _cached(folder, tasks)) is not None:
         return lengths
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:  # some network file systems have no locks
-                log.warning("%s can't be locked (%s): each process measures lengths for itself", path.parent, error)
-            if (lengths := _cached(path, tasks)) is None:
+                log.warning("%s can't be locked (%s): each process measures lengths for itself", folder.parent, error)
+            if (lengths := _cached(folder, tasks)) is None:
                 lengths = _measure(dataset, processor, tuple(tasks))
-                _save(path, lengths)
+                _save(folder, lengths)
+                lengths = _cached(folder, tasks) or lengths
             return lengths
     except OSError as error:
-        log.warning("lengths will be measured again next time, as %s can't be written: %s", path, error)
+        log.warning("lengths will be measured again next time, as %s can't be written: %s", folder, error)
         return lengths if lengths is not None else _measure(dataset, processor, tuple(tasks))
 
 
-def _cached(path: Path, tasks: Sequence[str]) -> Lengths | None:
+def _cached(folder: Path, tasks: Sequence[str]) -> Lengths | None:
+    """The arrays are mapped, not read: 29 million rows have 1.3 GB of them, which the ranks of a machine share."""
+    if not folder.exists():
+        return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ("image", "starts", "question", "task")}
-            return Lengths(tuple(tasks), faults=[tuple(f) for f in json.loads(str(stored["faults"]))], **arrays)
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
-        log.warning("lengths are measured anew, as %s can't be read: %s", path, error)
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        arrays = {
+            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in _ARRAYS
+        }
+        lengths = Lengths(tuple(tasks), faults=[tuple(fault) for fault in about["faults"]], **arrays)
+        if lengths.checksum() != about["checksum"]:
+            raise ValueError("its numbers have changed")
+        return lengths
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        log.warning("lengths are measured anew, as %s can't be read: %s", folder, error)
         return None
 
 
-def _save(path: Path, lengths: Lengths) -> None:
-    arrays = {name: getattr(lengths, name) for name in ("image", "starts", "question", "task")}
+def _save(folder: Path, lengths: Lengths) -> None:
     # Machines that share the folder may write at once: each to a name of its own first.
-    partial = path.with_name(f".{path.stem}-{uuid4().hex}.npz")
+    partial = folder.with_name(f".{folder.name}-{uuid4().hex}")
     try:
-        np.savez(partial, faults=json.dumps(lengths.faults), **arrays)
-        partial.replace(path)
+        partial.mkdir()
+        for name in _ARRAYS:
+            np.save(partial / f"{name}.npy", getattr(lengths, name))
+        about = {"checksum": lengths.checksum(), "faults": lengths.faults}
+        (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # one that can't be read
+        partial.rename(folder)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, tasks: Sequence[str]) -> Lengths:

@@ -70,6 +70,18 @@ def test_packs_for_so_many_images():
         packs_of(8, lengths, WEIGHTS, 20, 6, 0)
 
 
+def test_shortest_questions_are_looked_at_in_blocks(monkeypatch):
+    lengths = gran_like(100, 400)
+    weights = {task: float(n > 0) for n, task in enumerate(TASKS)}
+    whole = lengths.shortest(weights)
+    for row in range(100):
+        mine = slice(*lengths.starts[row : row + 2])
+        asked = [tokens for tokens, task in zip(lengths.question[mine], lengths.task[mine], strict=True) if task > 0]
+        assert whole[row] == lengths.image[row] + min(asked) if asked else whole[row] > 1 << 39
+    monkeypatch.setattr("granvit.data.lengths._BLOCK", 7)
+    assert (lengths.shortest(weights) == whole).all()
+
+
 def one_lane(lengths: Lengths, lanes: int = 1) -> Order:
     return Order(np.ones(len(lengths.image), np.int64), lanes, 0, lengths.image)
 
