@@ -9,6 +9,8 @@ import sys
 from pkgutil import resolve_name
 from typing import NamedTuple
 
+from granvit.status import DONE, run
+
 
 class Command(NamedTuple):
     """What the first word means. main: "module:function"; words: what the module's command line begins with."""
@@ -33,7 +35,8 @@ COMMANDS = {
 
 def usage() -> str:
     rows = "\n".join(f"  {name:10}{command.help}" for name, command in COMMANDS.items())
-    return f"usage: granvit COMMAND ...\n\n{rows}\n\n`granvit COMMAND --help` says more; --version says the version."
+    more = "`granvit COMMAND --help` says more; --version says the version, --completion bash (or zsh) prints a\n"
+    return f"usage: granvit COMMAND ...\n\n{rows}\n\n{more}script by which the shell completes commands and flags."
 
 
 def main() -> int | None:
@@ -41,15 +44,24 @@ def main() -> int | None:
     word, *rest = sys.argv[1:] or ["--help"]
     if word in ("-h", "--help"):
         print(usage())
-        return 0
+        return DONE
     if word == "--version":
         import granvit
 
         print(granvit.__version__)
-        return 0
+        return DONE
+    return run("granvit", lambda: start(word, rest))
+
+
+def start(word: str, rest: list[str]) -> int | None:
+    """The exit status of a command with these arguments. Raises ValueError where there is none of this name."""
+    if word == "--completion":
+        from granvit.completion import script
+
+        print(script(*rest[:1] or [""], {name: command.help for name, command in COMMANDS.items()}))
+        return DONE
     if word not in COMMANDS:
-        print(f"granvit: error: there is no command {word!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"there is no command {word!r}; there are {', '.join(COMMANDS)}")
     command = COMMANDS[word]
     sys.argv = ["granvit", *command.words, *rest]
     return resolve_name(command.main)()

@@ -44,6 +44,9 @@ def parse(arguments: Sequence[str]) -> PlanConfig:
 
 def main(arguments: Sequence[str]) -> None:
     plan = parse(arguments)
-    from granvit.cost.plan import report  # --help needs no torch
+    from transformers.utils import logging  # --help needs no torch
 
+    from granvit.cost.plan import report
+
+    logging.disable_progress_bar()  # "Loading weights"
     report(plan, Console(markup=False, emoji=False))

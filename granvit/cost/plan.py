@@ -69,7 +69,7 @@ def report(plan: PlanConfig, console: Console) -> None:
         readings[stage.name] = reading
         recipes[stage.name] = compare(reading.rows, plan.samples, plan.run.data.capacity)
     for line in _summary(plan, sizes, stages, readings, recipes, note):
-        console.print(line, soft_wrap=True)
+        console.print(line)
     console.print(_seen_table(plan, stages, readings))
     console.print(_model_table(plan, sizes))
     console.print(_recipes_table(plan, sizes, stages, recipes))
@@ -124,18 +124,30 @@ def _summary(
     note: str,
 ) -> Iterable[str]:
     """The most important first: what the run takes, what it sees, and what that rests on."""
+    hours, lines = 0.0, []
     for stage in stages:
         reading, ours = readings[stage.name], recipes[stage.name].ours
         sees = seen(stage, reading, plan.run.data.capacity)
         total = operations(sizes, ours, stage.train).total / ours.images * sees.images
-        yield (
-            f"{stage.name}: {gpu_hours(total, *_speed(plan, stage)[:2]):,.3g} GPU hours, {sees.steps:,.0f} steps of "
-            f"{sees.images_a_step:.0f} images, {100 * sees.asked_share:.1f} % of regions asked"
+        its = gpu_hours(total, *_speed(plan, stage)[:2])
+        hours += its
+        lines.append(
+            f"{stage.name}: {_few(its)}, {sees.steps:,.0f} steps of {sees.images_a_step:.0f} images, "
+            f"{100 * sees.asked_share:.1f} % of regions asked"
         )
+    yield f"{_few(hours)} of training, without evaluations"
+    yield from lines
     for source in dict.fromkeys(reading.source for reading in readings.values()):
         yield f"lengths: {source}{note}"
+    speeds: dict[str, list[str]] = {}
     for stage in stages:
-        yield f"speed of {stage.name}: {_speed(plan, stage)[2]}"
+        speeds.setdefault(_speed(plan, stage)[2], []).append(stage.name)
+    for speed, names in speeds.items():
+        yield f"speed of {', '.join(names)}: {speed}"
+
+
+def _few(hours: float) -> str:
+    return f"{hours:,.3g} GPU hours" if hours >= 0.01 else "under 0.01 GPU hours"
 
 
 def _seen_table(plan: PlanConfig, stages: Sequence[Stage], readings: dict[str, Reading]) -> Table:

@@ -196,16 +196,17 @@ def test_the_command_prints_every_table(small_config, sample_set, capsys):
     report(PlanConfig(PRESETS["paper"]), Console(width=80))
     said = capsys.readouterr().out
     assert "assumed, not measured" in said and "29.51 M images, 183.55 M regions" in said
-    first, second, *rest = said.splitlines()
+    total, first, second, *rest = said.splitlines()
+    assert re.fullmatch(r"[\d,]+ GPU hours of training, without evaluations", total)
     pattern = r"(pretrain|adapt): [\d,e+.]+ GPU hours, (\d\d\d,\d\d\d) steps of (\d+) images, 100.0 % of regions asked"
     for line in (first, second):
         _, steps, images = re.fullmatch(pattern, line).groups()
         assert 230 <= int(images) <= 280
         assert int(steps.replace(",", "")) * int(images) == pytest.approx(29.51e6, rel=0.01)
-    assert not [line for line in rest if "…" in line]  # all of it fits a terminal
-    console = Console(width=200)
-    report(PlanConfig(small_config, rows=20), console)
-    assert f"rows of {sample_set}" in capsys.readouterr().out.replace("\n", "")
+    assert not [line for line in rest if "…" in line or len(line) > 80]  # all of it fits a terminal
+    report(PlanConfig(small_config, rows=20), Console(width=200))
+    said = capsys.readouterr().out
+    assert said.startswith("under 0.01 GPU hours") and f"rows of {sample_set}" in said.replace("\n", "")
 
 
 def test_arguments():
