@@ -88,14 +88,18 @@ def measure(options: argparse.Namespace, world: World, device: torch.device) -> 
     from granvit.data.mixture import open_split
     from granvit.eval.baselines import floors
     from granvit.eval.evaluation import evaluate, readable
-    from granvit.eval.loading import load_model, own_data
+    from granvit.eval.loading import find_model, load_model, own_data
     from granvit.eval.metrics import counts
     from granvit.eval.terminal import bars, print_figures
 
     logging.disable_progress_bar()  # "Loading weights"
     console = Console(markup=False, emoji=False, highlight=False, quiet=not world.leads)
-    paths = world.first(lambda: [options.data] if options.data else own_data(options.model))
-    ready = []
+
+    def data() -> list[str]:
+        find_model(options.model)  # first: the sample set may have to be drawn
+        return [options.data] if options.data else own_data(options.model)
+
+    paths, ready = world.first(data), []
 
     def prepare() -> None:
         test = open_split(paths, options.split, options.fault_budget)

@@ -85,10 +85,13 @@ def test_a_run_is_asked_about_its_own_test_set(saved, data, tmp_path, capsys, pl
     assert "config.yaml does not say which data the run had" in capsys.readouterr().err
 
 
-def test_the_sample_set_is_that_of_a_run_without_data(tmp_path, monkeypatch):
+def test_the_sample_set_is_that_of_a_run_without_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "cached_sample", lambda images, seed, pages: tmp_path / f"{images} {seed} {pages}")
     (tmp_path / "config.yaml").write_text("data: {path: null, images: 200, pages: 0.05}")
     assert loading.own_data(tmp_path) == [str(tmp_path / "200 0 0.05")]
+    (tmp_path / "seed-0").mkdir()
+    monkeypatch.setattr(loading, "cached_sample", None)
+    assert main([str(tmp_path)]) == 2 and "is a run of several seeds; choose one of" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text("data: {path: [a, b], images: 200, pages: 0.05}")
     assert loading.own_data(tmp_path / "seed-0") == ["a", "b"]
 
