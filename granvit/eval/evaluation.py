@@ -165,7 +165,7 @@ def evaluate(
         model.eval()
         for numbers in mine:
             of, before = [asked[i].row for i in numbers], len(texts)
-            images = None if blind == "text" else {row: _picture(dataset, shown[row]) for row in dict.fromkeys(of)}
+            images = None if blind == "text" else {row: picture(dataset, shown[row]) for row in dict.fromkeys(of)}
             tell = (lambda now, _, before=before: progress(before + now, total)) if progress else None
             said = answer(
                 model, processor, [asked[i].question for i in numbers], of, images, batch_size, MAX_NEW_TOKENS, tell
@@ -208,7 +208,8 @@ def portions(asked: Sequence[Asked], size: int) -> Iterator[list[int]]:
         yield sorted(portion)
 
 
-def _picture(dataset: GranDataset, row: int) -> torch.Tensor:
+def picture(dataset: GranDataset, row: int) -> torch.Tensor:
+    """A row's picture, uint8 [H, W, 3], which `readable` has found good. Raises ValueError where it isn't any more."""
     sample = dataset[row]
     if sample is None:
         raise ValueError(f"{dataset.name(row)} could be read before and can't be now: the data changes meanwhile")

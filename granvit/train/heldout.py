@@ -144,10 +144,7 @@ class HeldOut:
             values = {name: value for name, value in metrics.items() if "/" not in name}
         if self.chats is not None:
             capacity = phase.config.data.capacity
-            values |= score_chat(
-                model, self.processor, self.chats, capacity, limit=QUESTIONS,
-                rank=world.rank, ranks=world.ranks, total=world.total,
-            )  # fmt: skip
+            values |= score_chat(model, self.processor, self.chats, capacity, limit=QUESTIONS, world=world)
         return values
 
     def _open(self, data: GranDataset) -> PackLoader | None:

@@ -370,7 +370,7 @@ class Run:
                 with self.console.evaluation(f"{title}, conversations"):
                     metrics |= score_chat(
                         self.model, self.processor, self.splits["chat_test"], self.config.data.capacity, blind, limit,
-                        world.rank, world.ranks, world.total,
+                        world,
                     )  # fmt: skip
         seconds = time.perf_counter() - began
         if world.leads:

@@ -1,22 +1,30 @@
 """evaluate() with a model whose answers are scripted."""
 
+import copy
 import pickle
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from types import SimpleNamespace
 from weakref import WeakSet
 
+import datasets
 import pytest
 import torch
 from scripted import FirstPixel, TextProcessor
+from torch.nn.functional import one_hot
 
 from granvit.data.loader import GranDataset
+from granvit.data.schema import CHAT_FEATURES
 from granvit.errors import Failed
 from granvit.eval import evaluate
+from granvit.eval.chat import score_chat
 from granvit.eval.evaluation import ask, other_images, portions, readable
+from granvit.model import GranViTProcessor
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, questions
 from granvit.world import World
 
+NO_PICTURE = {"image": None, "width": None, "height": None}
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
 
@@ -295,6 +303,30 @@ def test_what_fails_on_one_rank_is_said_on_all(many):
     first, second, third = Ranks(3).run(work)
     assert isinstance(second, ValueError) and "could be read before and can't be now" in str(second)
     assert isinstance(first, Failed) and f"rank 1 failed (ValueError: {second})" == str(first) == str(third)
+
+
+@pytest.mark.parametrize("blind", [None, "other_image"])
+def test_ranks_share_conversations_and_find_what_one_finds(saved, gran_rows, blind):
+    """One of them without a picture, one with a broken one."""
+    talk = [{"role": role, "content": text} for role, text in (("user", "What is it?"), ("assistant", "A picture."))]
+    rows = gran_rows([(name, []) for name in ("a", "bb", "broken", "cccc", "ddddd", "e")])
+    rows = rows.cast_column("image", datasets.Image(decode=False)).map(
+        lambda row: row | {"conversations": [talk, talk]} | (NO_PICTURE if row["id"] == "e" else {}),
+        features=CHAT_FEATURES,
+    )
+    data = [Watched(rows, fault_budget=1.0) for _ in range(4)]
+    processor = GranViTProcessor.from_pretrained(saved[0] / "export")
+
+    def work(world):
+        own = data[world.rank if world.ranks > 1 else 3]
+        model = copy.deepcopy(saved[1])
+        model.forward_packed = lambda batch: SimpleNamespace(logits=one_hot(batch.targets // 2 * 2))  # the even ones
+        return score_chat(model, processor, own, 200, blind, world=world)
+
+    one, *others = work(World()), *Ranks(3).run(work)
+    assert 0 < one["chat_token_accuracy"] < 1 and all(each == pytest.approx(one) for each in others)
+    assert {str(each.faults.counts) for each in data} == {"Counter({'image': 1})"}
+    assert max(len(each.opened) for each in data[:3]) < len(data[3].opened)
 
 
 def test_a_limit_and_faulty_rows(gran_rows):
