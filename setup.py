@@ -54,8 +54,10 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def _run(command: list[str], doing: str) -> None:
+        # pip's build isolation hides an environment's packages through PYTHONPATH, and cmake may be one of these.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         try:
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env=environment)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"granvit: {doing} the kernels failed ({error.returncode}); the reason is above"
