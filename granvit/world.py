@@ -5,8 +5,12 @@ What they must agree about on the host, counts and decisions, goes over gloo, so
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,17 +23,74 @@ from granvit.errors import Failed
 from granvit.machine import default_device
 
 PATIENCE = timedelta(hours=24)  # of a rank that waits for the others on the host: they may evaluate, or build data
+SECONDS_UNTIL_NAMED = 300
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class RollCall:
+    """Names the ranks that others wait for. A rank that hangs can't say so, and those that wait for it would look the
+    same: so each rank counts the agreements that it has come to, and tells its count by a thread of its own.
+
+    store: of the ranks. seconds: how long a rank waits before it asks who is missing.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, ranks: int, seconds: float = SECONDS_UNTIL_NAMED) -> None:
+        self.store = dist.PrefixStore("granvit/roll call", store)
+        self.rank, self.ranks, self.seconds = rank, ranks, seconds
+        self.count, self.since = 0, None
+        self.store.set(str(rank), "0")
+        threading.Thread(target=self._tell, name="roll call", daemon=True).start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this rank waits for the others."""
+        self.count += 1
+        self.since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = None
+
+    def _tell(self) -> None:
+        told, named = 0, 0
+        while True:
+            time.sleep(self.seconds / 5)
+            count, since = self.count, self.since
+            try:
+                if count != told:
+                    self.store.set(str(self.rank), str(count))
+                    told = count
+                if since is None or time.monotonic() - since < self.seconds or named == count:
+                    continue
+                counts = [int(self.store.get(str(rank))) for rank in range(self.ranks)]
+            except RuntimeError:  # the ranks part
+                return
+            missing = [rank for rank, theirs in enumerate(counts) if theirs < count]
+            # Of those that wait the first one speaks. A rank may have come since it told its count last: then none is
+            # missing soon.
+            if missing and self.rank == min(rank for rank, theirs in enumerate(counts) if theirs >= count):
+                named = count
+                log.warning(
+                    "%s: waited for by %d others for %.0f minutes; a rank that hangs shows where by `py-spy dump`",
+                    "rank " + str(missing[0]) if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}",
+                    self.ranks - len(missing), (time.monotonic() - since) / 60,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that work together. control: their gloo group; None where there is only one."""
+    """This process among those that work together. control: their gloo group; None where there is only one.
+    roll_call: says which rank the others wait for."""
 
     rank: int = 0
     ranks: int = 1
     control: Any = None
+    roll_call: RollCall | None = None
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.roll_call is None else self.roll_call.waiting()
 
     @property
     def leads(self) -> bool:
@@ -41,7 +102,8 @@ class World:
         if self.ranks == 1:
             return tensor
         sums = tensor.double().cpu()
-        dist.all_reduce(sums, group=self.control)
+        with self._waiting():
+            dist.all_reduce(sums, group=self.control)
         return sums.to(tensor)
 
     def total(self, *numbers: float) -> list[float]:
@@ -53,7 +115,8 @@ class World:
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value, group=self.control)
+        with self._waiting():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def first(self, work: Callable[[], T]) -> T:
@@ -68,7 +131,8 @@ class World:
                 fault = error
                 outcome = [None, f"{type(error).__name__}: {error}"]
         if self.ranks > 1:
-            dist.broadcast_object_list(outcome, src=0, group=self.control)
+            with self._waiting():
+                dist.broadcast_object_list(outcome, src=0, group=self.control)
         if fault is not None:
             raise fault
         if outcome[1] is not None:
@@ -107,9 +171,11 @@ def start(device: str) -> tuple[World, torch.device]:
         torch.cuda.set_device(chosen)
     if ranks == 1:
         return World(), chosen
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # which collectives ran, where one of them hangs
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return World(dist.get_rank(), ranks, dist.new_group(backend="gloo", timeout=PATIENCE)), chosen
+    rank, control = dist.get_rank(), dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank, ranks, control, RollCall(dist.distributed_c10d._get_default_store(), rank, ranks)), chosen
 
 
 def stop() -> None:

@@ -1,13 +1,16 @@
 """What the tests of training on several ranks run on each of them."""
 
 import copy
+import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from granvit.data.batches import Batch, Read, collate, join
@@ -17,7 +20,7 @@ from granvit.train import __main__
 from granvit.train.guard import Termination
 from granvit.train.presets import TrainConfig, load_config
 from granvit.train.run import Run
-from granvit.world import World
+from granvit.world import RollCall, World
 
 STEPS = {"warmup": 3, "pretrain": 20, "adapt": 5}
 
@@ -171,3 +174,14 @@ def keep_held_out(world: World, folder: Path) -> None:
 def measure(_: World, *arguments: str) -> None:
     """`python -m granvit.eval ARGUMENTS`."""
     assert measuring.main(list(arguments)) == 0
+
+
+def dally(world: World, folder: Path) -> None:
+    """The second rank lets the others wait; what each logs is in FOLDER/log-RANK."""
+    logging.basicConfig(filename=folder / f"log-{world.rank}", format="%(message)s", force=True)
+    roll_call = RollCall(dist.distributed_c10d._get_default_store(), world.rank, world.ranks, seconds=0.5)
+    world = replace(world, roll_call=roll_call)
+    assert world.total(1) == [world.ranks]
+    time.sleep(3 * (world.rank == 1))
+    assert world.gather(world.rank) == list(range(world.ranks))
+    assert world.first(lambda: 7) == 7
