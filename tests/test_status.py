@@ -60,6 +60,13 @@ def test_what_is_not_there_is_bad_input_in_one_line(granvit, name, tmp_path):
     assert line.startswith(f"granvit {name}") and ": error: " in line and not (tmp_path / "out").exists()
 
 
+def test_adapt_names_a_path_where_nothing_is_before_it_makes_data(granvit):
+    for words in (("--encoder", "/nosuch", "--llm", "llm-toy"), ("--encoder", "llm-toy", "--llm", "./nosuch")):
+        code, _, err = granvit("train", "adapt", *words)
+        assert code == status.USAGE
+        assert err.startswith("granvit train: error: --") and err.endswith("there is nothing\n")
+
+
 ERRORS = {
     ValueError("odd"): status.USAGE,
     FileNotFoundError(2, "No such file", "a"): status.USAGE,

@@ -44,9 +44,12 @@ def sft_config(model: str | None) -> TrainConfig:
 
 
 def check_adapt(config: TrainConfig, flags: Collection[str]) -> None:
-    """Raises ValueError where the flags named no encoder or no LLM."""
+    """Raises ValueError where the flags named no encoder or no LLM, or a path where nothing is: before data is made."""
     if not config.model.encoder or not config.model.llm:
         raise ValueError("adapt takes --encoder RUN (or an export, or a checkpoint) and --llm NAME_OR_FOLDER")
+    for flag, path in (("encoder", config.model.encoder), ("llm", config.model.llm)):
+        if path.startswith(("/", ".", "~")) and not Path(path).exists():  # else it may be a name on the hub
+            raise ValueError(f"--{flag} {path}: there is nothing")
 
 
 def check_sft(config: TrainConfig, flags: Collection[str]) -> None:
