@@ -136,8 +136,9 @@ def main() -> int:
     arguments = sys.argv[1:]
     word = arguments[0] if arguments else ""
     work = partial(COMMANDS[word], arguments[1:]) if word in COMMANDS else partial(run_preset, arguments)
-    name = "granvit plan" if word == "plan" else NAME
-    return run(name, work, "stopped at once; the same command goes on from the last checkpoint")
+    if word in COMMANDS:
+        return run("granvit plan" if word == "plan" else NAME, work)
+    return run(NAME, work, "stopped at once; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
