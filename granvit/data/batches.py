@@ -25,7 +25,7 @@ from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, Lengths, as_it_is, measure, start_worker, too_long
 from granvit.data.loader import GranDataset
 from granvit.data.mixture import Mixed
-from granvit.data.parallel import progress, shared_memory
+from granvit.data.parallel import begun, progress, shared_memory
 from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Order, Pack
 from granvit.data.schema import good_or_none
@@ -226,7 +226,7 @@ def _count_packs(lanes: list[Lane]) -> list[int]:
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
-    return list(progress(loader, "Counting sequences", len(lanes)))
+    return list(progress(begun(loader), "Counting sequences", len(lanes)))
 
 
 class _Steps(Sampler):
@@ -325,7 +325,7 @@ def _read_ahead(reader: _Reader, processes: int, sampler: Sampler) -> Iterator[t
     )
     try:
         with shared_memory(processes):
-            reads = iter(loader)  # by a name, so that it outlives the loop: its end waits for its processes
+            reads = begun(loader)  # by a name, so that it outlives the loop: its end waits for its processes
             for number, (sent, faults) in enumerate(reads):
                 if processes:
                     backlog.take(number % processes, sent[0].numel())

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.loader import GranDataset
-from granvit.data.parallel import end_with_parent, progress
+from granvit.data.parallel import begun, end_with_parent, progress
 from granvit.data.schema import good_or_none
 from granvit.machine import cache_folder
 from granvit.questions.schema import DataFault, Region, Sample
@@ -190,7 +190,7 @@ def _measure(dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else each start draws a number of the training's own
     )
-    measured = [reader[range(0)], *progress(loader, "Measuring questions", len(chunks))]
+    measured = [reader[range(0)], *progress(begun(loader), "Measuring questions", len(chunks))]
     faults = [fault for _, several in measured for fault in several]
     return replace(_joined([part for part, _ in measured]), faults=faults)
 

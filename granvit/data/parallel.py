@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 
 @contextmanager
@@ -59,6 +62,23 @@ def shared_memory(workers: int) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """While processes are started that keep from SIGTERM (`end_with_parent`). Arrow starts threads of its own in a
+    process as soon as that is forked, before a line of ours runs there: they have to have it from their parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begun(loader: DataLoader) -> Iterator[Any]:
+    """iter(loader), of one whose processes keep from SIGTERM."""
+    with sigterm_blocked():
+        return iter(loader)
+
+
 def end_with_parent(keep_from_sigterm: bool = False) -> None:
     """For a process that works for its parent: end with it, also where that is killed and can't say so.
 
@@ -68,6 +88,7 @@ def end_with_parent(keep_from_sigterm: bool = False) -> None:
     """
     if keep_from_sigterm and not hasattr(signal, "sigtimedwait"):  # macOS
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         keep_from_sigterm = False
     if keep_from_sigterm:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

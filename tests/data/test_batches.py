@@ -13,14 +13,18 @@ from pathlib import Path
 import datasets
 import numpy as np
 import psutil
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
+from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.batches import LANE_BYTES, PackLoader
 from granvit.data.faults import FaultBudgetExceeded
-from granvit.data.lengths import _measure
+from granvit.data.lengths import _measure, start_worker
 from granvit.data.loader import GranDataset
+from granvit.data.parallel import begun
 from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES
 from granvit.data.shards import RowWriter
@@ -414,6 +418,23 @@ def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor,
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "a file"))
     assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
     assert "measured anew" in caplog.text and "can't be written" in caplog.text
+
+
+class Threads(Dataset):
+    """How many threads of the process that reads it take SIGTERM."""
+
+    def __getitem__(self, _):
+        masks = [path.read_text().split("SigBlk:")[1].split()[0] for path in Path("/proc/self/task").glob("*/status")]
+        return sum(not int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
+def test_no_thread_of_a_reading_process_takes_sigterm(tmp_path):
+    """Which `timeout` and schedulers send to all of a run: with its readers gone it could not be saved."""
+    parquet.write_table(pyarrow.table({"a": [1], "b": [2]}), tmp_path / "rows.parquet")
+    parquet.read_table(tmp_path / "rows.parquet")  # starts Arrow's threads, which it starts anew in a forked process
+    reads = DataLoader(Threads(), batch_size=None, sampler=[0], num_workers=1, worker_init_fn=start_worker)
+    assert list(begun(reads)) == [0]
+    assert Threads()[0]  # and SIGTERM is this process's own again
 
 
 def test_a_file_that_changes_or_goes_is_named(tmp_path, many_rows, processor):
