@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from granvit.data.crops import ASKED, Crop, Crops
 from granvit.questions.packing import PackedBatch, Part, pack_parts, write_parts
 from granvit.questions.prompts import Question
 from granvit.questions.schema import Sample
+from granvit.questions.segments import find_segments
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
@@ -45,6 +46,62 @@ class Batch:
             regions=self.regions.to(device),
             region_image=self.region_image.to(device),
             crop_regions=self.crop_regions.to(device),
+        )
+
+    def split(self, parts: int) -> list[Batch]:
+        """The sequences, in their order, in so many batches of as many as can be alike: some have none where there are
+        fewer sequences than parts. For a batch on the host."""
+        rows = len(self.packed.input_ids)
+        ends = [rows * part // parts for part in range(parts + 1)]
+        return [self] if parts == 1 else [self._rows(*pair) for pair in pairwise(ends)]
+
+    def _rows(self, first: int, end: int) -> Batch:
+        packed, length = self.packed, self.packed.input_ids.shape[1]
+        held = packed.image_index[first:end]
+        width = max([min(end - first, 1), *(held >= 0).sum(1).tolist()])
+        here, held = (slice(first, end), slice(width)), held[:, :width]
+        kept = held[held >= 0].unique()
+        place = torch.full((len(self.samples) + 1,), -1)  # of each sample among those kept; the last is padding's, -1
+        place[kept] = torch.arange(len(kept))
+        image_index, question_index = place[held], packed.question_index[here]
+
+        def inside(slots: Tensor) -> Tensor:
+            return (slots >= first * length) & (slots < end * length)
+
+        def moved(slots: Tensor) -> Tensor:
+            slots = slots[inside(slots)] - first * length
+            return slots - slots // max(1, length) * (length - width)
+
+        samples, asked = ([column[i] for i in kept.tolist()] for column in (self.samples, self.asked))
+        boxes, regions = (place[owner] >= 0 for owner in (packed.box_image_index, self.region_image))
+        looked_at = regions[self.crop_regions]
+        crops = self.crops[looked_at]
+        crops[:, 0] = place[crops[:, 0].long()].double()
+        return Batch(
+            samples,
+            asked,
+            PackedBatch(
+                # Samples without an image come last, so images are numbered as their samples are.
+                images=[packed.images[i] for i in kept.tolist() if i < len(packed.images)],
+                input_ids=packed.input_ids[here],
+                position_ids=packed.position_ids[here],
+                labels=packed.labels[here],
+                image_index=image_index,
+                question_index=question_index,
+                boxes=packed.boxes[boxes],
+                box_image_index=place[packed.box_image_index[boxes]],
+                image_slots=moved(packed.image_slots),
+                region_slots=moved(packed.region_slots),
+                answer_slots=moved(packed.answer_slots),
+                targets=packed.targets[inside(packed.answer_slots)],
+                segments=find_segments(image_index.numpy(), question_index.numpy()),
+                regions=sum(question.region is not None for questions in asked for question in questions),
+            ),
+            self.regions[regions],
+            place[self.region_image[regions]],
+            (regions.cumsum(0) - 1)[self.crop_regions[looked_at]],
+            crops,
+            self.crop_grids[looked_at],
         )
 
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -21,6 +23,7 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.batches import LANE_BYTES, PackLoader
+from granvit.data.collate import Read, join
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.lengths import _measure, start_worker
 from granvit.data.loader import GranDataset
@@ -28,6 +31,8 @@ from granvit.data.parallel import begun
 from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES
 from granvit.data.shards import RowWriter
+from granvit.questions.packing import write_parts
+from granvit.questions.schema import Sample
 from tests.data.conftest import gran_rows
 
 TASKS = {"bbox2caption": 1.0, "caption2bbox": 1.0, "global_caption": 2.0}
@@ -60,6 +65,33 @@ def seen(batch, processor) -> list[list[tuple[str, list[str]]]]:
 def joined(parts: list[list]) -> list:
     """Sequences of all ranks in the batch's order."""
     return [one for several in zip(*parts, strict=True) for one in several]
+
+
+def test_a_batch_is_split_into_batches_of_its_sequences(gran, processor):
+    """Each is what its sequences make when they are put together: every field is."""
+    batch = next(iter(loader(GranDataset(gran), processor, packs=5)))
+    rows = [list(dict.fromkeys(row[row >= 0].tolist())) for row in batch.packed.image_index]
+    for number, cuts in ((1, (0, 5)), (2, (0, 2, 5)), (7, (0, 0, 1, 2, 2, 3, 4, 5))):
+        parts = batch.split(number)
+        for part, (first, end) in zip(parts, pairwise(cuts), strict=True):
+            kept = sorted(i for row in rows[first:end] for i in row)
+            plan = [[kept.index(i) for i in row] for row in rows[first:end]]
+            samples, asked = [batch.samples[i] for i in kept], [batch.asked[i] for i in kept]
+            read = Read(plan, samples, asked, write_parts(samples, asked, processor))
+            assert_same(part, join([read], processor, 400))
+    assert len(batch.crops) == sum(len(part.crops) for part in parts) > len(parts)
+
+
+def assert_same(ours: object, theirs: object) -> None:
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    elif is_dataclass(ours) and not isinstance(ours, Sample):
+        for field in fields(ours):
+            assert_same(getattr(ours, field.name), getattr(theirs, field.name))
+    elif isinstance(ours, list) and ours and isinstance(ours[0], torch.Tensor):
+        assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs)
+    else:
+        assert ours is theirs or ours == theirs
 
 
 def test_an_epoch_shows_every_image_once_in_full_sequences(gran, processor):
