@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from granvit.model import GranViT
@@ -57,8 +57,6 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 def synchronise(module: nn.Module, wanted: bool) -> None:
     """Whether the next backward of a module out of `distribute` adds its gradients up over the ranks: not wanted in
-    those of a step but the last, where it has several batches."""
+    those of a step but the last, where it has several batches. FSDP always does: it would keep whole gradients."""
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = wanted
-    elif isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(wanted)
