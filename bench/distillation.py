@@ -43,7 +43,7 @@ from granvit.data.crops import Crops
 from granvit.data.sample import cached_sample
 from granvit.eval.metrics import is_attribute
 from granvit.machine import device_name
-from granvit.train.distill import Statistics, distillation_loss, feature_statistics
+from granvit.train.distill import Statistics, distillation_loss, feature_moments, feature_statistics
 from granvit.train.guard import Termination
 from granvit.train.presets import PRESETS, TrainConfig
 from granvit.train.run import Run
@@ -160,7 +160,7 @@ def trained(config: TrainConfig, folder: Path, warm: Path) -> dict[str, float]:
     kept = {name: captions[name] for name in METRICS if name in captions}
     kept |= {name: captions[name] for name in captions if name.startswith("bbox2caption_") and is_attribute(name)}
     kept |= {"caption2bbox_acc50": boxes["caption2bbox_acc50"], "pretrain_seconds": seconds}
-    return kept | feature_statistics(features)
+    return kept | feature_statistics(feature_moments(features))
 
 
 def compare(what: str, seeds: int, steps: list[int] | None) -> None:

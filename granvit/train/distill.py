@@ -106,14 +106,22 @@ def _standardized(student: Tensor, teacher: Tensor, statistics: Statistics) -> T
 
 
 @torch.no_grad()
-def feature_statistics(features: Tensor) -> dict[str, float]:
-    """Effective rank and mean standard deviation of features [N, C].
+def feature_moments(features: Tensor) -> Tensor:
+    """What `feature_statistics` takes of features [N, C], float64 [C + 1, C + 1]: the sum of their outer products, each
+    with a one behind it. That of all is the sum of its parts'."""
+    x = F.pad(features.double(), (0, 1), value=1.0)
+    return x.T @ x
+
+
+def feature_statistics(moments: Tensor) -> dict[str, float]:
+    """Effective rank and mean standard deviation of features of which `feature_moments` tells.
 
     Effective rank = exp(entropy of the normalised singular values of the centred features) (Roy & Vetterli 2007).
     """
-    x = features.double()
-    x = x - x.mean(0)
-    singular = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()
+    sums, number = moments[-1, :-1], moments[-1, -1]
+    scatter = moments[:-1, :-1] - torch.outer(sums, sums) / number
+    singular = torch.linalg.eigvalsh(scatter).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-30)
     entropy = -(share * share.clamp_min(1e-30).log()).sum()
-    return {"effective_rank": entropy.exp().item(), "std": x.std(0, unbiased=False).mean().item()}
+    deviations = (scatter.diagonal() / number).clamp_min(0).sqrt()
+    return {"effective_rank": entropy.exp().item(), "std": deviations.mean().item()}

@@ -49,7 +49,7 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
 # Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with. Where the data lies
 # is free as well: `same_data` tells whether it is the same.
 FREE = {
-    "output", "device", "threads", "parallel", "compile", "checkpointing", "profile", "checkpoint_every",
+    "output", "device", "threads", "parallel", "compile", "micro_packs", "checkpointing", "profile", "checkpoint_every",
     "keep_checkpoints", "keep_every", "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers",
     "data.path", "data.chat", *(f"{phase}.eval_every" for phase in PHASES),
 }  # fmt: skip

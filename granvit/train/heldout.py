@@ -123,9 +123,9 @@ class HeldOut:
         for batch in self.loader:
             if stopping():
                 return None
-            if batch.samples:
-                task, batch = _tasks(batch), batch.to(phase.device)
-                answers = phase.loss_of(model, None, 0, batch, Share.whole(batch))["answers"].double().cpu()
+            for part in filter(lambda part: part.samples, batch.split(phase.parts)):
+                task, part = _tasks(part), part.to(phase.device)
+                answers = phase.loss_of(model, None, 0, part, Share.whole(part))["answers"].double().cpu()
                 sums[0].index_add_(0, task, answers)
                 sums[1] += task.bincount(minlength=len(TASKS))
         sums = phase.world.sum(sums)

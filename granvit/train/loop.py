@@ -24,7 +24,7 @@ from granvit.errors import Failed
 from granvit.lora import ADAPTER, adapters
 from granvit.model import GranViT
 from granvit.train.checkpoint import LOSS, Checkpoints, load
-from granvit.train.distill import Teacher, feature_statistics
+from granvit.train.distill import Teacher, feature_moments, feature_statistics
 from granvit.train.guard import NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.metrics_log import MetricsLog
 from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
@@ -69,7 +69,8 @@ class Phase:
     """A stage of a run: model, optimiser, teacher and the place in the data, which are what a checkpoint holds.
 
     The model is trained in place; with FSDP its parameters become pieces. blank: a batch of an image without meaning,
-    that a rank goes through where it has none, because the others wait for it.
+    that a rank goes through where it has none, because the others wait for it. parts: micro-batches that a batch is
+    split into, as many on each rank.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Phase:
         groups = model.groups()  # anew: FSDP has put pieces in the parameters' places
         self.trained = [p for name in stage.train for p in groups[name]]
         self.optimizer = make_optimizer(groups, stage, hidden_matrices(model))
+        self.parts = -(-(stage.packs // world.ranks) // config.micro_packs) if config.micro_packs else 1
         self.step = 0
         self.spikes, self.streak = Spikes(), Streak(config.nonfinite_limit)
 
@@ -138,13 +140,16 @@ class Phase:
             yield list(islice(batches, self.stage.accumulate))
 
     def take(self, batches: list[Batch]) -> dict[str, Any]:
-        """One step of the optimiser on what all ranks have. Returns its line for the log: without "loss" where no image
-        could be read, with "skipped" where loss or gradient was not finite."""
+        """One step of the optimiser on what all ranks have, a micro-batch at a time. Returns its line for the log:
+        without "loss" where no image could be read, with "skipped" where loss or gradient was not finite."""
         self.step += 1
         names = getattr(self.loader.dataset, "names", [])  # of a mixture's datasets
         counts = ("targets", "regions", "asked", "images", "tokens", *map(IMAGES_OF.format, names))
+        batches = [part for batch in batches for part in batch.split(self.parts)]
         totals = self.world.total(*(number for batch in batches for number in _count(batch, names)))
         step = {name: sum(totals[i :: len(counts)]) for i, name in enumerate(counts)}
+        images = totals[counts.index("images") :: len(counts)]  # no rank goes through what all have none of
+        batches = [batch for batch, number in zip(batches, images, strict=True) if number]
         line = {"regions": int(step["asked"]), "images": int(step["images"]), "tokens": int(step["tokens"])}
         line |= {name: int(step[name]) for name in counts[5:]}
         if not step["targets"]:
@@ -153,22 +158,29 @@ class Phase:
         seed = f"{self.config.seed} {self.stage.name} {self.step} {self.world.rank}"
         torch.manual_seed(zlib.crc32(seed.encode()))
         self.optimizer.zero_grad(set_to_none=True)
-        parts = []
+        logged, parts = self.step % self.config.log_every == 0 or self.step == 1, []
         for number, batch in enumerate(batches):
             synchronise(self.losses, number == len(batches) - 1)
-            weight = float(bool(batch.samples))
-            share = Share(step["targets"], step["regions"], weight)
-            with autocast(self.config, self.device):
-                losses = self.losses(self.step, (batch if weight else self.blank).to(self.device), share)
-            # The ranks' gradients are averaged, but their losses are parts of a sum.
-            (losses["loss"] * self.world.ranks).backward()
-            parts.append({name: value.detach() for name, value in losses.items()})
+            share = Share(step["targets"], step["regions"], weight=float(bool(batch.samples)))
+            parts.append(self._learn(batch if batch.samples else self.blank, share, logged))
         line |= self._update(parts, batches)
         # There is no rank of what isn't finite, and none of no features: conversations alone have no picture.
-        seen = len(parts[0].get("features", ())) and "skipped" not in line
-        if seen and (self.step % self.config.log_every == 0 or self.step == 1):
-            line |= {f"features_{k}": v for k, v in feature_statistics(parts[0]["features"]).items()}
+        seen = [part["seen"] for part in parts if "seen" in part]
+        if seen and "skipped" not in line:
+            line |= {f"features_{k}": v for k, v in feature_statistics(sum(seen)).items()}
         return line
+
+    def _learn(self, batch: Batch, share: Share, logged: bool) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch to those that are there. Returns its losses, and with `logged` what
+        `feature_statistics` takes of its features as "seen"; a function, so that nothing else of it is kept."""
+        with autocast(self.config, self.device):
+            losses = self.losses(self.step, batch.to(self.device), share)
+        # The ranks' gradients are averaged, but their losses are parts of a sum.
+        (losses["loss"] * self.world.ranks).backward()
+        features = losses.pop("features", ())
+        if logged and share.weight and len(features):
+            losses["seen"] = feature_moments(features)
+        return {name: value.detach() for name, value in losses.items()}
 
     def _update(self, parts: list[dict[str, Tensor]], batches: list[Batch]) -> dict[str, Any]:
         rate = self.stage.rate(self.step)

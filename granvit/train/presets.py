@@ -196,6 +196,9 @@ class TrainConfig:
     """How several ranks (torchrun) share the model: ddp, each has a copy; fsdp, each a piece (FSDP2)."""
     compile: bool = False
     """torch.compile of the transformer blocks: about a minute, and then for batches of any size."""
+    micro_packs: int = 0
+    """Sequences that a rank takes through forward and backward at once, at most, for what does not fit its memory; 0:
+    all that it has of a batch. Losses and gradients are the same."""
     checkpointing: bool = False
     """Keep only each transformer block's input for the backward pass: less memory, a third more time in what learns."""
     profile: bool = False
@@ -219,7 +222,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least("config", self, seeds=1, threads=0, checkpoint_every=1, keep_checkpoints=1, keep_every=0, log_every=1)
-        at_least("config", self, failed_saves=1, nonfinite_limit=1)
+        at_least("config", self, failed_saves=1, nonfinite_limit=1, micro_packs=0)
         for name in PHASES:
             stage = getattr(self, name)
             if stage.name != name:

@@ -35,7 +35,7 @@ from granvit.train.card import write_card
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.console import CONTROL, RunConsole, closing_words, hush
 from granvit.train.counting import check_ranks, counted, needs_counting, order_arguments
-from granvit.train.distill import feature_statistics
+from granvit.train.distill import feature_moments, feature_statistics
 from granvit.train.folder import check_room, locked, resumes, same_data
 from granvit.train.guard import Termination, termination
 from granvit.train.heldout import HeldOut
@@ -407,7 +407,8 @@ class Run:
         images = [s.image.to(self.device) for s in samples if s is not None and s.image.numel()]
         with eager():
             features, _ = self.model.encode(images)
-        return {f"{name}_{when}": value for name, value in feature_statistics(features).items()}
+        statistics = feature_statistics(feature_moments(features))
+        return {f"{name}_{when}": value for name, value in statistics.items()}
 
     @property
     def _precision(self) -> torch.dtype:

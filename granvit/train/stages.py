@@ -47,7 +47,8 @@ class Stage:
     """Images of a step, in place of `packs`, whose number follows from what the data's images and questions measure. It
     is a multiple of 8, as are most numbers of GPUs, or 1, 2 or 4; how many ranks there are has no part in it."""
     accumulate: int = 1
-    """Batches a step, one after the other: what does not fit the memory at once. Tokens weigh the same in all."""
+    """Batches a step, one after the other. Tokens weigh the same in all. Where a batch does not fit a rank's memory,
+    micro_packs is what helps: it leaves the step as it is."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: weights of linear layers learn by Muon (optimizer.py), at the same rates, the rest by AdamW."""
     learning_rate: float = 1e-5

@@ -64,8 +64,8 @@ def through_loader(run: Run, stage, world: World, steps: int) -> dict:
     return outcome(phase, [phase.take(batches) for batches in phase.batches()])
 
 
-def through_splits(run: Run, stage, world: World) -> dict:
-    phase = run.new_phase(replace(stage, packs=4), copy.deepcopy(run.model))
+def through_splits(run: Run, stage, world: World, packs: int = 4) -> dict:
+    phase = run.new_phase(replace(stage, packs=packs), copy.deepcopy(run.model))
     return outcome(phase, [phase.take([batch]) for batch in portion_batches(run, stage, world)])
 
 
@@ -104,6 +104,10 @@ def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> 
     cases["no region question"] = through_loader(run, captions, world, 3)
     for target in ("mse", "cosine", "layer_norm", "standardized"):
         cases[f"{target} accumulated"] = accumulated(run, whole.pretrain, world, target)
+    run = run_of(replace(whole, micro_packs=1), "micro")
+    for stage in (whole.warmup, whole.pretrain, whole.adapt):
+        # 8, 4 or 2 parts of each split on 1, 2 or 4 ranks; where it has fewer sequences, parts have none.
+        cases[f"{stage.name} in micro-batches"] = through_splits(run, stage, world, packs=8)
     if parallel == "ddp":
         cases["muon"] = through_loader(run, replace(whole.pretrain, optimizer="muon"), world, 5)
     run = run_of(faulty, "faulty")

@@ -66,6 +66,17 @@ def test_an_interrupted_run_goes_on_bit_for_bit_wherever_its_data_is(
     assert load_config(tmp_path / "run" / "config.yaml").data.path == str(tmp_path / "copy")
 
 
+def test_it_goes_on_in_other_micro_batches_along_the_same_curves(config, undisturbed, tmp_path, monkeypatch):
+    config = replace(config, output=str(tmp_path / "run"), micro_packs=1)
+    stopping.cut(monkeypatch, config, "pretrain", 5)
+    train(replace(config, micro_packs=3))
+    lines, expected = ([line for line in some if "loss" in line] for some in (lines_of(tmp_path / "run"), undisturbed))
+    assert len(lines) == 18 and any(line["loss_distill"] for line in lines)
+    for line, other in zip(lines, expected, strict=True):
+        assert line.pop("stage") == other["stage"]
+        assert line == pytest.approx({k: v for k, v in other.items() if k != "stage"}, rel=1e-5)
+
+
 def test_momenta_of_muon_go_on_bit_for_bit(small_config, tmp_path, monkeypatch):
     pretrain = replace(small_config.pretrain, optimizer="muon")
     config = replace(small_config, pretrain=pretrain, adapt=replace(small_config.adapt, steps=0))
