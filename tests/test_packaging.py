@@ -62,9 +62,12 @@ def test_ci_calls_what_there_is():
 def test_jobs_wait_for_jobs_and_actions_are_pinned():
     for job in JOBS.values():
         needed = job.get("needs", [])
-        assert {needed} if isinstance(needed, str) else set(needed) <= set(JOBS)
+        assert ({needed} if isinstance(needed, str) else set(needed)) <= set(JOBS)
     actions = [step["uses"] for step in STEPS if "uses" in step]
     assert actions and all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", action) for action in actions)
+
+
+BUILT = ("build/", "dist/")
 
 
 def paths(text: str) -> list[str]:
@@ -73,7 +76,7 @@ def paths(text: str) -> list[str]:
     for section in text.split("\n## "):
         folder = ROOT
         for word in " ".join(re.findall(r"```\w*\n.*?```|`[^`]+`", section, re.DOTALL)).replace("`", " ").split():
-            if not re.fullmatch(r"[\w.-]+/[\w./-]*|[\w.-]+\.(py|md|h|cpp|toml|txt)", word) or word.startswith("build/"):
+            if not re.fullmatch(r"[\w.-]+/[\w./-]*|[\w.-]+\.(py|md|h|cpp|toml|txt)", word) or word.startswith(BUILT):
                 continue
             path = ROOT / word if "/" in word or (ROOT / word).exists() else folder / word
             folder = path.parent
