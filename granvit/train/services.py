@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import math
@@ -130,6 +131,22 @@ class _Wandb:
         self._run.finish(exit_code=0 if done else 1)
 
 
+def _mlflow_name(name: str) -> str:
+    """The name as MLflow accepts it: a relative path of letters, digits and "_.- :", at most 250 in all. Sources of
+    data stand in names. What is changed bears its hash, so that different names stay different."""
+
+    def accepted(part: str) -> str:
+        plain = "none" if part in ("", ".", "..") else re.sub(r"[^\w.\- :]", "_", part)
+        return plain if plain == part else f"{plain}-{_hash(part)}"
+
+    path = "/".join(map(accepted, name.split("/")))
+    return path if len(path) <= 250 else f"{path[:120]}-{_hash(path)}-{path[-120:]}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
 class _MLflow:
     """A run of MLflow. Its own variables say where: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ..."""
 
@@ -164,8 +181,8 @@ class _MLflow:
 
     def write(self, step: int, line: dict[str, Any]) -> None:
         now, metric = int(time.time() * 1000), self._mlflow.entities.Metric
-        accepted = {re.sub(r"[^/\w.\- :]", "_", name): value for name, value in _scalars(line).items()}
-        self._client.log_batch(self._id, metrics=[metric(name, value, now, step) for name, value in accepted.items()])
+        metrics = [metric(_mlflow_name(name), value, now, step) for name, value in _scalars(line).items()]
+        self._client.log_batch(self._id, metrics=metrics)
 
     def show(self, step: int, name: str, picture: Image.Image) -> None:
         self._client.log_image(self._id, picture, key=name, step=step)

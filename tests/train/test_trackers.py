@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,6 +155,31 @@ def test_wandb_gets_the_run_and_a_stopped_one_goes_on_in_it(small_config, tmp_pa
     pictures = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/*/*.png")
     names = [f"{path.parent.name}/{path.name.partition('_')[0]}" for path in pictures]
     assert sorted(names) == ["adapt/answers", "adapt/curves", "pretrain/answers"]
+
+
+NAMES = ["a", "a b", "", "none", "a//b", "/a", "../x", "./a", "a/", "a/.", "a|b", "a<b", "a_b", "x" * 300, "x" * 301]
+"""Sources of data."""
+
+
+def test_names_for_mlflow_are_short_clean_paths_and_stay_different():
+    named = {name: services._mlflow_name(f"adapt_after/{name}/caption2bbox_acc50") for name in NAMES}
+    assert len(set(named.values())) == len(NAMES)
+    for name in named.values():
+        assert os.path.normpath(name) == name and len(name) <= 250 and re.fullmatch(r"[/\w.\- :]+", name), name
+        assert name.startswith("adapt_after/") and name.endswith("/caption2bbox_acc50")
+    assert named["a b"] == "adapt_after/a b/caption2bbox_acc50" and named[""].startswith("adapt_after/none-")
+
+
+@pytest.mark.slow
+def test_mlflow_takes_figures_of_any_source(opened, elsewhere, caplog):
+    mlflow = pytest.importorskip("mlflow")
+    told = opened("mlflow")
+    figures = {f"{name}/caption2bbox_acc50": number for number, name in enumerate(NAMES)}
+    told.write({"stage": "adapt", "step": 1, "evaluation": "after"} | figures)
+    told.close(True)
+    assert "told no more" not in caplog.text
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert sorted(run.data.metrics.values()) == list(range(len(NAMES)))
 
 
 BAD = {
