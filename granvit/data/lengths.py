@@ -10,7 +10,8 @@ import os
 import shutil
 import signal
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ _CHUNK = 512  # rows that are tokenised together
 _BLOCK = 1 << 20  # rows that are looked at together: millions more would take gigabytes for a moment
 _WORTH = 4096  # rows that are worth a process more
 _NOTHING = 1 << 40  # tokens of what can't be asked
-_ARRAYS = ("image", "starts", "question", "task")
+_ARRAYS = {"image": np.int32, "starts": np.int64, "question": np.int32, "task": np.int8}
 TOO_LONG = "the image with its shortest question takes more than {} tokens"
 
 
@@ -99,27 +100,32 @@ def measure(dataset: GranDataset, processor: GranViTProcessor, tasks: Sequence[s
     if len(dataset.parts) > 1:
         return _joined([measure(part, processor, tasks) for part in dataset.parts])
     folder = cache_folder() / f"lengths-{_fingerprint(dataset, processor, tasks)}"
-    if (lengths := _cached(folder, tasks)) is not None:
-        return lengths
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as error:  # some network file systems have no locks
-                log.warning("%s can't be locked (%s): each process measures lengths for itself", folder.parent, error)
-            if (lengths := _cached(folder, tasks)) is None:
+    lengths = _cached(folder, tasks, quiet=True)
+    if lengths is None:
+        with _in_turn(folder):
+            lengths = _cached(folder, tasks)
+            if lengths is None:
                 lengths = _measure(dataset, processor, tuple(tasks))
                 _save(folder, lengths)
-                lengths = _cached(folder, tasks) or lengths
-            return lengths
-    except OSError as error:
-        log.warning("lengths will be measured again next time, as %s can't be written: %s", folder, error)
-        return lengths if lengths is not None else _measure(dataset, processor, tuple(tasks))
+                lengths = _cached(folder, tasks, quiet=True) or lengths
+    return lengths
 
 
-def _cached(folder: Path, tasks: Sequence[str]) -> Lengths | None:
-    """The arrays are mapped, not read: 29 million rows have 1.3 GB of them, which the ranks of a machine share."""
+@contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Of a machine's processes one at a time, where the file system has locks."""
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(folder.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("%s can't be locked (%s): each process measures lengths for itself", folder.parent, error)
+        yield
+
+
+def _cached(folder: Path, tasks: Sequence[str], quiet: bool = False) -> Lengths | None:
+    """None, with a warning unless `quiet`, where they can't be read. The arrays are mapped, not read: of many millions
+    of rows they take gigabytes, which the ranks of a machine share."""
     if not folder.exists():
         return None
     try:
@@ -128,11 +134,15 @@ def _cached(folder: Path, tasks: Sequence[str]) -> Lengths | None:
             name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in _ARRAYS
         }
         lengths = Lengths(tuple(tasks), faults=[tuple(fault) for fault in about["faults"]], **arrays)
-        if lengths.checksum() != about["checksum"]:
-            raise ValueError("its numbers have changed")
+        for name, dtype in _ARRAYS.items():
+            if arrays[name].dtype != dtype or arrays[name].ndim != 1:
+                raise ValueError(f"{name}.npy is no list of {dtype.__name__}")
+        if _checksum(lengths) != about["checksum"]:
+            raise ValueError("its checksum is another")
         return lengths
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        log.warning("lengths are measured anew, as %s can't be read: %s", folder, error)
+    except Exception as error:  # numpy and json raise whatever the damage leads to
+        if not quiet:
+            log.warning("lengths are measured anew, as %s can't be read: %s", folder, error)
         return None
 
 
@@ -143,12 +153,19 @@ def _save(folder: Path, lengths: Lengths) -> None:
         partial.mkdir()
         for name in _ARRAYS:
             np.save(partial / f"{name}.npy", getattr(lengths, name))
-        about = {"checksum": lengths.checksum(), "faults": lengths.faults}
+        about = {"checksum": _checksum(lengths), "faults": lengths.faults}
         (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # one that can't be read
+        folder.unlink(missing_ok=True)
         partial.rename(folder)
+    except OSError as error:
+        log.warning("lengths will be measured again next time, as %s can't be written: %s", folder, error)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _checksum(lengths: Lengths) -> int:
+    return zlib.crc32(json.dumps(lengths.faults).encode(), lengths.checksum())
 
 
 def lengths_of(samples: Sequence[Sample | None], processor: GranViTProcessor, tasks: Sequence[str]) -> Lengths:

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -437,19 +438,38 @@ def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor,
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "cache"))
     first = loader(GranDataset(gran), processor).lengths
     assert isinstance(first.question.base, np.memmap)  # ranks of a machine share its memory
-    for name in ("question.npy", "about.json"):
-        (file,) = (tmp_path / "cache").glob(f"lengths-*/{name}")
-        whole = file.read_bytes()
-        for damaged in (None, b"", b"broken", whole[: len(whole) // 2], whole[:-9] + b"7" + whole[-8:]):
-            file.unlink()  # what is mapped stays as it is
+
+    def again() -> int:
+        """Their checksum; what the cache holds afterwards is read."""
+        lengths = loader(GranDataset(gran), processor).lengths
+        with monkeypatch.context() as patch:
+            patch.setattr("granvit.data.lengths._measure", lambda *_: pytest.fail("measured again"))
+            loader(GranDataset(gran), processor)
+        return lengths.checksum()
+
+    (folder,) = (tmp_path / "cache").glob("lengths-*/")
+    about = json.loads((folder / "about.json").read_text())
+    other_shape = io.BytesIO()
+    np.save(other_shape, first.image[None])
+    damages = {
+        "question.npy": [None, b"", b"broken", b"\x93NUMPY\1\0\2\0((", (folder / "question.npy").read_bytes()[:-9]],
+        "image.npy": [other_shape.getvalue()],
+        "about.json": [None, b"[" * 9999, json.dumps(about | {"faults": [["x"]]}).encode(), b"{}"],
+    }
+    for name, contents in damages.items():
+        for damaged in contents:
+            (folder / name).unlink()  # what is mapped stays as it is
             if damaged is not None:
-                file.write_bytes(damaged)
-            assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
-            assert file.read_bytes() == whole
+                (folder / name).write_bytes(damaged)
+            caplog.clear()
+            assert again() == first.checksum() and caplog.text.count("measured anew") == 1
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+    assert again() == first.checksum()
     (tmp_path / "a file").write_bytes(b"")
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "a file"))
     assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
-    assert "measured anew" in caplog.text and "can't be written" in caplog.text
+    assert "can't be locked" in caplog.text and "can't be written" in caplog.text
 
 
 class Threads(Dataset):
