@@ -15,9 +15,12 @@ RESAMPLES = 1000
 
 
 def wilson(share: float, number: int) -> tuple[float, float]:
-    """Wilson's score interval of a share of `number` answers, each right or wrong (1927). ValueError for none."""
+    """Wilson's score interval of a share of `number` answers, each right or wrong (1927). ValueError for none,
+    and for what is no share."""
     if number < 1:
         raise ValueError(f"a share is of at least 1 answer, got {number}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share is from 0 to 1, got {share}")
     spread = Z * math.sqrt(share * (1 - share) / number + Z**2 / (4 * number**2))
     middle, scale = share + Z**2 / (2 * number), 1 + Z**2 / number
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)

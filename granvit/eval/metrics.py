@@ -137,11 +137,13 @@ def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIB
 
 
 class Score(NamedTuple):
-    """What an answer adds to a metric, which is the sum of `value` over the sum of `weight`; image: which (`place`)."""
+    """What an answer adds to a metric, which is the sum of `value` over the sum of `weight`; image: which (`place`);
+    answer: its place among the predictions."""
 
     image: Hashable
     value: float
     weight: float = 1.0
+    answer: int = 0
 
 
 def scored(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBUTES) -> dict[str, list[Score]]:
@@ -149,7 +151,7 @@ def scored(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBUTE
     captions = [p for p in predictions if p["task"] == BBOX2CAPTION]
     ciders = iter(cider([p["caption"] for p in captions], [p["answer"] for p in captions]) if captions else [])
     groups: dict[str, list[Score]] = defaultdict(list)
-    for prediction in predictions:
+    for number, prediction in enumerate(predictions):
         task, prefixes = prediction["task"], ["", f"{prediction['source']}/", *_of_dataset(prediction)]
         truth, answer = prediction["caption"], prediction["answer"]
         if task == BBOX2CAPTION:
@@ -160,7 +162,7 @@ def scored(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBUTE
                 read = (("cer", edits, characters), ("exact", exact_text(truth, answer), 1.0))
                 for name, value, weight in read:
                     for prefix in prefixes:
-                        groups[f"{prefix}ocr_{name}"].append(Score(place(prediction), float(value), weight))
+                        groups[f"{prefix}ocr_{name}"].append(Score(place(prediction), float(value), weight, number))
         else:
             overlap, unparsed = iou(prediction), prediction["predicted_box"] is None
             row = {"acc50": overlap >= 0.5, "miou": overlap}
@@ -171,7 +173,7 @@ def scored(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBUTE
             # of F1: the sentence that was asked and the box that was given
             weight = 2.0 - row["unparsed"] if name == "f1" else 1.0
             for prefix in (*prefixes, f"{prediction['kind']}_"):
-                groups[f"{prefix}{task}_{name}"].append(Score(place(prediction), float(value), weight))
+                groups[f"{prefix}{task}_{name}"].append(Score(place(prediction), float(value), weight, number))
     return groups
 
 

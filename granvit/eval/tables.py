@@ -55,7 +55,7 @@ def headlines(summary: dict[str, Any], scores: Scores) -> list[dict[str, Any]]:
             continue
         seeds = [run["stages"][stage]["after"] for run in summary["runs"]]
         numbers = _numbers(scores)
-        cell = _cell(metric, model, seeds, scores.get((stage, "after"), {}), numbers.get(metric))
+        cell = _cell(metric, model, seeds, scores.get((stage, "after"), {}), _images(scores).get(metric))
         exact = metric.replace("rouge_l", "exact")
         value = 100 * model[metric]
         against = [
@@ -113,14 +113,13 @@ def size_metrics() -> list[str]:
 
 def table(summary: dict[str, Any], title: str, metrics: list[str], scores: Scores) -> dict[str, Any]:
     """{"title", "heads": [what the metric is called, number of its columns], "columns": {"label", "number", "images"},
-    "rows"} of the metrics that somebody has a value for; of equal ones the first alone."""
+    "rows"} of the metrics that somebody has a value for; of those of the same answers only the first."""
     everybody = _everybody(summary)
-    values: dict[Any, str] = {}  # one source may be all there is of a kind: show it once
+    distinct: dict[Any, str] = {}  # one source may be all there is of a kind: show it once
     for metric in metrics:
-        measured = tuple(mean.get(metric) for _, _, _, mean, _ in everybody)
-        if any(value is not None for value in measured):
-            values.setdefault((figure_name(metric)[1], measured), metric)
-    metrics = list(values.values())
+        if any(metric in mean for _, _, _, mean, _ in everybody):
+            distinct.setdefault((figure_name(metric)[1], _answers(metric, scores) or metric), metric)
+    metrics = list(distinct.values())
     heads: list[list[Any]] = []
     for metric in metrics:
         called = figure_name(metric)[1] + (" (less is better)" if metric.endswith(LESS) else "")
@@ -131,7 +130,7 @@ def table(summary: dict[str, Any], title: str, metrics: list[str], scores: Score
     numbers, images, rows = _numbers(scores), _images(scores), []
     for label, css, key, mean, seeds in everybody:
         known = scores.get(key, {})
-        cells = [_cell(metric, mean, seeds, known, numbers.get(metric)) for metric in metrics]
+        cells = [_cell(metric, mean, seeds, known, images.get(metric)) for metric in metrics]
         if any(cell["text"] for cell in cells):
             rows.append({"who": label, "css": css, "cells": cells})
     columns = [
@@ -168,6 +167,13 @@ def _numbers(scores: Scores) -> dict[str, int]:
     return {name: len(values) for known in scores.values() for name, values in known.items()}
 
 
+def _answers(metric: str, scores: Scores) -> tuple[Any, ...]:
+    """Which answers of which states a metric is of; () where they are not known."""
+    return tuple(
+        (key, tuple(score.answer for score in known[metric])) for key, known in scores.items() if metric in known
+    )
+
+
 def _images(scores: Scores) -> dict[str, int]:
     """How many images each metric's answers are about."""
     return {name: len({score.image for score in values}) for known in scores.values() for name, values in known.items()}
@@ -178,24 +184,22 @@ def _cell(
     mean: dict[str, float],
     seeds: list[dict[str, float]],
     scores: Mapping[str, list[Score]],
-    number: int | None,
+    images: int | None,
 ) -> dict[str, Any]:
     """A table cell: its text, its range over several seeds or its 95 % interval, the length of its bar in per cent
-    (none where less is better), and what it is sorted by."""
+    (none where less is better), and what it is sorted by. images: how many its answers are about."""
     if metric not in mean:
         return {"text": "", "spread": "", "bar": 0, "value": ""}
     scale, digits = (1, 2) if metric.endswith("cider") else (100, 1)
     values = [seed[metric] for seed in seeds if metric in seed]
+    ends = None
     if len(values) > 1:
         ends = (min(values), max(values))
-    elif is_share(metric) and number:
-        ends = wilson(mean[metric], number)
-    elif metric in scores:
+    elif metric in scores and images >= LEAST_IMAGES:
         low, high = bootstrap(scores[metric])
-        enough = len({score.image for score in scores[metric]}) >= LEAST_IMAGES
-        ends = (low, high) if enough and high > low else None  # of equal answers it says nothing
-    else:
-        ends = None
+        ends = (low, high) if high > low else None  # of equal answers it says nothing
+    if ends is None and is_share(metric) and images:
+        ends = wilson(mean[metric], images)  # answers about one picture are alike: they count once
     full = 10 if metric.endswith("cider") else 1
     return {
         "text": f"{scale * mean[metric]:.{digits}f}",

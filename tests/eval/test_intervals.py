@@ -51,6 +51,9 @@ def test_nothing_has_no_interval():
     for interval in (lambda: bootstrap([]), lambda: wilson(0.0, 0)):
         with pytest.raises(ValueError, match="at least 1 answer"):
             interval()
+    for share in (1.01, -0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="a share is from 0 to 1"):
+            wilson(share, 5)
 
 
 def test_metrics_are_sums_of_scores_and_shares_are_known_by_name():
