@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -127,16 +128,31 @@ def _check_output(parser: argparse.ArgumentParser, folder: Path) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    from granvit.hub import check_repository, push
+    from granvit.hub import check_repository, check_token
 
     if options.push_to_hub:
         check_repository(options.push_to_hub)
+        check_token()
     source = find_source(options.model)
+    said = f"{source.path} as {options.format} in"
     with contextlib.nullcontext(options.output) if options.output else tempfile.TemporaryDirectory() as folder:
         _write(source, Path(folder), options)
-        pushed = options.push_to_hub and push(folder, options.push_to_hub, "model", options.private)
-    for place in filter(None, (options.output, pushed)):
-        print(f"{source.path} as {options.format} in {place}")
+        if options.output:
+            print(said, options.output, flush=True)  # before the upload, which may fail
+        if options.push_to_hub:
+            print(said, _push(folder, options))
+
+
+def _push(folder: str | Path, options: argparse.Namespace) -> str:
+    from granvit.hub import push
+
+    try:
+        return push(folder, options.push_to_hub, "model", options.private)
+    except OSError as error:
+        if not options.output:
+            raise
+        again = shlex.join(["hf", "upload", options.push_to_hub, str(folder), ".", *["--private"] * options.private])
+        raise OSError(f"{error}\n  {folder} is written; `{again}` sends it") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,24 +18,38 @@ def check_repository(name: str) -> None:
         raise ValueError(f"{name!r} can't be a repository's name: {error}") from error
 
 
+def check_token() -> None:
+    """Raises ValueError unless there is a token that can be sent: errors about one that can't would show it."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if not token:
+        raise ValueError("no token of the hub: log in by `hf auth login`, or set HF_TOKEN to one that may write")
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError(
+            "the hub's token (of HF_TOKEN, else of `hf auth login`) has spaces or signs beyond ASCII, which no token "
+            "has; copy it again"
+        )
+
+
 def push(
     folder: str | Path, name: str, kind: Literal["model", "dataset"], private: bool, files: Sequence[str] = ("*",)
 ) -> str:
     """Upload those files of a folder (patterns as of fnmatch) to a repository, which is made if it isn't there.
 
-    name: OWNER/NAME, or NAME of whoever is logged in. private: of a repository that is made. Returns its address. What
-    is there already and the same is not sent again, so that the same call goes on after one that was cut off. Raises
-    ValueError without a token and for a name that can't be, OSError where the hub refuses or can't be reached.
+    name: OWNER/NAME, or NAME of whoever is logged in. private: of a repository that is made; False: as its owner's
+    default is. Returns its address. What is there already and the same is not sent again, so that the same call goes on
+    after one that was cut off. Raises ValueError as `check_repository` and `check_token` do, OSError where the hub
+    refuses or can't be reached.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     check_repository(name)
-    if not get_token():
-        raise ValueError("no token of the hub: log in by `hf auth login`, or set HF_TOKEN to one that may write")
+    check_token()
     api = HfApi()
     try:
-        address = api.create_repo(name, repo_type=kind, private=private, exist_ok=True)
+        address = api.create_repo(name, repo_type=kind, private=private or None, exist_ok=True)
         api.upload_folder(
             repo_id=address.repo_id, folder_path=folder, repo_type=kind, allow_patterns=list(files),
             commit_message="Upload by granvit",

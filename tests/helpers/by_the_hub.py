@@ -18,7 +18,7 @@ model, rows = sys.argv[1:]
 codes = [
     export([model, "--push-to-hub", "me/whole", "--private", "--license", "mit"]),
     export([model, "--push-to-hub", "me/encoder", "--format", "encoder"]),
-    data(["push", rows, "me/rows"]),
+    data(["push", rows, "me/rows", "--private"]),
 ]
 picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 local, pushed = granvit.GranViT.from_pretrained(model), granvit.GranViT.from_pretrained("me/whole")

@@ -17,8 +17,9 @@ def commit_of(files):
 
 @contextmanager
 def fake_hub(token):
-    """Gives (the environment that leads huggingface_hub there, {"models/OWNER/NAME": {path: bytes}})."""
-    repositories = defaultdict(dict)
+    """Gives (the environment that leads huggingface_hub there, {"models/OWNER/NAME": {path: bytes}}, {the same:
+    "private", "public" or None, as was asked for})."""
+    repositories, visibility = defaultdict(dict), {}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -46,7 +47,10 @@ def fake_hub(token):
             if path == ["repos", "create"]:
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}"
-                repositories[f"{asked.get('type', 'model')}s/{name}"]
+                repository = f"{asked.get('type', 'model')}s/{name}"
+                repositories[repository]
+                private = {True: "private", False: "public", None: None}[asked.get("private")]  # of earlier releases
+                visibility[repository] = asked.get("visibility", private)
                 return self.answer({"url": f"http://{self.headers['Host']}/{name}", "id": name})
             files = repositories["/".join(path[:3])]
             if path[3] == "preupload":
@@ -87,7 +91,7 @@ def fake_hub(token):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": token}, repositories
+        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": token}, repositories, visibility
     finally:
         server.shutdown()
         server.server_close()

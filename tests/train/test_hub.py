@@ -36,12 +36,15 @@ def rows(tmp_path):
 
 
 def test_a_model_and_a_dataset_go_to_the_hub_and_come_back(model, rows, tmp_path):
-    with fake_hub(token="hf_of_a_test") as (there, repositories):
+    with fake_hub(token="hf_of_a_test") as (there, repositories, visibility):
         online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
         environment = online | there | {"HF_HOME": str(tmp_path / "cache")}
         command = [sys.executable, HELPER, model, rows]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    private = {name for name, asked in visibility.items() if asked == "private"}
+    assert private == {"models/me/whole", "datasets/me/rows"}
+    assert visibility["models/me/encoder"] is None  # the owner's default
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["codes"] == [0, 0, 0] and result["same features"] and result["same weights"]
     assert result["captions"][0] == result["captions"][1] and result["rows"] == 1
@@ -54,9 +57,12 @@ def test_a_model_and_a_dataset_go_to_the_hub_and_come_back(model, rows, tmp_path
 
 def test_what_cant_be_pushed_is_said(model, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert export([str(model), "--push-to-hub", "me/whole"]) == 2
-    assert "hf auth login" in capsys.readouterr().err
+    for token, message in ((None, "no token of the hub"), ("hf_ü", "beyond ASCII"), ("hf_a b", "spaces")):
+        monkeypatch.setattr("huggingface_hub.get_token", lambda token=token: token)
+        assert export([str(model), "--push-to-hub", "me/whole", "--output", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert message in said and "hf auth login" in said and str(token) not in said
+        assert not (tmp_path / "out").exists()  # nor was the model loaded
     assert export([str(model), "--push-to-hub", "a/b/c"]) == 2
     assert "'a/b/c' can't be a repository's name" in capsys.readouterr().err
     for words in (["--private", "--output", str(tmp_path / "out")], []):
@@ -70,13 +76,18 @@ def test_what_cant_be_pushed_is_said(model, rows, tmp_path, monkeypatch, capsys)
     assert "holds unfinished work" in capsys.readouterr().err
 
 
-def test_a_hub_that_cant_be_reached_is_said(model, monkeypatch, capsys):
+def test_a_hub_that_cant_be_reached_is_said(model, tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_of_a_test")
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: huggingface_hub.hf_api.HfApi("http://127.0.0.1:9"))
     assert export([str(model), "--push-to-hub", "me/whole"]) == 1
-    assert "the hub did not take me/whole" in capsys.readouterr().err
+    assert "the hub did not take me/whole" in (said := capsys.readouterr().err) and "hf upload" not in said
+    folder = tmp_path / "o u t"
+    assert export([str(model), "--push-to-hub", "me/whole", "--private", "--output", str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert f"as granvit in {folder}" in out and (folder / "model.safetensors").is_file()
+    assert "the hub did not take me/whole" in err and f"`hf upload me/whole '{folder}' . --private` sends it" in err
 
 
 def test_the_card_names_the_stock_form_of_a_model_that_has_it(model, tiny, tmp_path):
