@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jinja2
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from granvit.machine import cache_folder
 from granvit.model.config import GranViTConfig
@@ -66,9 +66,9 @@ def write_card(
         base_model=[name for name in began if _on_the_hub(name)] or None,
         tags=["granvit"],
     )
-    template = jinja2.Environment(trim_blocks=True).from_string(
-        files("granvit.train").joinpath("card.md").read_text(encoding="utf-8")
-    )
+    environment = jinja2.Environment(trim_blocks=True)
+    environment.filters["code"] = lambda text: _code(str(text))
+    template = environment.from_string(files("granvit.train").joinpath("card.md").read_text(encoding="utf-8"))
     text = template.render(
         card_data=head.to_yaml(),
         form=form,
@@ -158,9 +158,10 @@ def _licence(name: str) -> str:
     if _on_the_hub(name):
         return "see its card"
     try:
-        return str(ModelCard.load(Path(name) / "README.md").data.get("license") or UNKNOWN)
-    except (OSError, ValueError, yaml.YAMLError):
+        stated = (metadata_load(Path(name) / "README.md") or {}).get("license")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return UNKNOWN
+    return _code(str(stated)) if stated else UNKNOWN
 
 
 def _on_the_hub(name: str) -> bool:

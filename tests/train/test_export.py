@@ -1,6 +1,7 @@
 """python -m granvit.export, of runs finished and under way."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -84,11 +85,11 @@ def test_the_card_says_what_the_run_did(run, tmp_path):
     for folder, pipeline in (("model", "image-text-to-text"), ("model/encoder", "image-feature-extraction")):
         card = ModelCard.load(tmp_path / folder / "README.md")
         assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", pipeline)
-        assert "| pretrain | encoder, projector | 3 |" in card.text
+        assert "| `pretrain` | encoder, projector | 3 |" in card.text
         measured = [line for line in MetricsLog(run / "metrics.jsonl").lines() if line.get("evaluation") == "after"]
         assert f"| captions of boxes: ROUGE-L | {100 * measured[-1]['bbox2caption_rouge_l']:.1f} |" in card.text
         assert "boxes of sentences" not in card.text  # stage 1 doesn't teach them
-    assert "| warmup |" in ModelCard.load(tmp_path / "model" / "README.md").text
+    assert "| `warmup` |" in ModelCard.load(tmp_path / "model" / "README.md").text
     assert "None is chosen yet" in ModelCard.load(run / "export" / "encoder" / "README.md").text
 
 
@@ -100,19 +101,26 @@ def test_the_card_of_a_checkpoint_ends_there(run, tmp_path):
     (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"step": 2}))
     write_card(tmp_path, "lfm2-vl", going, checkpoint)
     card = ModelCard.load(tmp_path / "README.md").text
-    assert "| pretrain | encoder, projector | 2 |" in card and "None were measured" in card
+    assert "| `pretrain` | encoder, projector | 2 |" in card and "None were measured" in card
 
 
-def test_a_card_keeps_names_as_text(run, tmp_path):
+def test_a_card_keeps_what_files_say_as_text(run, tmp_path):
     config = load_config(run / "config.yaml")
     evil = tmp_path / "a`|<b>\n# x"
     evil.mkdir()
-    (evil / "README.md").write_text("---\nlicense: mit\n---\n")
+    (evil / "README.md").write_text('---\nlicense: "mit |\\n\\n# x <b>"\n1: 2\n---\n')
     other = tmp_path / "run"
     shutil.copytree(run, other)
+    data = json.loads((run / "data.json").read_text())
+    data = {f"{split} | <b>": part | {"fingerprint": "0\n# x"} for split, part in data.items()}
+    (other / "data.json").write_text(json.dumps(data))
+    result = {"seed": "<b>\n# x", "device": "<b>", "commit": "<b>", "versions": {"torch": "<b>"}}
+    (other / "result.json").write_text(json.dumps(result))
     save_config(replace(config, data=replace(config.data, path=str(evil))), other / "config.yaml")
     write_card(tmp_path, "encoder", other)
-    assert "| `a  <b> # x` | train |" in (card := (tmp_path / "README.md").read_text()) and "| mit |" in card
+    card = (tmp_path / "README.md").read_text()
+    assert "| `a  <b> # x` | `train   <b>` |" in card and "| `mit    # x <b>` | `0 # x` |" in card
+    assert "\n# x" not in card and "<b>" not in re.sub("`[^`]*`", "", card)
     write_card(tmp_path, "encoder")
     assert "Not known here" in (tmp_path / "README.md").read_text()
 
