@@ -9,7 +9,7 @@ import torch
 
 from granvit.data.lengths import image_length
 from granvit.data.loader import GranDataset, spread
-from granvit.eval.evaluation import ALONE, other_images, picture, readable
+from granvit.eval.evaluation import SINGLE_PROCESS, eval_mode, other_images, picture, readable
 from granvit.questions.packing import pack_questions
 from granvit.questions.prompts import CHAT
 from granvit.world import World
@@ -24,7 +24,7 @@ def score_chat(
     capacity: int,
     blind: Literal["other_image"] | None = None,
     limit: int | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """{"chat_token_accuracy"}: the share of the answers' tokens (eos too) that the model thinks likeliest, each given
     the conversation before it, over at most `limit` rows of `dataset`.
@@ -53,8 +53,7 @@ def score_chat(
     fitting = [i for i, length in enumerate(lengths) if length <= capacity]
 
     def score() -> tuple[int, int]:
-        training, right, number = model.training, 0, 0
-        model.eval()
+        right = number = 0
         for members in plan_packing([lengths[i] for i in fitting], capacity):
             rows, samples, questions = zip(*(asked[fitting[i]] for i in members), strict=True)
             samples = [replace(sample, image=picture(dataset, row)) for row, sample in zip(rows, samples, strict=True)]
@@ -62,8 +61,8 @@ def score_chat(
             batch = packed.to(model.device)
             right += int((model.forward_packed(batch).logits.argmax(-1) == batch.targets).sum())
             number += len(batch.targets)
-        model.train(training)
         return right, number
 
-    right, number = map(sum, zip(*world.each(score), strict=True))
+    with eval_mode(model):
+        right, number = map(sum, zip(*world.each(score), strict=True))
     return {"chat_token_accuracy": right / number} if number else {}

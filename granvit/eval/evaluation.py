@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from granvit.world import World
 
 TASKS = (BBOX2CAPTION, CAPTION2BBOX)
 MAX_NEW_TOKENS = 48  # of a caption; a box ends where its written form does
-ALONE = World()
+SINGLE_PROCESS = World()
 
 Progress = Callable[[int, int], None]
 """Called with how much is done, and of how much."""
@@ -50,7 +51,7 @@ class Evaluation:
 
 
 def readable(
-    dataset: GranDataset, rows: Sequence[int], world: World = ALONE, progress: Progress | None = None
+    dataset: GranDataset, rows: Sequence[int], world: World = SINGLE_PROCESS, progress: Progress | None = None
 ) -> list[int]:
     """Those of the rows that can be asked about: whose text and picture can be read.
 
@@ -105,14 +106,32 @@ def other_images(sources: Mapping[int, str]) -> dict[int, int]:
     """For each row, whose image's source is given, another one whose image is shown instead: a derangement, the same at
     every call.
 
-    One cycle through all rows, in a seeded order within each source: nearly every image is replaced by one of its own
-    source, so that a page stands in for a page and gives away no more than that.
+    It is one of the same source, so that a page stands in for a page and gives away no more than that. Images that are
+    the only ones of their source stand in for each other; where there is only one such image, it joins the source of
+    the most images.
     """
     if len(sources) < 2:
         raise ValueError(f"blind='other_image' needs at least 2 images, the dataset has {len(sources)}")
     order = random.Random(0).sample(list(sources), len(sources))
-    order.sort(key=lambda row: sources[row])
-    return dict(zip(order, order[1:] + order[:1], strict=True))
+    groups: dict[str, list[int]] = {}
+    for row in order:
+        groups.setdefault(sources[row], []).append(row)
+    cycles = sorted((rows for rows in groups.values() if len(rows) > 1), key=len)
+    single = [rows[0] for rows in groups.values() if len(rows) == 1]
+    if len(single) == 1:
+        single += cycles.pop()
+    return {row: other for rows in [*cycles, single] for row, other in zip(rows, rows[1:] + rows[:1], strict=True)}
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; behind it, whatever happens, in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -124,16 +143,16 @@ def evaluate(
     blind: Literal["other_image", "text"] | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     progress: Progress | None = None,
     rows: Sequence[int] | None = None,
     questions: int | None = None,
 ) -> Evaluation:
-    """Ask `model` (a GranViT) the tasks' questions of at most `limit` images of `dataset`, spread evenly over it,
-    greedily decoded.
+    """Ask `model` (a GranViT) the tasks' questions of at most `limit` images of `dataset`, spread evenly over it (or
+    over `rows`), greedily decoded.
 
     blind: None; "other_image" shows another test image with every question (`other_images`); "text" shows none, only
-        the question's text. The model is put back into training mode if it was.
+        the question's text. The model is put back into training mode if it was, also where something is raised.
     batch_size: questions at a time. The images in memory are those of so many regions at most, and every image is
         encoded once.
     world: the processes that share the images; all call this. Each opens its own alone; predictions and figures are
@@ -146,7 +165,8 @@ def evaluate(
     """
     if blind not in (None, "other_image", "text"):
         raise ValueError(f"blind must be None, 'other_image' or 'text', got {blind!r}")
-    asked = list(ask(dataset, tasks, spread(len(dataset), limit) if rows is None else rows, processor.questions))
+    chosen = range(len(dataset)) if rows is None else rows
+    asked = list(ask(dataset, tasks, [chosen[i] for i in spread(len(chosen), limit)], processor.questions))
     asked.sort(key=lambda a: (a.truth["task"], a.truth["kind"]))
     asked = [asked[i] for i in spread(len(asked), questions)]
     if rows is None:
@@ -161,8 +181,7 @@ def evaluate(
 
     def answers() -> dict[int, str]:
         texts: dict[int, str] = {}
-        total, training = sum(map(len, mine)), model.training
-        model.eval()
+        total = sum(map(len, mine))
         for numbers in mine:
             of, before = [asked[i].row for i in numbers], len(texts)
             images = None if blind == "text" else {row: picture(dataset, shown[row]) for row in dict.fromkeys(of)}
@@ -171,10 +190,10 @@ def evaluate(
                 model, processor, [asked[i].question for i in numbers], of, images, batch_size, MAX_NEW_TOKENS, tell
             )
             texts |= zip(numbers, said, strict=True)
-        model.train(training)
         return texts
 
-    texts = {number: text for part in world.each(answers) for number, text in part.items()}
+    with eval_mode(model):
+        texts = {number: text for part in world.each(answers) for number, text in part.items()}
     boxes = processor.parse_boxes([texts[i] for i in range(len(asked))])
     predictions = []
     for i, (a, box) in enumerate(zip(asked, boxes, strict=True)):

@@ -35,7 +35,7 @@ STATES = {
 }
 """{state: (its name, with a place for the stage's, and its class)}."""
 CONTROL_WORDS = {
-    "shown another image": "every question is asked of another test image of the same source",
+    "shown another image": "every question is asked of another test image: of the same source, where that has another",
     "text alone": "the question's text alone, no image",
     "on a random frozen encoder": "stage 2 on a frozen encoder with random weights: what stage 1 adds is the distance "
     "to it",

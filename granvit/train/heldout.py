@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,8 @@ class HeldOut:
 
     whole: the model to evaluate; the phase's own, or where that is in pieces (FSDP) one as it was, into which the
     pieces are gathered each time. splits: of the run (`splits.open_splits`); the stage's loss is of "test",
-    that of sft of "chat_test". Without the split there is no loss, nor a best checkpoint.
+    that of sft of "chat_test". Without the split there is no loss, nor a best checkpoint. test_rows: gives those of the
+    images of "test" that can be asked about, on all ranks at once.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class HeldOut:
         whole: GranViT,
         processor: GranViTProcessor,
         splits: Mapping[str, GranDataset],
+        test_rows: Callable[[], Sequence[int]],
         metrics: MetricsLog,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.phase, self.whole, self.processor, self.metrics, self.say = phase, whole, processor, metrics, say
-        self.test, self.chats, self.loader = splits.get("test"), None, None
+        self.test, self.test_rows, self.chats, self.loader = splits.get("test"), test_rows, None, None
         self.every, self.best = 0, math.inf
         self._done: set[int] = set()
         if not phase.stage.eval_every:
@@ -138,8 +140,7 @@ class HeldOut:
         phase, world, values = self.phase, self.phase.world, {}
         if self.test is not None and phase.stage.name != phase.config.warmup.name:
             metrics = evaluate(
-                model, self.processor, self.test, limit=phase.config.data.eval_images, questions=QUESTIONS,
-                world=world,
+                model, self.processor, self.test, rows=self.test_rows(), questions=QUESTIONS, world=world,
             ).metrics  # fmt: skip
             values = {name: value for name, value in metrics.items() if "/" not in name}
         if self.chats is not None:

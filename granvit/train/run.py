@@ -319,7 +319,8 @@ class Run:
 
     def held_out(self, phase: Phase) -> HeldOut:
         """What evaluates a phase on its way."""
-        return HeldOut(phase, self.model, self.processor, self.splits, self.metrics, self.console.say)
+        splits, rows = self.splits, (lambda: self.test_rows)
+        return HeldOut(phase, self.model, self.processor, splits, rows, self.metrics, self.console.say)
 
     def _blank(self, stage: Stage) -> Batch:
         image = torch.zeros(32, 32, 3, dtype=torch.uint8)

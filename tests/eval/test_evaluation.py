@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -144,11 +145,20 @@ def test_blind_other_image_shows_a_derangement_within_sources(dataset):
     assert all(mine != other for mine, other in shown)
     assert {other for _, other in shown} == set("abcd")  # each image is shown once
     pages = set("bd")
-    assert sum((mine in pages) != (other in pages) for mine, other in shown) == 2  # the cycle's seams
-    sources = {i: dataset[i].source for i in range(len(dataset))}
+    assert all((mine in pages) == (other in pages) for mine, other in shown)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strangers"), [([3] * 100, 0), ([1] * 300, 300), ([2, 3, 1], 2), ([1, 1, 4], 2), ([1, 1], 2), ([5], 0)]
+)
+def test_another_image_is_of_the_same_source_where_that_has_one(sizes, strangers):
+    """Of the only image of a source it is another such image, or where there is none, one of the largest source."""
+    names = [name for name, size in enumerate(sizes) for _ in range(size)]
+    sources = {row: str(names[row]) for row in random.Random(1).sample(range(len(names)), len(names))}
     shown = other_images(sources)
-    assert shown == other_images(sources) and sorted(shown.values()) == [0, 1, 2, 3]
+    assert shown == other_images(sources) and sorted(shown) == sorted(shown.values()) == sorted(sources)
     assert all(row != other for row, other in shown.items())
+    assert sum(sources[row] != sources[other] for row, other in shown.items()) == strangers
 
 
 def test_rows_that_share_an_id_are_shown_each_with_its_own_picture(gran_rows):
@@ -174,6 +184,10 @@ def test_the_model_is_asked_in_eval_mode_and_left_as_it_was(dataset):
     assert model.modes == {False} and model.training
     evaluate(model.eval(), Processor(), dataset)
     assert not model.training
+    failing = Scripted(lambda q, _: 1 / 0).train()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(failing, Processor(), dataset)
+    assert failing.training
 
 
 class Ranks:
@@ -336,6 +350,9 @@ def test_a_limit_and_faulty_rows(gran_rows):
     evaluation = evaluate(Scripted(lambda q, _: q.answer), Processor(), dataset, limit=5)
     assert sorted({p["id"] for p in evaluation.predictions}) == ["0", "2", "6", "8"]
     assert dataset.faults.counts == {"image": 1}
+    rows = readable(dataset, range(10))
+    evaluation = evaluate(Scripted(lambda q, _: q.answer), Processor(), dataset, limit=3, rows=rows)
+    assert sorted({p["id"] for p in evaluation.predictions}) == ["0", "3", "7"]
 
 
 def test_bad_arguments(dataset, gran_rows):
