@@ -53,7 +53,7 @@ wheel:  ## an sdist and a manylinux wheel for this Python in dist/; wants '.[rel
 wheel-test:  ## the wheel in dist/, installed and tested outside of the checkout and without a compiler
 	PYTHON=$(PYTHON) CONSTRAINTS='$(CONSTRAINTS)' .ci/wheel-test
 
-train:  ## the smoke preset: both stages and a report in runs/smoke, minutes on two cores
+train:  ## the preset quick: both stages and a report in runs/quick, minutes on two cores
 	$(PYTHON) -m granvit.train
 
 # With a GPU: docs/gpu.md. BUDGET=... of seconds; a second call goes on with what is missing.

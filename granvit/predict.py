@@ -117,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def read_picture(path: Path) -> Image.Image:
     """ValueError naming a file that is none."""
     if not path.is_file():
-        raise ValueError(f"no picture at {path}")
+        raise ValueError(f"{path} is {'a folder, not a picture' if path.is_dir() else 'not there'}")
     try:
         return decode_image(path.read_bytes())
     except DataFault as fault:

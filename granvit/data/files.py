@@ -83,7 +83,7 @@ def open_file(location: str) -> Iterator[IO[bytes]]:
         elif os.path.isfile(location):  # to open a FIFO or a device could take for ever
             opened = open(location, "rb")
         else:
-            raise FileNotFoundError("no such file")
+            raise FileNotFoundError("it is a folder" if os.path.isdir(location) else "no such file")
     except _UNREADABLE as error:
         raise ValueError(f"{location} can't be opened: {error}") from error
     with opened as file:

@@ -75,7 +75,7 @@ def test_an_answer_without_a_box_is_said_and_draws_nothing(ask, monkeypatch, tmp
 
 def test_other_bad_input_is_one_line(ask, tmp_path):
     assert ask("--find", "  ")[2].startswith("granvit predict: error: the sentence to find is empty; describe one")
-    assert "no picture at" in ask("--find", "x", image=tmp_path / "none.png")[2]
+    assert "none.png is not there" in ask("--find", "x", image=tmp_path / "none.png")[2]
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
     for words in (("--find", "x"), ("--box", 0, 0, 1, 1), ("--features", tmp_path / "pca.png")):
         error = ask(*words, image=tmp_path / "broken.jpg")[2]
