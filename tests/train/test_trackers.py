@@ -262,8 +262,9 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(opened, mine, caplog):
 def test_tensorboard_forgets_what_lies_past_the_checkpoint(opened, tmp_path):
     for numbers, loss in ((range(1, 8), 1.0), (range(5, 10), 2.0)):
         told = opened("tensorboard")
+        told.write({"stage": "warmup", "step": numbers[0] - 1, "evaluation": "during", "heldout_loss": loss})
         for step in numbers:
             told.write({"stage": "warmup", "step": step, "loss": loss})
         told.close(False)
-    assert [e.value for e in events_of(tmp_path).Scalars("warmup/loss")] == [1.0] * 4 + [2.0] * 5
+    assert [e.value for e in events_of(tmp_path).Scalars("warmup/loss")] == [1.0] * 4 + [2.0] * 5  # step 4 stays
     assert services.SERVICES.keys() == {"tensorboard", "wandb", "mlflow"}
