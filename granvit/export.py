@@ -152,7 +152,7 @@ def _push(folder: str | Path, options: argparse.Namespace) -> str:
         if not options.output:
             raise
         again = shlex.join(["hf", "upload", options.push_to_hub, str(folder), ".", *["--private"] * options.private])
-        raise OSError(f"{error}\n  {folder} is written; `{again}` sends it") from error
+        raise OSError(f"{error}\n{folder} is written; `{again}` sends it") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import TypeVar
 
-from granvit.errors import Failed
+from granvit.errors import Failed, printable
 
 T = TypeVar("T")
 
@@ -27,8 +27,8 @@ INPUT = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryErr
 
 
 def run(name: str, work: Callable[[], int | None], stopped: str = "stopped", quiet: bool = False) -> int:
-    """The exit status of the command `name` ("granvit train"), which does this work. Errors become a line on standard
-    error.
+    """The exit status of the command `name` ("granvit train"), which does this work. Errors become lines on standard
+    error, without what a terminal obeys.
 
     work: returns a status, None for DONE. ValueError and INPUT mean USAGE, Failed and what else the system raises
     FAILED; any other exception is a mistake of ours and is raised. stopped: what is said after Ctrl-C. quiet: nothing
@@ -42,7 +42,8 @@ def run(name: str, work: Callable[[], int | None], stopped: str = "stopped", qui
         return INTERRUPTED
     except (Failed, ValueError, OSError) as error:
         if not quiet:
-            print(f"{name}: error: {error}", file=sys.stderr)
+            lines = map(printable, str(error).split("\n"))  # paths and ids are other people's
+            print(f"{name}: error: " + "\n  ".join(lines), file=sys.stderr)
         return USAGE if isinstance(error, (ValueError, *INPUT)) and not isinstance(error, Failed) else FAILED
 
 
@@ -64,7 +65,7 @@ def read(name: str, parse: Callable[[], T]) -> T:
 def _unboxed(name: str, text: str) -> io.StringIO:
     """tyro's box has a title, what is wrong, a rule, and advice; frame and rules are of two kinds."""
     plain = text.translate(str.maketrans("│╭╮╰╯─", "     -"))
-    rows = [row[2:].rstrip() for row in plain.splitlines()[1:]]
+    rows = [printable(row[2:].rstrip()) for row in plain.splitlines()[1:]]
     while rows and not rows[0].strip(" -"):
         rows.pop(0)
     head = []

@@ -85,6 +85,13 @@ def test_errors_have_a_meaning(error, code, capsys):
     assert capsys.readouterr().err == f"granvit x: error: {error}\n"
 
 
+def test_what_a_terminal_obeys_is_spelt_in_errors(granvit, tmp_path):
+    code, _, err = granvit("audit", f"{tmp_path}/\x1b[31m\nred", "--output", str(tmp_path / "out"))
+    assert code == status.USAGE and r"/\x1b[31m" in err and "\n  red" in err and "\x1b" not in err
+    code, _, err = granvit("train", "--no\x1b[31m")
+    assert code == status.USAGE and r"--no\x1b[31m" in err and "\x1b" not in err
+
+
 def test_work_says_its_own_status_and_mistakes_of_ours_are_raised(capsys):
     assert status.run("granvit x", lambda: None) == 0 and status.run("granvit x", lambda: 75) == 75
     with pytest.raises(ZeroDivisionError):

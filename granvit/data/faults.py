@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
-from granvit.errors import Failed
+from granvit.errors import Failed, printable
 from granvit.questions.schema import DataFault
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,3 @@ class FaultLog:
         """One line: how many rows have faults, and how many faults of which kind there are."""
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.most_common())
         return f"{len(self.faulty)} of {self.rows} {self.unit}s have faults" + (f" ({kinds})" if kinds else "")
-
-
-def printable(text: str) -> str:
-    """On one line, and nothing that a terminal obeys: names are other people's."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from granvit.data.faults import printable
+from granvit.errors import printable
 from granvit.eval.metrics import is_attribute, is_of_size
 from granvit.eval.names import FLOORS, KINDS, METRICS, figure_name
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
