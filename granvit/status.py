@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -63,8 +64,9 @@ def read(name: str, parse: Callable[[], T]) -> T:
 
 
 def _unboxed(name: str, text: str) -> io.StringIO:
-    """tyro's box has a title, what is wrong, a rule, and advice; frame and rules are of two kinds."""
-    plain = text.translate(str.maketrans("│╭╮╰╯─", "     -"))
+    """tyro's box has a title, what is wrong, a rule, and advice; frame and rules are of two kinds. On a terminal it is
+    coloured."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text).translate(str.maketrans("│╭╮╰╯─", "     -"))
     rows = [printable(row[2:].rstrip()) for row in plain.splitlines()[1:]]
     while rows and not rows[0].strip(" -"):
         rows.pop(0)

@@ -88,8 +88,15 @@ def test_errors_have_a_meaning(error, code, capsys):
 def test_what_a_terminal_obeys_is_spelt_in_errors(granvit, tmp_path):
     code, _, err = granvit("audit", f"{tmp_path}/\x1b[31m\nred", "--output", str(tmp_path / "out"))
     assert code == status.USAGE and r"/\x1b[31m" in err and "\n  red" in err and "\x1b" not in err
-    code, _, err = granvit("train", "--no\x1b[31m")
-    assert code == status.USAGE and r"--no\x1b[31m" in err and "\x1b" not in err
+    code, _, err = granvit("train", "--no\x1b]0;x\a")
+    assert code == status.USAGE and r"--no\x1b]0;x\x07" in err and "\x1b" not in err
+
+
+def test_bad_usage_is_the_same_on_a_terminal(granvit, monkeypatch):
+    plain = granvit("train", "--no-such-flag")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)  # tyro colours its box then
+    assert granvit("train", "--no-such-flag") == plain
 
 
 def test_work_says_its_own_status_and_mistakes_of_ours_are_raised(capsys):
