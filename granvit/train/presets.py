@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import yaml
 
@@ -15,6 +15,9 @@ from granvit.lora import Lora
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
 from granvit.train.metrics_log import write_aside
 from granvit.train.stages import Stage
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 @dataclass(frozen=True)
@@ -381,8 +384,12 @@ def load_config(path: Path) -> TrainConfig:
     try:
         return TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{path} does not fit this version of granvit: {faults}") from error
+        raise ValueError(f"{path} does not fit this version of granvit: {faults(error)}") from error
+
+
+def faults(error: ValidationError) -> str:
+    """What pydantic found wrong in a file: fields, and what each should be."""
+    return "; ".join(": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors())
 
 
 def _plain(value: object) -> object:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from granvit.train.folder import config_folder
 from granvit.train.metrics_log import write_aside
-from granvit.train.presets import TrainConfig
+from granvit.train.presets import TrainConfig, faults
 from granvit.train.services import PATIENCE, About, Service, make_service
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class Trackers:
         self._starts: dict[str, int] = {}
 
     def open(self, config: TrainConfig) -> None:
-        """Begin, or go on. Raises ValueError where a tracker can't; but the run goes on without it where it had this
-        tracker before, in another seed too."""
+        """Begin, or go on. Raises ValueError where a tracker can't, or KNOWN is damaged; but the run goes on without a
+        tracker that it had before, in another seed too."""
         at = 0
         for stage in (config.warmup, *config.stages):
             self._starts[stage.name], at = at, at + stage.steps
@@ -52,7 +52,7 @@ class Trackers:
         place = self.folder.resolve().relative_to(top.resolve()).as_posix()
         group = top.resolve().name
         about = About(config, self.folder, group if place == "." else f"{group}/{place}", group)
-        known = _known(top)
+        known = _known(top) if self._services else {}
         for name, service in self._services.items():
             worker = _Worker(name, service)
             opening = partial(_open, service, about, name, top, place)
@@ -135,8 +135,14 @@ _recording = threading.Lock()
 
 
 def _known(top: Path) -> dict[str, dict[str, str]]:
+    """Raises ValueError where the file is damaged."""
+    from pydantic import TypeAdapter, ValidationError
+
     path = top / KNOWN
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return TypeAdapter(dict[str, dict[str, str]]).validate_json(path.read_bytes()) if path.is_file() else {}
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged; without it the trackers begin new runs: {faults(error)}") from error
 
 
 def _open(service: Service, about: About, name: str, top: Path, place: str) -> None:

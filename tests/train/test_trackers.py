@@ -232,6 +232,14 @@ def test_one_that_cannot_begin_is_refused_but_not_where_the_run_had_it(opened, m
     assert caplog.text.count("the tracker mine:make failed and is told no more: ZeroDivisionError") == 1
 
 
+@pytest.mark.parametrize("text", ['{"tensorboard": ', "null", '{"tensorboard": 3}', '{"tensorboard": {".": null}}'])
+def test_a_damaged_list_of_runs_is_named(opened, mine, tmp_path, text):
+    (tmp_path / "trackers.json").write_text(text)
+    with pytest.raises(ValueError, match=r"trackers.json is damaged; without it the trackers begin new runs: \w"):
+        opened("mine:make")
+    opened()  # no tracker needs it
+
+
 def test_one_that_hangs_or_is_slow_holds_nothing_up(opened, mine, caplog, monkeypatch):
     monkeypatch.setattr(trackers, "PATIENCE", 0.1)
     monkeypatch.setattr(trackers, "WAITING", 5)
