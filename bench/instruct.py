@@ -20,9 +20,9 @@ import torch
 from granvit.data.collate import collate
 from granvit.data.sample import cached_sample
 from granvit.machine import commit, device_name
+from granvit.metrics_log import write_aside
 from granvit.questions.prompts import BBOX2CAPTION
 from granvit.train.guard import Termination
-from granvit.train.metrics_log import write_aside
 from granvit.train.presets import PRESETS, Data, TrainConfig
 from granvit.train.run import Run
 from granvit.train.stages import Stage

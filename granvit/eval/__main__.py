@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from granvit.data.files import output_fault
+from granvit.metrics_log import write_aside
 from granvit.status import run
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
@@ -82,7 +83,7 @@ def train_split(paths: list[str], options: argparse.Namespace, console: Console)
 def measure(options: argparse.Namespace, world: World, device: torch.device) -> None:
     """Evaluate, print the figures and write them down; every rank of a world does it with the others. Raises ValueError
     for what can't be measured, and Failed on ranks where it was another that failed."""
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     from granvit.data.loader import spread
     from granvit.data.mixture import open_split
@@ -92,7 +93,7 @@ def measure(options: argparse.Namespace, world: World, device: torch.device) -> 
     from granvit.eval.metrics import counts
     from granvit.eval.terminal import bars, print_figures
 
-    logging.disable_progress_bar()  # "Loading weights"
+    disable_progress_bar()  # "Loading weights"
     console = Console(markup=False, emoji=False, highlight=False, quiet=not world.leads)
 
     def data() -> list[str]:
@@ -135,7 +136,7 @@ def measure(options: argparse.Namespace, world: World, device: torch.device) -> 
             "counts": numbers,
             "predictions": evaluation.predictions,
         }
-        Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_aside(Path(options.json), json.dumps(result, indent=1, allow_nan=False))
         console.print(f"written to {options.json}", soft_wrap=True)
 
 

@@ -87,7 +87,7 @@ def panels(lines: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, An
             values = [
                 (start[stage] + line["step"], scale * line[key])
                 for line in some
-                if line["stage"] == stage and line.get(key) is not None and math.isfinite(line[key])
+                if line["stage"] == stage and line.get(key) is not None and math.isfinite(scale * line[key])
             ]
             if values and (key != "loss_distill" or any(value for _, value in values)):
                 parts.append(_thinned(values))

@@ -6,7 +6,6 @@ the data set that summary.json names. Captions and answers are text from outside
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from granvit.eval.failures import failures
 from granvit.eval.metrics import Prediction, place, scored
 from granvit.eval.names import CONTROL_WORDS, FLOOR_WORDS, METRICS, STATES, stage_name
 from granvit.eval.pictures import MAPS, card, choose, draw_maps, open_pictures, shown_picture
+from granvit.eval.run_files import existing, read_lines, read_predictions, read_summary
 from granvit.eval.tables import SOURCES, headlines, tables
+from granvit.metrics_log import write_aside
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -29,21 +30,16 @@ def write_report(run_dir: str | Path) -> Path:
 
     Of a run of several seeds, which has a folder seed-N for each, curves and pictures are the first one's and
     the figures the means. ValueError naming the first of metrics.jsonl, report/summary.json and
-    report/predictions.json (but where there are no floors: nothing was asked of regions) that is missing.
+    report/predictions.json (but where there are no floors: nothing was asked of regions) that is missing or damaged.
     """
     run = Path(run_dir)
     report = run / "report"
     seeds = sorted(int(folder.name.removeprefix("seed-")) for folder in run.glob("seed-*"))
     first = run / f"seed-{seeds[0]}" if seeds else run
-
-    def text(path: Path) -> str:
-        if not path.is_file():
-            raise ValueError(f"{run} is no finished run: {path.relative_to(run)} is missing")
-        return path.read_text()
-
-    lines = [json.loads(line) for line in text(first / "metrics.jsonl").splitlines()]
-    summary = json.loads(text(report / "summary.json"))
-    predictions = json.loads(text(first / "report" / "predictions.json")) if summary["floors"] else {}
+    lines = read_lines(existing(run, first / "metrics.jsonl"))
+    summary = read_summary(existing(run, report / "summary.json"))
+    answers = first / "report" / "predictions.json"
+    predictions = read_predictions(existing(run, answers)) if summary["floors"] else {}
     states = _states(summary, predictions, first / "control" / "report" / "predictions.json")
     scores = {state: scored(several) for state, several in states.items()}
 
@@ -81,7 +77,7 @@ def write_report(run_dir: str | Path) -> Path:
         glossary={"Figures": METRICS, "Who answers": FLOOR_WORDS | CONTROL_WORDS},
     )
     page = report / "index.html"
-    page.write_text(html, encoding="utf-8")
+    write_aside(page, html)
     return page
 
 
@@ -95,11 +91,11 @@ def _states(
 ) -> dict[tuple[str, str], list[Prediction]]:
     """The answers that are known, by stage and state: before the first stage, after each also of the model blinded,
     and the control's."""
-    stages = list(summary["mean"]["stages"])
-    states = {(stages[0], "before"): predictions["before"]} if "before" in predictions else {}
+    stages = summary["mean"]["stages"]
+    states = {(stage, "before"): predictions["before"] for stage in list(stages)[:1] if "before" in predictions}
     for stage in stages:
         kept = {"after": stage} | {state: f"{stage} {state}" for state in ("text_only", "other_image")}
         states |= {(stage, state): predictions[name] for state, name in kept.items() if name in predictions}
     if control.is_file():
-        states["adapt", "control"] = json.loads(control.read_text()).get("adapt", [])
+        states["adapt", "control"] = read_predictions(control).get("adapt", [])
     return states

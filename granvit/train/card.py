@@ -15,11 +15,11 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from granvit.machine import cache_folder
+from granvit.metrics_log import MetricsLog
 from granvit.model.config import GranViTConfig
 from granvit.model.lfm2_vl import why_no_lfm2_vl
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT
 from granvit.train.folder import config_folder, config_of
-from granvit.train.metrics_log import MetricsLog
 from granvit.train.presets import TrainConfig
 from granvit.train.stages import Stage
 

@@ -17,7 +17,7 @@ from granvit.data.batches import PackLoader
 from granvit.data.lengths import measure
 from granvit.data.loader import GranDataset
 from granvit.data.planning import packs_of
-from granvit.train.metrics_log import write_aside
+from granvit.metrics_log import write_aside
 from granvit.train.presets import TrainConfig
 from granvit.train.stages import Stage
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from granvit.train.metrics_log import write_aside
+from granvit.metrics_log import write_aside
 from granvit.train.presets import PHASES, TrainConfig, load_config
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch
 from granvit.errors import Failed
 from granvit.lora import ADAPTER, adapters
+from granvit.metrics_log import MetricsLog
 from granvit.model import GranViT
 from granvit.train.checkpoint import LOSS, Checkpoints, load
 from granvit.train.distill import Teacher, feature_moments, feature_statistics
 from granvit.train.guard import NotFinite, Spikes, Streak, Terminated, Termination
-from granvit.train.metrics_log import MetricsLog
 from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
 from granvit.train.parallel.compiling import compile_blocks
 from granvit.train.parallel.distributed import distribute, synchronise

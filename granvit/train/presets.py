@@ -12,8 +12,8 @@ import yaml
 from granvit import flags
 from granvit.data.crops import Crops
 from granvit.lora import Lora
+from granvit.metrics_log import write_aside
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_CAPTION
-from granvit.train.metrics_log import write_aside
 from granvit.train.stages import Stage
 
 if TYPE_CHECKING:

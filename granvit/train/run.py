@@ -27,6 +27,7 @@ from granvit.eval.evaluation import evaluate, readable
 from granvit.eval.report import write_report
 from granvit.lora import adapters, save_adapters
 from granvit.machine import commit, device_name
+from granvit.metrics_log import MetricsLog, write_aside
 from granvit.model import GranViT
 from granvit.model.formats import save
 from granvit.questions.schema import Region, Sample
@@ -40,7 +41,6 @@ from granvit.train.folder import check_room, locked, resumes, same_data
 from granvit.train.guard import Termination, termination
 from granvit.train.heldout import HeldOut
 from granvit.train.loop import Phase, autocast, model_tensors, train_phase
-from granvit.train.metrics_log import MetricsLog, write_aside
 from granvit.train.parallel.compiling import eager
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.splits import open_splits, with_data

@@ -15,7 +15,7 @@ from granvit.data.loader import GranDataset, spread
 from granvit.data.mixture import shares
 from granvit.eval import floors
 from granvit.eval.evaluation import readable
-from granvit.train.metrics_log import write_aside
+from granvit.metrics_log import write_aside
 from granvit.train.presets import TrainConfig
 from granvit.world import World
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from PIL import Image
 
+from granvit.metrics_log import write_aside
 from granvit.train.folder import config_folder
-from granvit.train.metrics_log import write_aside
 from granvit.train.presets import TrainConfig, faults
 from granvit.train.services import PATIENCE, About, Service, make_service
 

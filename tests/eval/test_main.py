@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from unittest.mock import Mock
 
@@ -101,6 +102,14 @@ def test_ctrl_c_is_said_in_a_line(saved, data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "result.json"
     assert main([str(saved[0]), "--data", str(data), "--device", "cpu", "--json", str(out)]) == 130
     assert capsys.readouterr().err.endswith("stopped: nothing was written\n") and not out.exists()
+
+
+def test_figures_that_no_json_can_hold_leave_the_old_result(saved, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "summarise", lambda predictions: {"bbox2caption_exact": math.nan})
+    out = tmp_path / "result.json"
+    out.write_text("old")
+    assert main([str(saved[0]), "--data", str(data), "--device", "cpu", "--json", str(out)]) == 2
+    assert out.read_text() == "old"
 
 
 def test_without_a_train_split_the_missing_floors_are_said(saved, data, tmp_path, capsys):

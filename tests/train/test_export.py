@@ -12,10 +12,10 @@ from transformers import AutoModel
 
 from granvit.eval.loading import find_encoder
 from granvit.export import main
+from granvit.metrics_log import MetricsLog
 from granvit.model import GranViT, VisionEncoder
 from granvit.train.card import write_card
 from granvit.train.checkpoint import checkpoints_of
-from granvit.train.metrics_log import MetricsLog
 from granvit.train.presets import load_config, save_config
 from granvit.train.run import train
 

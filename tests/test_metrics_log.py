@@ -1,6 +1,6 @@
 import json
 
-from granvit.train.metrics_log import MetricsLog
+from granvit.metrics_log import MetricsLog
 
 
 def test_lines_come_back_in_full_precision(tmp_path):

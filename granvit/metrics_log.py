@@ -36,7 +36,7 @@ class MetricsLog:
 
     def lines(self) -> list[dict]:
         """All complete lines; one that a crash cut short is left out."""
-        text = self.path.read_text() if self.path.exists() else ""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         lines = []
         for line in [*text.splitlines(), *self._waiting.splitlines()]:
             try:
@@ -55,7 +55,7 @@ class MetricsLog:
 def write_aside(path: Path, text: str) -> None:
     """Write a file such that, whenever a process is killed, it holds what it held or what it is to hold."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
