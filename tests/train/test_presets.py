@@ -72,9 +72,9 @@ def test_a_run_from_before_chat_templates_stays_raw(tmp_path):
         ("[" * 3000, "no readable configuration"),
         ("seed: " + "9" * 5000, "no readable configuration"),
         ("\xff", "no readable configuration"),
-        ("seed: many", "granvit: seed: "),
+        ("seed: many", "seed: "),
         ("just words", "granvit: Input should be"),
-        ("colour: red", "granvit: colour: "),
+        ("colour: red", "colour: "),
     ],
     ids=len,
 )
