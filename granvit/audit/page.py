@@ -21,7 +21,7 @@ from granvit.data.page import data_uri, render
 from granvit.data.parallel import progress
 from granvit.data.schema import good_or_none, parse_row
 from granvit.data.writer import whole_folder
-from granvit.eval.names import KINDS
+from granvit.eval.names import KINDS, source_name
 from granvit.questions.prompts import Box
 from granvit.questions.schema import Region, Sample
 
@@ -79,7 +79,7 @@ def audit(
             ]
         (folder / "audit.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         title = f"Audit of {Path(data).name}"
-        shown = list(result["numbers"]["sources"].items())[:SOURCES]
+        shown = [(source_name(name), of) for name, of in result["numbers"]["sources"].items()][:SOURCES]
         html = render("audit.html", "granvit.audit", title=title, sources=shown, **{**result, **values})
         (folder / "index.html").write_text(html, encoding="utf-8")
     return result
@@ -142,7 +142,7 @@ def _card(sample: Sample, region: Region) -> dict[str, Any]:
     return {
         "picture": data_uri(_outlined(crop, box, GREEN), THUMBNAIL), "whole": _whole(picture, {GREEN: region.box}),
         "caption": region.caption, "kind": KINDS[region.kind], "size": (round(x2 - x1), round(y2 - y1)),
-        "id": sample.id, "source": sample.source,
+        "id": sample.id, "source": source_name(sample.source),
     }  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _doubt(rows: Any, doubt: dict[str, Any]) -> dict[str, Any] | None:
     picture = Image.fromarray(sample.image.numpy())
     boxes = {GREEN: doubt["box"], RED: doubt["found"]}
     shown = {"picture": _whole(picture, boxes, THUMBNAIL), "whole": _whole(picture, boxes)}
-    return doubt | shown | {"id": sample.id, "source": sample.source}
+    return doubt | shown | {"id": sample.id, "source": source_name(sample.source)}
 
 
 def _whole(picture: Image.Image, boxes: dict[tuple[int, int, int], Box | None], long_side: int = WHOLE) -> Markup:

@@ -40,7 +40,7 @@ class Statistics:
     boxes: {kind: [R, 4]}, relative xyxy; sides: {kind: [R, 2]}, their width and height in pixels. lengths: {kind or
     "image": words of the captions}. same_boxes, same_captions: regions that repeat one of their picture's. codes: the
     pictures' hashes. sources: {source: how many rows, faulty rows, pictures, captioned ones, regions of each kind, and
-    words of their captions it has}.
+    words of their captions it has}, "" being that of rows without one.
     """
 
     rows: int = 0
@@ -147,7 +147,7 @@ def _count(data: str, split: str, chosen: Sequence[int]) -> Statistics:
         name = f"{split}[{number}] id={str(row['id'])[:80]!r}"
         statistics.rows += 1
         statistics.ids[str(row["id"])] += 1
-        source = statistics.sources.setdefault(str(row["source"])[:300], Counter())
+        source = statistics.sources.setdefault(str(row["source"] or "")[:300], Counter())
         source["rows"] += 1
         _count_boxes(statistics, row)
         try:

@@ -112,12 +112,12 @@ def attributes(prediction: Prediction, vocabularies: Vocabularies) -> dict[str, 
 def is_attribute(metric: str, vocabularies: Vocabularies = ATTRIBUTES) -> bool:
     """Whether a metric of this name is the share of captions that name an attribute right."""
     known = {attribute for attributes in vocabularies.values() for attribute in attributes}
-    return BBOX2CAPTION in metric and metric.rpartition("_")[2] in known
+    return BBOX2CAPTION in metric.rpartition("/")[2] and metric.rpartition("_")[2] in known
 
 
 def is_of_size(metric: str) -> bool:
     """Whether a metric of this name is of objects of one of SIZES."""
-    return CAPTION2BBOX in metric and metric.rpartition("_")[2] in SIZES
+    return CAPTION2BBOX in metric.rpartition("/")[2] and metric.rpartition("_")[2] in SIZES
 
 
 def summarise(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBUTES) -> dict[str, float]:

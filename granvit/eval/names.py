@@ -42,11 +42,12 @@ CONTROL_WORDS = {
 }
 """{what a control is called: what is done}."""
 SOURCES = {
+    "": "no source named",
     "scenes": "scenes (drawn)",
     "scenes-heldout": "scenes with held-out combinations",
     "pages": "pages of text",
 }
-"""Sources of the sample set; those of other data are called what they call themselves."""
+"""Rows without a source, and those of the sample set; sources of other data are called what they call themselves."""
 KINDS = {"": "all", "natural": "not text", "ocr": "text"}
 """{a region's kind: what its figures are of}."""
 DURING = "during"
@@ -89,7 +90,8 @@ _FIGURES = {
     "effective_rank": "effective rank",
 }
 _FIGURE = re.compile(
-    rf"((?P<kind>natural|ocr)_)?(({'|'.join(TASKS)}|features)_)?(?P<metric>.+?)(_(?P<size>tiny|small|medium|large))?"
+    rf"((?P<kind>natural|ocr)_)?(({'|'.join(TASKS)}|features)_)?(?P<metric>.*?)(_(?P<size>tiny|small|medium|large))?",
+    re.DOTALL,
 )
 
 
@@ -99,9 +101,9 @@ def figure_name(figure: str) -> tuple[str, str]:
     >>> figure_name("scenes/caption2bbox_acc50_small"), figure_name("ocr_cer")
     (('scenes (drawn)', 'ACC@0.5, small'), ('text', 'CER'))
     """
-    source, _, name = figure.rpartition("/")
+    source, slash, name = figure.rpartition("/")
     parts = _FIGURE.fullmatch(name).groupdict()
-    of = source_name(source) if source else KINDS[parts["kind"] or ""]
+    of = source_name(source) if slash else KINDS[parts["kind"] or ""]
     if name == "ocr_exact":  # ocr_bbox2caption_exact is by words
         return of, "to the letter"
     called = _FIGURES.get(parts["metric"], parts["metric"])

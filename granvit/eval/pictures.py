@@ -104,9 +104,9 @@ def open_pictures(dataset: GranDataset, wanted: set[Place]) -> dict[Place, Image
     for i, name in enumerate(dataset.ids()):
         if name not in ids or (sample := dataset[i]) is None:
             continue
-        found = sample.dataset, name
-        if found in wanted and found not in images:
-            images[found] = Image.fromarray(sample.image.numpy())
+        where = sample.dataset, name
+        if where in wanted and where not in images:
+            images[where] = Image.fromarray(sample.image.numpy())
     if missing := wanted - images.keys():
         which, name = min(missing)
         raise ValueError(f"{dataset.path} has no test image {name!r}{f' of {which}' if which else ''}")

@@ -6,6 +6,7 @@ the data set that summary.json names. Captions and answers are text from outside
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def write_report(run_dir: str | Path) -> Path:
         configuration=escape(yaml.safe_dump(summary.get("config", {}), sort_keys=False, allow_unicode=True)),
         export=(first / "export").relative_to(run) if (first / "export").is_dir() else None,
         sources=SOURCES if len({p["source"] for several in predictions.values() for p in several}) > SOURCES else None,
+        quoted=shlex.quote,
         glossary={"Figures": METRICS, "Who answers": FLOOR_WORDS | CONTROL_WORDS},
     )
     page = report / "index.html"

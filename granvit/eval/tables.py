@@ -98,7 +98,7 @@ def task_metrics(
 def attribute_metrics(summary: dict[str, Any]) -> list[str]:
     """The words of captions that name an attribute right, over all sources that have a vocabulary, and of each."""
     names = sorted(filter(is_attribute, _names(summary)))
-    own = [name for name in names if name.startswith(BBOX2CAPTION)]
+    own = [name for name in names if "/" not in name]
     return [name for attribute in own for name in (attribute, *(n for n in names if n.endswith(f"/{attribute}")))]
 
 

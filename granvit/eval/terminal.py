@@ -48,7 +48,7 @@ def print_figures(
     names = columns["model"].keys()
     sizes = [name for name in names if is_of_size(name)]
     attributes = [name for name in names if is_attribute(name)]
-    boxes = [name for name in names if CAPTION2BBOX in name and name not in sizes]
+    boxes = [name for name in names if CAPTION2BBOX in name.rpartition("/")[2] and name not in sizes]
     captions = [name for name in names if name not in {*sizes, *attributes, *boxes}]
     shown, hidden = frequent_sources(asked)
     for title, task, rows in (

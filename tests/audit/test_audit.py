@@ -101,6 +101,15 @@ def test_sources_are_named_as_text_and_cards_open_their_picture(tmp_path):
     assert len(opens) == 3 and re.findall(r'popover id="([\w-]+)"><img src="data:image/jpeg', html) == opens
 
 
+def test_rows_without_a_source_are_no_source_called_none(tmp_path):
+    rows = [row(str(i), region(), caption="a thing") | {"source": name} for i, name in enumerate((None, "None", None))]
+    data = datasets.Dataset.from_dict({name: [r[name] for r in rows] for name in FEATURES}, FEATURES)
+    data.save_to_disk(str(tmp_path / "data"))
+    numbers = audit(tmp_path / "data", tmp_path / "out", workers=0)["numbers"]
+    assert {name: of["rows"] for name, of in numbers["sources"].items()} == {"": 2, "None": 1}
+    assert (tmp_path / "out" / "index.html").read_text().count("no source named") == 3  # in the table and on cards
+
+
 def test_an_empty_and_a_broken_dataset(tmp_path):
     rows = [row("broken", region(), content=b"x")]
     data = datasets.Dataset.from_dict({name: [one[name] for one in rows] for name in FEATURES}, FEATURES)

@@ -16,7 +16,7 @@ from rich.console import Console
 from granvit.eval import evaluation, loading
 from granvit.eval.__main__ import main
 from granvit.eval.names import figure_name
-from granvit.eval.terminal import frequent_sources, table
+from granvit.eval.terminal import frequent_sources, print_figures, table
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
@@ -181,6 +181,17 @@ def test_of_a_hundred_sources_the_most_frequent_are_shown_in_80_columns_and_all_
     assert f"written to {out}\n" in shown
     metrics = json.loads(out.read_text())["metrics"]
     assert {f"{name}/bbox2caption_exact" for name in names} <= metrics.keys()
+
+
+def test_a_source_of_a_tasks_name_and_none_have_their_rows():
+    names = [f"{source}bbox2caption_exact" for source in ("", "caption2bbox-train/", "/")]
+    shown = io.StringIO()
+    figures = dict.fromkeys(names, 0.5)
+    asked = {"bbox2caption": 3, "caption2bbox-train/bbox2caption": 2, "/bbox2caption": 1}
+    print_figures(Console(file=shown, width=100), {"model": figures}, asked)
+    shown = shown.getvalue()
+    assert "all: 3" in shown and "caption2bbox-train: 2" in shown and "no source named: 1" in shown
+    assert "Boxes" not in shown
 
 
 def test_frequent_sources_are_counted_over_tasks():

@@ -46,5 +46,7 @@ def test_every_figure_of_an_evaluation_has_a_name_of_the_glossary():
     heads = [called.removesuffix(" (less is better)") for table in made for called, _ in table["heads"]]
     assert len(made) == 6 and {word for called in heads for word in called.split(", ")} <= words
     assert {of for of, _ in names.values()} == {"all", "not text", "text", "scenes (drawn)", "a/b"}
+    assert figure_name("/bbox2caption_exact") == ("no source named", "exact")
+    assert [figure_name(name)[0] for name in ("", "x/", "a\nb", "a\nb/ocr_cer")] == ["all", "x", "all", "a\nb"]
     assert names["natural_caption2bbox_acc75"] == ("not text", "ACC@0.75")
     assert names["ocr_exact"] != names["ocr_bbox2caption_exact"] == ("text", "exact")

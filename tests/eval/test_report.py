@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -231,11 +232,14 @@ def test_a_run_of_several_seeds_shows_the_first_ones_curves_and_the_range(tmp_pa
     other = json.loads(json.dumps(summary["runs"][0])) | {"seed": 1}
     other["stages"]["adapt"]["after"] = metrics(0.5, 0.1)
     summary["runs"].append(other)
+    summary["config"] = {"output": "my runs/it's"}
     run = tmp_path / "run"
     text = " ".join(
         Page(write_report(lay_out(run, summary, run / "seed-0")).read_text(encoding="utf-8")).text
     )
     assert "10.0 to 30.0" in text and "those of seed 0" in text
+    (command,) = re.findall("granvit train .*?(?= --output)", text)
+    assert shlex.split(command)[-1] == "my runs/it's/config.yaml"
     assert (run / "report" / "curves.png").is_file()
 
 
