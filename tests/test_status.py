@@ -60,6 +60,11 @@ def test_what_is_not_there_is_bad_input_in_one_line(granvit, name, tmp_path):
     assert line.startswith(f"granvit {name}") and ": error: " in line and not (tmp_path / "out").exists()
 
 
+def test_a_command_of_data_points_to_its_own_help(granvit):
+    _, _, err = granvit("data", "filter", "a", "--output", "b", "--no-such-flag")
+    assert "run granvit data filter --help" in err
+
+
 def test_adapt_names_a_path_where_nothing_is_before_it_makes_data(granvit):
     for words in (("--encoder", "/nosuch", "--llm", "llm-toy"), ("--encoder", "llm-toy", "--llm", "./nosuch")):
         code, _, err = granvit("train", "adapt", *words)

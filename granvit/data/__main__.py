@@ -215,13 +215,19 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     """What a command line asks for, still to be done. Exits with a usage text for what it cannot read."""
     config = (OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
     later = {name: _later(work) for name, work in COMMANDS.items()}
-    if arguments and arguments[0] in SHORT:
+    if arguments and arguments[0] in COMMANDS:  # by itself: errors then point to its own --help
         word, *rest = arguments
-        return tyro.cli(later[word], prog=f"granvit {word}", args=rest, config=config)
+        return tyro.cli(later[word], prog=_named(arguments), args=rest, config=config)
     return tyro.extras.subcommand_cli_from_dict(
         later, prog="granvit data", description="Make, convert and examine Gran datasets.", args=arguments,
         config=config,
     )  # fmt: skip
+
+
+def _named(arguments: Sequence[str]) -> str:
+    """What the command of these words is called."""
+    word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    return f"granvit {word}" if word in SHORT else f"granvit data {word}".rstrip()
 
 
 def _later(work: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -238,9 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status (granvit.status)."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    name = "granvit data"
-    if arguments and arguments[0] in COMMANDS:
-        name = f"granvit {arguments[0]}" if arguments[0] in SHORT else f"granvit data {arguments[0]}"
+    name = _named(arguments)
     return run(name, lambda: read(name, lambda: parse(arguments))())
 
 
