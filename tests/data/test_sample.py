@@ -295,6 +295,10 @@ def test_the_cache_builds_once(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pages must be a share of 2 pictures at least and .8 at most, got 0.05 of 16"):
         cached_sample(16, workers=0, pages=0.05)
     assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="/file can't be the cache .*set GRANVIT_CACHE to"):
+        cached_sample(16, workers=0)
 
 
 BUILDING = """

@@ -143,17 +143,28 @@ def cached_sample(
     """The folder of a sample set, built on first use.
 
     It lies in `cache_folder`, and its name tells the arguments, the generator's version and the photographs apart.
+    Raises ValueError where nothing can be written there.
     """
     scenes = scenes or SceneConfig()
     known = f"{GENERATOR_VERSION} {scenes} {pages} {(FOLDER / 'annotations.jsonl').read_text(encoding='utf-8')}"
     folder = cache_folder() / f"sample-{images}-{seed}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     if not folder.exists():
+        _check_cache(folder.parent)
         try:
             build_sample(folder, images, seed, workers, scenes, pages)
         except (OSError, ValueError):
             if not folder.exists():  # else another process was faster, and what it wrote is the same
                 raise
     return folder
+
+
+def _check_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("it can't be written to")
+    except OSError as error:
+        raise ValueError(f"{folder} can't be the cache ({error}); set GRANVIT_CACHE to a folder that can") from error
 
 
 def _start_worker() -> None:
