@@ -71,8 +71,9 @@ def own_data(path: str | Path) -> list[str]:
     try:
         data = yaml.safe_load(configs[0].read_text(encoding="utf-8"))["data"]
         named, sample = data["path"], (data["images"], data["pages"])
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{configs[0]} does not say which data the run had ({error!r}); give --data DIR") from error
+    except (yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{configs[0]} does not say which data the run had ({why}); give --data DIR") from error
     if named is None:
         images, pages = sample
         return [str(cached_sample(images, seed=0, pages=pages))]

@@ -83,7 +83,8 @@ def test_a_run_is_asked_about_its_own_test_set(saved, data, tmp_path, capsys, pl
     assert json.loads((tmp_path / "result.json").read_text())["data"] == str(data)
     (tmp_path / "run" / "config.yaml").write_text("data: [}")
     assert main([str(tmp_path / place), "--device", "cpu"]) == 2
-    assert "config.yaml does not say which data the run had" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "config.yaml does not say which data the run had" in said and "line 1, column" in said and "Mark" not in said
 
 
 def test_the_sample_set_is_that_of_a_run_without_data(tmp_path, monkeypatch, capsys):
