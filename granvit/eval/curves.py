@@ -178,20 +178,23 @@ def _draw(axis: Axes, panel: dict[str, Any], stages: list[dict[str, Any]]) -> No
                 look |= {"marker": "o", "markersize": 3}
             axis.plot(steps, values, color=colour, label=label, clip_on=False, zorder=3, **look)
             label = None
-    axis.set_ylim(bottom=0)
-    _dashed(axis, {level["name"]: level["value"] for level in panel["levels"]})
+    levels = {level["name"]: level["value"] for level in panel["levels"]}
+    values = [value for series in panel["series"] for part in series["parts"] for _, value in part]
+    axis.set_ylim(bottom=1.05 * min(0.0, *values, *levels.values()))
+    _dashed(axis, levels)
     if len(panel["series"]) > 1:
         axis.legend(fontsize=7, frameon=False)
 
 
 def _dashed(axis: Axes, values: dict[str, float]) -> None:
     """One dashed line a level, named at its right end; names that would collide are moved apart."""
-    top = max([axis.get_ylim()[1], *(1.1 * v for v in values.values())])
-    axis.set_ylim(0, top)
+    low, top = axis.get_ylim()
+    top = max([top, *(1.1 * v for v in values.values())])
+    axis.set_ylim(low, top)
     last = -1.0  # height of the label below
     for label, value in sorted(values.items(), key=lambda item: item[1]):
         axis.axhline(value, color=COLOURS["grey"], linestyle="--", linewidth=1)
-        height = max(value / top, last + 0.055)
+        height = max((value - low) / (top - low), last + 0.055)
         text = f"{label} {value:.1f}"
         axis.text(1.01, height, text, transform=axis.transAxes, va="center", size=7, color=COLOURS["grey"])
         last = height

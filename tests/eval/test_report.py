@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from granvit.data.mixture import open_split
-from granvit.data.page import as_data
+from granvit.data.page import as_data, shown
 from granvit.eval.curves import draw_curves, panels, smooth
 from granvit.eval.failures import failures
 from granvit.eval.intervals import bootstrap, wilson
@@ -182,6 +182,10 @@ def test_the_scripts_write_text_and_never_markup():
 def test_names_of_data_in_the_curves_cannot_end_their_block():
     block = as_data({"name": HOSTILE + "&"})
     assert "<" not in block and json.loads(block) == {"name": HOSTILE + "&"}
+
+
+def test_long_texts_are_cut():
+    assert shown("x" * 300) == "x" * 300 and shown("x" * 301) == "x" * 300 + " …"
 
 
 def test_the_page_is_self_contained(page):
@@ -421,6 +425,10 @@ def test_cells_say_how_sure_they_are_and_no_bar_where_less_is_better(summary):
     assert made["Text regions, to the letter"]["heads"] == [["CER (less is better)", 1], ["to the letter", 1]]
     cer, _ = made["Text regions, to the letter"]["rows"][-1]["cells"]
     assert cer["bar"] == 0 and cer["text"]
+    boxes = made_tables(summary, [box_answer("a", "a cat", None)])[1]
+    assert boxes["heads"][-1] == ["unparsed (less is better)", 1]
+    unparsed = boxes["rows"][-1]["cells"][-1]
+    assert unparsed["bar"] == 0 and unparsed["text"] == "100.0"
 
 
 def made_tables(summary, answers):
@@ -489,6 +497,31 @@ def test_the_same_question_is_compared_and_no_other():
     others = {"then": [caption("b", "a cat", "1"), caption("a", "a dog", "2"), asked | {"answer": "3"}], "never": []}
     others["of another set"] = [asked | {"dataset": "wide"}]
     assert {who: p["answer"] for who, p in compared(asked, others).items()} == {"then": "3"}
+
+
+def test_negative_values_are_in_the_picture_of_the_curves(summary):
+    (axis, *_) = draw_curves([{"stage": "pretrain", "step": 1, "loss": -2.0, "loss_caption": -2.0}], summary).axes
+    assert axis.get_ylim()[0] < -2
+    assert draw_curves(LINES, summary).axes[0].get_ylim()[0] == 0
+
+
+@pytest.mark.browser
+def test_in_a_browser_negative_and_missing_values_and_single_steps_have_their_place(tmp_path, summary, tab):
+    run = lay_out(tmp_path / "run", summary)
+    (run / "metrics.jsonl").write_text(json.dumps({"stage": "pretrain", "step": 1, "loss": -2.0, "loss_caption": -2.0}))
+    tab.goto(write_report(run).as_uri())
+    panel = tab.locator(".curve-panel").first
+    assert panel.locator("text[y='214']").all_text_contents() == ["0", "1"]
+    assert panel.locator("text[text-anchor='end']").all_text_contents() == ["-2", "-1", "0"]
+    assert all(20 <= float(mark.get_attribute("cy")) <= 198 for mark in panel.locator("circle.blue").all())
+
+    table = tab.locator("table.figures").first
+    cells = table.locator("tbody tr td:nth-child(2)")
+    for number, value in enumerate(("nan", "inf")):
+        cells.nth(number).evaluate("(cell, value) => { cell.dataset.value = value; }", value)
+    for _ in ("descending", "ascending"):
+        table.locator("thead tr:last-child th").nth(1).click()
+        assert [cell.get_attribute("data-value") for cell in cells.all()][-2:] == ["nan", "inf"]
 
 
 @pytest.mark.browser

@@ -4,7 +4,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0], rows = [...body.rows], heads = [...table.tHead.rows].at(-1).cells;
   const key = (row, column) => {
     const cell = row.cells[column], given = cell.dataset.value;
-    return given === undefined ? cell.textContent.trim() : given === "" ? null : Number(given);
+    if (given === undefined) return cell.textContent.trim();
+    return given === "" || Number.isNaN(Number(given)) ? null : Number(given);  // Python writes "nan" and "inf"
   };
   [...heads].forEach((head, column) => {
     const sort = () => {

@@ -27,19 +27,21 @@
       return [step, average / weight];
     });
   };
-  const ticks = (top, number) => {
-    const raw = top / number, power = 10 ** Math.floor(Math.log10(raw));
-    const unit = [1, 2, 5, 10].find((factor) => factor * power >= raw) * power;
-    return Array.from({ length: Math.floor(top / unit + 1e-9) + 1 }, (_, i) => i * unit);
+  const ticks = (low, top, number, least = 0) => {
+    const raw = (top - low) / number, power = 10 ** Math.floor(Math.log10(raw));
+    const unit = Math.max(least, [1, 2, 5, 10].find((factor) => factor * power >= raw) * power);
+    const first = Math.ceil(low / unit - 1e-9), last = Math.floor(top / unit + 1e-9);
+    return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * unit);
   };
   const words = (value) => (value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(1) : String(+value.toPrecision(3)));
 
   const draw = (panel, figure) => {
     const width = Math.max(260, figure.clientWidth), share = Number(slider.value);
     const all = panel.series.flatMap((series) => series.parts.flat().map((point) => point[1]));
-    const top = 1.05 * (Math.max(...all, ...panel.levels.map((level) => level.value)) || 1);
+    all.push(0, ...panel.levels.map((level) => level.value));
+    const low = 1.05 * Math.min(...all), top = 1.05 * (Math.max(...all) || (low ? 0 : 1));
     const x = (step) => LEFT + (step / end) * (width - LEFT - RIGHT);
-    const y = (value) => HEIGHT - BOTTOM - (value / top) * (HEIGHT - TOP - BOTTOM);
+    const y = (value) => HEIGHT - BOTTOM - ((value - low) / (top - low)) * (HEIGHT - TOP - BOTTOM);
     const path = (points) => points.map(([s, v], i) => `${i ? "L" : "M"}${x(s).toFixed(1)} ${y(v).toFixed(1)}`).join("");
     const svg = element("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "img", "aria-label": panel.title });
 
@@ -48,11 +50,11 @@
       if (i % 2) svg.append(element("rect", { class: "band", x: from, y: TOP, width: wide, height: HEIGHT - TOP - BOTTOM }));
       if (wide > 40) svg.append(element("text", { x: from + wide / 2, y: TOP - 6, "text-anchor": "middle" }, stage.name));
     });
-    for (const value of ticks(top, 4)) {
+    for (const value of ticks(low, top, 4)) {
       svg.append(element("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }));
       svg.append(element("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, words(value)));
     }
-    for (const step of ticks(end, width < 400 ? 3 : 5))
+    for (const step of ticks(0, end, width < 400 ? 3 : 5, 1))
       svg.append(element("text", { x: x(step), y: HEIGHT - 6, "text-anchor": "middle" }, String(step)));
     for (const level of panel.levels) {
       const line = element("line", { class: "level", x1: LEFT, x2: width - RIGHT, y1: y(level.value), y2: y(level.value) });
