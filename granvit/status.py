@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -25,6 +26,12 @@ INTERRUPTED = 130
 
 INPUT = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """The system's errors that a given path is to blame for."""
+
+
+def leads() -> bool:
+    """Whether this is the first of torchrun's processes: the others would repeat what it says. `granvit.world` knows
+    it too, but loads torch."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run(name: str, work: Callable[[], int | None], stopped: str = "stopped", quiet: bool = False) -> int:

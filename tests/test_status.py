@@ -60,6 +60,13 @@ def test_what_is_not_there_is_bad_input_in_one_line(granvit, name, tmp_path):
     assert line.startswith(f"granvit {name}") and ": error: " in line and not (tmp_path / "out").exists()
 
 
+def test_config_takes_a_file(granvit):
+    for words in (("train", "smoke", "--config"), ("plan", "--config")):
+        code, _, err = granvit(*words)
+        assert code == status.USAGE
+        assert err == f"granvit {words[0]}: error: --config takes the path of a run's config.yaml\n"
+
+
 def test_a_command_of_data_points_to_its_own_help(granvit):
     _, _, err = granvit("data", "filter", "a", "--output", "b", "--no-such-flag")
     assert "run granvit data filter --help" in err

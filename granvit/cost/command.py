@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import tyro
 from rich.console import Console
 
 from granvit.cost.config import PlanConfig
 from granvit.status import read
-from granvit.train.presets import PRESETS, load_config
+from granvit.train.arguments import split_arguments
+from granvit.train.presets import PRESETS
 
 NAME = "granvit plan"
 
@@ -24,18 +24,10 @@ assumed is called so."""
 def parse(arguments: Sequence[str]) -> PlanConfig:
     """The plan that a command line asks for. Exits with a usage text for what it cannot read; raises ValueError for a
     preset that there is not."""
-    words = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    preset = words.pop(0) if words and not words[0].startswith("-") else "quick"
+    preset, config, words = split_arguments(arguments)
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-    default = PRESETS[preset]
-    if "--config" in words:
-        at = words.index("--config")
-        if at + 1 == len(words):
-            raise ValueError("--config takes the path of a run's config.yaml")
-        default = load_config(Path(words[at + 1]))
-        words = words[:at] + words[at + 2 :]
-    defaults = PlanConfig(default)
+    defaults = PlanConfig(config or PRESETS[preset])
     return read(
         NAME,
         lambda: tyro.cli(PlanConfig, args=words, default=defaults, prog=f"{NAME} {preset}", description=_USAGE),

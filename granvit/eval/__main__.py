@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from granvit.data.files import output_fault
 from granvit.metrics_log import write_aside
-from granvit.status import run
+from granvit.status import leads, run
 
 # --help needs neither torch nor transformers, which take seconds to import: functions import them.
 if TYPE_CHECKING:
@@ -147,8 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return probe(arguments[1:])
     options = parse(arguments)
-    leads = os.environ.get("RANK", "0") == "0"  # of torchrun's processes; the others would repeat what this one says
-    return run(NAME, lambda: measure_here(options), "stopped: nothing was written", quiet=not leads)
+    return run(NAME, lambda: measure_here(options), "stopped: nothing was written", quiet=not leads())
 
 
 def measure_here(options: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Collection
 from functools import partial
@@ -18,11 +17,12 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from granvit.status import read, run
+from granvit.status import leads, read, run
+from granvit.train.arguments import split_arguments
 from granvit.train.console import closing_words, log_handler, say
 from granvit.train.folder import finished
 from granvit.train.help import print_help
-from granvit.train.presets import PRESETS, TrainConfig, load_config
+from granvit.train.presets import PRESETS, TrainConfig
 from granvit.train.transfer import adapt_config, check_adapt, check_sft, sft_config
 
 NAME = "granvit train"
@@ -31,21 +31,14 @@ NAME = "granvit train"
 def parse(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line asks for. Exits with a usage text for what it cannot read; raises
     ValueError for a word that it doesn't know, and for what a command lacks."""
-    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    preset = arguments[0] if arguments and not arguments[0].startswith("-") else "quick"
-    rest = arguments[1:] if arguments and not arguments[0].startswith("-") else list(arguments)
+    preset, default, rest = split_arguments(arguments)
     if preset not in PRESETS and preset not in STARTS:
         known = f"presets {', '.join(PRESETS)}; commands {', '.join((*STARTS, *COMMANDS))}"
         raise ValueError(f"there is no {preset!r}; {known}")
-    default = PRESETS.get(preset) or STARTS[preset].default(_value(rest, STARTS[preset].flag))
-    check = STARTS[preset].check if preset in STARTS else None
-    if "--config" in rest:
-        check = None  # what was a run once lacks nothing
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise ValueError("--config takes the path of a run's config.yaml")
-        default = load_config(Path(rest[at + 1]))
-        rest = rest[:at] + rest[at + 2 :]
+    check = None
+    if default is None:  # else it was a run once, and lacks nothing
+        default = PRESETS.get(preset) or STARTS[preset].default(_value(rest, STARTS[preset].flag))
+        check = STARTS[preset].check if preset in STARTS else None
     if {"-h", "--help"} & set(rest):
         print_help(preset, default, _USAGE)
         raise SystemExit(0)
@@ -93,10 +86,10 @@ def run_preset(arguments: list[str]) -> None:
     config = parse(arguments)
     folder = Path(config.output)
     if finished(folder, config):
-        for line in [f"{folder} is finished", *closing_words(folder)] if _leads() else ():
+        for line in [f"{folder} is finished", *closing_words(folder)] if leads() else ():
             say(line)
         return
-    if _leads():
+    if leads():
         say(f"{NAME} {config.preset}: loading PyTorch and transformers; the run's folder is {folder}")
     from granvit.train.run import train
 
@@ -125,14 +118,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {"plan": run_plan, "replay": 
 """What the first word may be besides a preset's name; each takes the other words."""
 
 
-def _leads() -> bool:
-    """Whether this is the first of torchrun's processes: the others would repeat what it says."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def main() -> int:
     """Runs the command of sys.argv and returns its exit status (granvit.status)."""
-    logging.basicConfig(level=logging.INFO if _leads() else logging.WARNING, handlers=[log_handler()])
+    logging.basicConfig(level=logging.INFO if leads() else logging.WARNING, handlers=[log_handler()])
     arguments = sys.argv[1:]
     word = arguments[0] if arguments else ""
     work = partial(COMMANDS[word], arguments[1:]) if word in COMMANDS else partial(run_preset, arguments)
