@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from granvit.data.sample import ATTRIBUTES
-from granvit.eval.intervals import wilson
-from granvit.eval.metrics import Prediction, Vocabularies, named
+from granvit.eval.intervals import interval
+from granvit.eval.metrics import Prediction, Score, Vocabularies, named, place
 from granvit.questions.prompts import BBOX2CAPTION
 
 CONFUSIONS = 3  # that are named of each thing, and in the line about the whole attribute
@@ -20,23 +20,25 @@ def failures(predictions: list[Prediction], vocabularies: Vocabularies = ATTRIBU
 
     An answer that names several things of the attribute counts as wrong, as `metrics.attributes` has it.
     """
-    said: dict[str, dict[str, Counter[str]]] = {}
+    said: dict[str, dict[str, list[tuple[str, Score]]]] = {}
     for prediction in predictions:
         if prediction["task"] != BBOX2CAPTION:
             continue
         for attribute, words in vocabularies.get(prediction["source"], {}).items():
             truth, answer = named(prediction["caption"], words), named(prediction["answer"], words)
             if len(truth) == 1:
-                things = said.setdefault(attribute, {}).setdefault(next(iter(truth)), Counter())
-                things[" and ".join(sorted(answer)) or "none named"] += 1
+                answers = said.setdefault(attribute, {}).setdefault(next(iter(truth)), [])
+                score = Score(place(prediction), float(truth == answer))
+                answers.append((" and ".join(sorted(answer)) or "none named", score))
     return [_attribute(attribute, things) for attribute, things in said.items()]
 
 
-def _attribute(attribute: str, things: dict[str, Counter[str]]) -> dict[str, Any]:
+def _attribute(attribute: str, said: dict[str, list[tuple[str, Score]]]) -> dict[str, Any]:
     rows = []
+    things = {thing: Counter(what for what, _ in answers) for thing, answers in said.items()}
     for thing, answers in things.items():
         asked, right = answers.total(), answers[thing]
-        low, high = wilson(right / asked, asked)
+        low, high = interval([score for _, score in said[thing]], share=True)
         wrong = [pair for pair in answers.most_common() if pair[0] != thing]
         rows.append(
             {"thing": thing, "asked": asked, "right": right, "low": low, "high": high, "said": wrong[:CONFUSIONS]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from granvit.eval.intervals import bootstrap, wilson
+from granvit.eval.intervals import interval, wilson
 from granvit.eval.metrics import SIZES, Score, is_attribute, is_share
 from granvit.eval.names import FLOORS, STATES, figure_name, stage_name
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX
@@ -19,8 +19,6 @@ TABLES = (
 )
 SOURCES = 8
 """Sources that have columns and pictures of their own: those of the most questions."""
-LEAST_IMAGES = 10
-"""Of fewer images the bootstrap's interval is much too narrow."""
 LESS = ("cer", "unparsed")  # metrics of which less is better
 
 
@@ -192,14 +190,12 @@ def _cell(
         return {"text": "", "spread": "", "bar": 0, "value": ""}
     scale, digits = (1, 2) if metric.endswith("cider") else (100, 1)
     values = [seed[metric] for seed in seeds if metric in seed]
-    ends = None
     if len(values) > 1:
         ends = (min(values), max(values))
-    elif metric in scores and images >= LEAST_IMAGES:
-        low, high = bootstrap(scores[metric])
-        ends = (low, high) if high > low else None  # of equal answers it says nothing
-    if ends is None and is_share(metric) and images:
-        ends = wilson(mean[metric], images)  # answers about one picture are alike: they count once
+    elif metric in scores:
+        ends = interval(scores[metric], is_share(metric))
+    else:  # a floor's single answers are not kept
+        ends = wilson(mean[metric], images) if is_share(metric) and images else None
     full = 10 if metric.endswith("cider") else 1
     return {
         "text": f"{scale * mean[metric]:.{digits}f}",

@@ -488,6 +488,8 @@ def test_failures_say_what_is_mistaken_for_what():
         ("red", 1, [("blue", 1)]),
         ("blue", 1, []),
     ]
+    (red, _) = next(f for f in failures(answers * 9) if f["attribute"] == "colour")["rows"]
+    assert (red["asked"], red["low"], red["high"]) == (18, *wilson(0.5, 2)), "of two images"
     pattern = next(f for f in failures(answers) if f["attribute"] == "pattern")
     assert ("striped", "none named", 2) in pattern["confusions"]
 
