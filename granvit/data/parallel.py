@@ -64,8 +64,8 @@ def shared_memory(workers: int) -> Iterator[None]:
 
 @contextmanager
 def sigterm_blocked() -> Iterator[None]:
-    """While processes are started that keep from SIGTERM (`end_with_parent`). Arrow starts threads of its own in a
-    process as soon as that is forked, before a line of ours runs there: they have to have it from their parent."""
+    """While processes are started that keep from SIGTERM (`end_with_parent`). Libraries start threads of their own in a
+    process as soon as it is forked, before a line of ours runs there: those have to have it from their parent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
@@ -16,11 +17,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import psutil
-import pyarrow
 import pytest
 import torch
 from PIL import Image
-from pyarrow import parquet
 from torch.utils.data import DataLoader, Dataset
 
 from granvit.data.batches import LANE_BYTES, PackLoader
@@ -472,21 +471,33 @@ def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor,
     assert "can't be locked" in caplog.text and "can't be written" in caplog.text
 
 
-class Threads(Dataset):
-    """How many threads of the process that reads it take SIGTERM."""
+class Bystander(Dataset):
+    """Is sent SIGTERM again and again, and not by its parent, as by whoever sends it to a group of processes."""
 
-    def __getitem__(self, _):
-        masks = [path.read_text().split("SigBlk:")[1].split()[0] for path in Path("/proc/self/task").glob("*/status")]
-        return sum(not int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+    def __getitem__(self, item):
+        for _ in range(50):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.002)
+        return item
 
 
-def test_no_thread_of_a_reading_process_takes_sigterm(tmp_path):
-    """Which `timeout` and schedulers send to all of a run: with its readers gone it could not be saved."""
-    parquet.write_table(pyarrow.table({"a": [1], "b": [2]}), tmp_path / "rows.parquet")
-    parquet.read_table(tmp_path / "rows.parquet")  # starts Arrow's threads, which it starts anew in a forked process
-    reads = DataLoader(Threads(), batch_size=None, sampler=[0], num_workers=1, worker_init_fn=start_worker)
-    assert list(begun(reads)) == [0]
-    assert Threads()[0]  # and SIGTERM is this process's own again
+def test_a_reading_process_outlives_sigterm():
+    """Which `timeout` and schedulers send to all of a run: with its readers gone it could not be saved. Libraries start
+    threads in a process as soon as it is forked, as here."""
+    library = []
+
+    def start_thread():
+        if library:
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+    os.register_at_fork(after_in_child=start_thread)  # for good: nothing takes it back
+    library.append("is there")
+    reads = DataLoader(Bystander(), batch_size=None, sampler=[7], num_workers=1, worker_init_fn=start_worker)
+    try:
+        assert list(begun(reads)) == [7]
+    finally:
+        library.clear()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # it is this process's own again
 
 
 def test_a_file_that_changes_or_goes_is_named(tmp_path, many_rows, processor):

@@ -273,4 +273,4 @@ def test_a_folder_that_can_t_be_written_to_is_named_before_training(config, tmp_
     monkeypatch.setattr(sys, "argv", ["granvit.train", "--config", str(tmp_path / "config.yaml")])
     assert __main__.main() == 2
     said = capsys.readouterr().err
-    assert re.match("granvit train: error: .*run can't be written to .*and the checkpoints belong there", said), said
+    assert re.match("granvit train: error: .*/checkpoints can't be written to .*and the checkpoints belong there", said)
