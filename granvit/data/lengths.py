@@ -10,9 +10,10 @@ import os
 import shutil
 import signal
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -74,10 +75,18 @@ class Lengths:
 
     def checksum(self, *more: np.ndarray) -> int:
         """Of all numbers, and of further int64 arrays: what is planned from other lengths is another plan."""
-        crc = 0
-        for array in (*(getattr(self, name) for name in _ARRAYS), *more):
-            crc = zlib.crc32(np.ascontiguousarray(array), crc)
-        return crc
+        return _crc(more, self._own_crc)
+
+    @cached_property
+    def _own_crc(self) -> int:
+        """Of all numbers, which can be gigabytes: the cache is checked by it, and the loader's state."""
+        return _crc(getattr(self, name) for name in _ARRAYS)
+
+
+def _crc(arrays: Iterable[np.ndarray], crc: int = 0) -> int:
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return crc
 
 
 def too_long(shortest: np.ndarray, capacity: int) -> np.ndarray:
