@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from granvit.eval.loading import check_device, find_encoder, find_model, load_model
 from granvit.model.adapter import patch_side
-from granvit.model.encoders import Encoder, load_encoder
+from granvit.model.encoders import Encoder, load_encoder, random_encoder
 from granvit.model.granvit import GranViT
 from granvit.model.images import as_pixels
 from granvit.model.preprocessor import family_pixels, read_budget, read_pixels
@@ -58,6 +58,12 @@ class PatchFeatures:
     def with_encoder(self, encoder: Encoder) -> PatchFeatures:
         """Those of another encoder, of the same pixels."""
         return replace(self, encoder=encoder.eval().to(next(self.encoder.parameters()).device))
+
+    def with_random_weights(self) -> PatchFeatures:
+        """Those of an encoder of the same configuration, with weights drawn with seed 0."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.with_encoder(random_encoder(self.encoder.config))
 
 
 def features_of(model: GranViT) -> PatchFeatures:

@@ -3,7 +3,6 @@ what the encoder's features look like."""
 
 from __future__ import annotations
 
-import io
 import logging
 import random
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from granvit.data.loader import GranDataset
-from granvit.data.page import data_uri, encoded
+from granvit.data.page import data_uri
 from granvit.eval.metrics import Prediction, exact, iou, place, rouge_l
 from granvit.eval.names import source_name
 from granvit.eval.tables import SOURCES
@@ -117,9 +116,7 @@ def shown_picture(image: Image.Image) -> dict[str, Any]:
     """{"uri", "size"} of a picture as the page has it."""
     image = image.copy()
     image.thumbnail((LONG_SIDE, LONG_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return {"uri": encoded(buffer.getvalue(), "jpeg"), "size": image.size}
+    return {"uri": data_uri(image, LONG_SIDE, quality=85), "size": image.size}
 
 
 def draw_maps(run: Path, config: dict[str, Any], chosen: list[tuple[Image.Image, Prediction]]) -> list[dict[str, Any]]:
@@ -128,8 +125,6 @@ def draw_maps(run: Path, config: dict[str, Any], chosen: list[tuple[Image.Image,
     an export."""
     if not (run / "export" / "encoder" / "config.json").is_file():
         return []
-    import torch
-
     from granvit.eval.maps import load_features, pca_picture, similarity_picture
 
     model = config.get("model", {})
@@ -139,12 +134,8 @@ def draw_maps(run: Path, config: dict[str, Any], chosen: list[tuple[Image.Image,
         if start:
             before, who = load_features(start), "before training"
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                before = load_features(run / "export" / "encoder")
-                before.encoder.reset_parameters()
-            who = "random weights"
-    except (ValueError, AttributeError) as error:
+            before, who = trained.with_random_weights(), "random weights"
+    except ValueError as error:
         log.warning("no feature maps in the report: %s", error)
         return []
     maps = []

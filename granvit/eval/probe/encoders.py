@@ -13,7 +13,6 @@ from torch import Tensor
 from granvit.eval.maps import PatchFeatures, load_features
 from granvit.model.adapter import patch_side
 from granvit.model.config import cached_fit_grid
-from granvit.model.encoders import random_encoder
 from granvit_kernels import pack_patches, roi_gather
 
 GRIDS = {"1x1": (1, 1), "7x7": (7, 7)}
@@ -127,8 +126,6 @@ def load(spec: str, device: str = "cpu", max_patches: int | None = None) -> Froz
         )
     features = load_features(path, device)
     if is_random:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            features = features.with_encoder(random_encoder(features.encoder.config))
+        features = features.with_random_weights()
     features.encoder.float().eval()
     return FrozenEncoder(name, replace(features, max_patches=max_patches or features.max_patches))
