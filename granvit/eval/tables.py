@@ -46,14 +46,13 @@ def headlines(summary: dict[str, Any], scores: Scores) -> list[dict[str, Any]]:
             ("another image", sft.get("other_image", {})),
         )),
     )  # fmt: skip
-    claimed = []
+    numbers, images, claimed = _numbers(scores), _images(scores), []
     for title, unit, metric, stage, references in claims:
         model = summary["mean"]["stages"].get(stage, {}).get("after", {})
         if metric not in model:
             continue
         seeds = [run["stages"][stage]["after"] for run in summary["runs"]]
-        numbers = _numbers(scores)
-        cell = _cell(metric, model, seeds, scores.get((stage, "after"), {}), _images(scores).get(metric))
+        cell = _cell(metric, model, seeds, scores.get((stage, "after"), {}), images.get(metric))
         exact = metric.replace("rouge_l", "exact")
         value = 100 * model[metric]
         against = [
