@@ -146,7 +146,7 @@ def backward(
             scale=scale, **call.counts, **call.strides, splits=splits,
             **call.constants, BLOCK_K=call.block_k, BLOCK_N=walk.block_n,
             COVERAGE=coverage, num_warps=walk.warps, num_stages=walk.stages,
-            maxnreg=EVERY_REGISTER if coverage or call.size > 128 else None,
+            maxnreg=EVERY_REGISTER if coverage or call.size > (64 if call.queries > 32 else 128) else None,
         )  # fmt: skip
         tiles = tile_tokens(call.place["cu_seqlens"], call.place["image_index"], key.shape[0], tokens.block_t)
         kernels.backward_tokens[(tiles.image.shape[0] * call.heads,)](
