@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 
 LANE_BYTES = 384 << 20
-"""Of row groups that are kept for each lane: those of a window, and those that are mixed for the next."""
+"""Of row groups that are kept for each lane, by the process that reads it, of each dataset of a mixture: those of a
+window, and those that are mixed for the next."""
 PREFETCH_BYTES = 1 << 30
 """Of pictures that a loader's processes read ahead of training, in shared memory; those in use come on top."""
 PROCESS_ROWS = 20_000
@@ -122,9 +123,6 @@ class PackLoader:
         self.lanes = [
             Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)
         ]
-        for part in dataset.parts:
-            if isinstance(part.rows, ParquetRows):  # every lane has row groups of its own in use
-                part.rows.keep(LANE_BYTES * packs // ranks)
         self.step = 0
         self._known = {"seed": seed, "packs": packs, "capacity": capacity, "questions": questions, "window": window}
         self._known |= {"epochs": epochs, "rows": len(dataset), "tasks": {t: tasks[t] for t in self.lengths.tasks}}
@@ -252,6 +250,9 @@ class _Reader(Dataset):
 
     def __getitem__(self, packs: list[Pack]) -> tuple[Sent, list[tuple[int, str, str]]]:
         """Read and tokenised. A row with a fault leaves its slot empty."""
+        for part in self.dataset.parts:
+            if isinstance(part.rows, ParquetRows):  # every lane has row groups of its own in use
+                part.rows.keep(LANE_BYTES * len(packs))
         rows = [row for pack in packs for row, _ in pack]
         faults: list[tuple[int, str, str]] = []  # threads find them in any order
         read = partial(self._read, faults)

@@ -55,7 +55,8 @@ class ParquetRows:
             footer.write_metadata_file(written)
             known.update(written.getvalue())
         self.fingerprint = known.hexdigest()
-        self._places = [(f, g) for f, file in enumerate(counts) for g in range(len(file))]
+        # Arrays, not lists: processes that read would each copy millions of Python's numbers to count references.
+        self._firsts = np.cumsum([0, *map(len, counts)])  # of each file, the number of its first row group
         self._ends = np.cumsum(self.groups)
         self._columns: list[str] | None = None  # all
         self._limit = KEPT_BYTES
@@ -99,8 +100,8 @@ class ParquetRows:
         return other
 
     def keep(self, size: int) -> None:
-        """Keep row groups of so many bytes, if that is more than is kept so far."""
-        self._limit = max(self._limit, size)
+        """Keep row groups of at most so many bytes from now on, in this process, and the latest in any case."""
+        self._limit = size
 
     def _group(self, group: int) -> pa.Table:
         with self._here():
@@ -120,7 +121,8 @@ class ParquetRows:
         return self._lock
 
     def _read(self, group: int, columns: list[str] | None) -> pa.Table:
-        index, inside = self._places[group]
+        index = int(np.searchsorted(self._firsts, group, side="right")) - 1
+        inside = group - int(self._firsts[index])
         if index not in self._open:
             file = self.files[index]
             if state(file) != self._states[index]:

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,12 +23,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from granvit.data.batches import LANE_BYTES, PackLoader
+from granvit.data.batches import PackLoader
 from granvit.data.collate import Read, join
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.lengths import _measure, start_worker
 from granvit.data.loader import GranDataset
 from granvit.data.parallel import begun
+from granvit.data.parquet import ParquetRows
 from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES
 from granvit.data.shards import RowWriter
@@ -554,8 +556,22 @@ def test_lengths_are_measured_by_several_processes_alike(gran, processor, monkey
     assert several.checksum() == alone.checksum() and len(several.image) == len(gran)
 
 
-def test_a_loader_keeps_its_lanes_row_groups(tmp_path, many_rows, processor):
+@pytest.mark.parametrize("workers", [0, 3, 8])
+def test_row_groups_are_kept_for_lanes_not_for_workers(tmp_path, many_rows, processor, monkeypatch, workers):
+    monkeypatch.setattr("granvit.data.shards.ROW_GROUP_ROWS", 4)
     write_parquet(tmp_path / "set", many_rows)
     data = GranDataset(tmp_path / "set")
-    loader(data, processor, packs=8, ranks=2)
-    assert data.rows._limit == 4 * LANE_BYTES
+    read, lane_bytes = ParquetRows._group, 4 * data.rows._group(0).nbytes
+    monkeypatch.setattr("granvit.data.batches.LANE_BYTES", lane_bytes)
+    most = multiprocessing.RawArray("q", max(workers, 1))
+
+    def watched(rows: ParquetRows, group: int):
+        table, worker = read(rows, group), torch.utils.data.get_worker_info()
+        number = 0 if worker is None else worker.id
+        most[number] = max(most[number], rows._kept)
+        return table
+
+    monkeypatch.setattr(ParquetRows, "_group", watched)
+    for _ in loader(data, processor, packs=8, ranks=2, workers=workers):
+        pass
+    assert 0.6 * 4 * lane_bytes < sum(most) <= 4 * lane_bytes
