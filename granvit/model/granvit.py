@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 from transformers import (
@@ -27,8 +26,8 @@ from . import question_attention
 from .asking import Asking
 from .config import GranViTConfig
 from .encoders import Encoder, load_encoder, random_encoder
-from .fused_loss import can_fuse, fused_cross_entropy
 from .images import read_images
+from .linear_cross_entropy import linear_cross_entropy, logits_of
 from .llm import (
     LocationTokens,
     check_llm,
@@ -365,12 +364,17 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., V]: the LLM's rows in use, then the location tokens'."""
-        own = self.llm.get_output_embeddings()(hidden)[..., : self.config.text_vocab]
-        return (
-            torch.cat((own, F.linear(hidden, self.locations.output.to(hidden.dtype))), dim=-1)
-            if len(self.locations.output)
-            else own
-        )
+        return logits_of(hidden, *self._output_tables())
+
+    def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross entropy [A] of targets [A] under the logits of hidden states [A, D], in float32 or wider. Large logits
+        never exist whole (see linear_cross_entropy)."""
+        with record_function("granvit.cross_entropy"):
+            return linear_cross_entropy(hidden, *self._output_tables(), targets)
+
+    def _output_tables(self) -> tuple[nn.Module, int, torch.Tensor]:
+        """The LLM's output table, how many of its rows are used, and the location tokens' rows."""
+        return self.llm.get_output_embeddings(), self.config.text_vocab, self.locations.output
 
     # Training and scoring
 
@@ -387,18 +391,8 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
     def answer_losses(
         self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """Cross entropy [A] of each of the answers' tokens, float32; arguments as of `answer_logits`.
-
-        Where Liger's fused loss can be had (see can_fuse), no logits are kept.
-        """
-        hidden = self._answer_states(batch, image_embeds, region_embeds)
-        table = self.llm.get_output_embeddings()
-        with record_function("granvit.cross_entropy"):
-            # Location rows would have to be put behind the table's each step: a copy of the table, and a gradient for
-            # all of it even where it is frozen, which cost as much memory as the logits.
-            if can_fuse(hidden, table) and not len(self.locations.output):
-                return fused_cross_entropy(hidden, table, self.config.text_vocab, batch.targets)
-            return F.cross_entropy(self.logits(hidden).float(), batch.targets, reduction="none")
+        """Cross entropy [A] of each of the answers' tokens, float32; arguments as of `answer_logits`."""
+        return self.token_losses(self._answer_states(batch, image_embeds, region_embeds), batch.targets)
 
     def _answer_states(
         self, batch: PackedBatch, image_embeds: torch.Tensor, region_embeds: torch.Tensor
