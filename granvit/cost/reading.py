@@ -15,7 +15,8 @@ from granvit.cost.flops import Asked, Picture, pictures_of
 from granvit.data.lengths import Lengths, lengths_of
 from granvit.data.loader import GranDataset, spread
 from granvit.data.mixture import shares
-from granvit.data.planning import Lane, Order, packs_of
+from granvit.data.order import Order
+from granvit.data.planning import Lane, packs_of
 from granvit.eval.loading import find_model
 from granvit.model import GranViTConfig, GranViTProcessor
 from granvit.model.config import cached_fit_grid

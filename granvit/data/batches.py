@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain, islice, repeat, zip_longest
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +25,10 @@ from granvit.data.faults import FaultLog
 from granvit.data.lengths import TOO_LONG, Lengths, as_it_is, measure, start_worker, too_long
 from granvit.data.loader import GranDataset
 from granvit.data.mixture import Mixed
+from granvit.data.order import Order
 from granvit.data.parallel import begun, progress, shared_memory
 from granvit.data.parquet import ParquetRows
-from granvit.data.planning import Lane, Order, Pack
+from granvit.data.planning import Lane, Pack, Place
 from granvit.data.schema import good_or_none
 from granvit.questions.packing import write_parts
 from granvit.questions.schema import DataFault, Sample
@@ -43,6 +44,8 @@ PREFETCH_BYTES = 1 << 30
 """Of pictures that a loader's processes read ahead of training, in shared memory; those in use come on top."""
 PROCESS_ROWS = 20_000
 """Rows whose sequences are worth a process more to count."""
+KEPT_PLACES = 256
+"""So many of the steps planned last have their lanes' places kept: more than are read ahead of training."""
 NAMED_FAULTS = 1000
 """Faulty rows over the budget that are named before a loader gives up."""
 
@@ -79,7 +82,8 @@ class PackLoader:
     crops: which regions a teacher looks at; None: there is no teacher.
 
     The state is `step`, how many batches were handed out: set it, or load a `state_dict`, and iteration goes on
-    there, on any number of ranks, after planning, but not reading, what came before.
+    there, on any number of ranks. A state also tells where this rank's lanes stood, and `with_all_places` of all ranks'
+    states where all did: those go on at once. Of the others what came before is planned again, but not read.
 
     Raises ValueError where packs is no multiple of ranks, nothing can be asked, or a state is of other arguments;
     FaultBudgetExceeded, while it runs, when more than the dataset's budget of this rank's share of rows is faulty (of
@@ -124,6 +128,8 @@ class PackLoader:
             Lane(self.lengths, order, lane, tasks, capacity, questions, window, epochs) for lane in range(packs)
         ]
         self.step = 0
+        # Of the last steps that were planned: the step, and of each lane the step it stood at and where.
+        self._places: deque[tuple[int, dict[int, tuple[int, Place]]]] = deque(maxlen=KEPT_PLACES)
         self._known = {"seed": seed, "packs": packs, "capacity": capacity, "questions": questions, "window": window}
         self._known |= {"epochs": epochs, "rows": len(dataset), "tasks": {t: tasks[t] for t in self.lengths.tasks}}
         self._known["datasets"] = [len(part) for part in dataset.parts] if len(dataset.parts) > 1 else None
@@ -139,9 +145,11 @@ class PackLoader:
         """How many batches there are in all; None without end. Plans every lane, with a progress bar."""
         return None if self.lanes[0].epochs is None else max(_count_packs(self.lanes))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where iteration stands, in integers; the rest is there to be compared."""
-        return {"step": self.step, **self._known}
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Where iteration stands, or stood at an earlier step: in integers; the rest is there to be compared."""
+        step = self.step if step is None else step
+        places = {str(lane): [at, *place] for lane, (at, place) in self._known_places(step).items()}
+        return {"step": step, **self._known, "places": places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a loader of the same arguments stood."""
@@ -149,7 +157,17 @@ class PackLoader:
         if differing:
             shown = "; ".join(f"{key}: {state.get(key)!r} there, {self._known[key]!r} here" for key in differing)
             raise ValueError(f"the state is that of another loader ({shown})")
+        places = {
+            int(lane): (at, Place.parse(place))
+            for lane, (at, *place) in state.get("places", {}).items()  # states had none once
+        }
         self.step = state["step"]
+        self._places.clear()
+        self._places.append((self.step, places))
+
+    def _known_places(self, step: int) -> dict[int, tuple[int, Place]]:
+        """The newest places that are known of this step or one before it."""
+        return next((places for at, places in reversed(self._places) if at <= step), {})
 
     def __iter__(self) -> Iterator[Batch]:
         processes = min(self.workers, self.packs // self.ranks)
@@ -171,19 +189,44 @@ class PackLoader:
 
     def plan(self) -> Iterator[list[Pack]]:
         """This rank's packs of each batch from `step` on; an empty pack where a lane is over."""
-        lanes, mine = self.lanes[self.rank :: self.ranks], slice(None)
-        if lanes[0].epochs is not None and "steps" not in vars(self):
-            lanes, mine = self.lanes, slice(self.rank, None, self.ranks)  # the longest, whoever has it, tells the end
-        elif lanes[0].epochs is not None:
-            lanes = [chain(lane, repeat([], self.steps)) for lane in lanes]
-        for packs in islice(zip_longest(*lanes, fillvalue=[]), self.step, vars(self).get("steps")):
-            yield list(packs[mine])
+        mine, end = range(self.rank, self.packs, self.ranks), vars(self).get("steps")
+        endless = self.lanes[0].epochs is None
+        planned = mine if endless or end is not None else range(self.packs)  # the longest, whoever has it, is the end
+        known = self._known_places(self.step)
+        while self._places and self._places[-1][0] > self.step:  # of an iteration that went further
+            self._places.pop()
+        stood = {lane: known.get(lane, (0, Place())) for lane in planned}
+        packs = {lane: self.lanes[lane].packs(place) for lane, (_, place) in stood.items()}
+
+        def next_pack(lane: int) -> Pack | None:
+            at, place = stood[lane]
+            pack, place = next(packs[lane], (None, place))
+            stood[lane] = at + 1, place
+            return pack
+
+        for lane in planned:
+            for _ in range(stood[lane][0], self.step):
+                next_pack(lane)
+        for step in count(self.step + 1):
+            if end is not None and step > end:
+                return
+            batch = {lane: next_pack(lane) for lane in planned}
+            if end is None and not any(batch.values()):
+                return
+            self._places.append((step, dict(stood)))
+            yield [batch[lane] or [] for lane in mine]
 
     def _note(self, faults: Iterable[tuple[int, str, str]]) -> None:
         for row, kind, message in faults:
             self.faults.add(row, self.dataset.name(row), DataFault(kind, message))
             if len(self.faults.faulty) > self.faults.allowed + NAMED_FAULTS:
                 self.faults.check()
+
+
+def with_all_places(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of all ranks' loaders at one step as one, from which any number of ranks goes on at once."""
+    places = {lane: place for state in states for lane, place in state["places"].items()}
+    return {**states[0], "places": places}
 
 
 def _order(

@@ -11,7 +11,7 @@ import numpy as np
 
 from granvit.data.faults import FaultLog
 from granvit.data.loader import GranDataset
-from granvit.data.planning import CHUNK, Order, RowsOfPass
+from granvit.data.order import CHUNK, Order, Rows
 from granvit.questions.schema import DataFault, Sample
 
 
@@ -116,42 +116,55 @@ class Mixed:
         if weights is not None:
             self._drawn = [max(1, round(sum(sizes) * share)) for share in shares(sizes, weights)]
 
-    def stream(self, lane: int, epochs: int | None) -> Iterator[RowsOfPass]:
-        """Row numbers of the mixture, and which pass over their dataset they are of."""
-        streams = [_Stream(order, lane) for order in self.orders]
-        epoch = 0
+    def stream(self, lane: int, epochs: int | None, epoch: int = 0, before: int = 0) -> Iterator[Rows]:
+        """The lane's rows, numbers of the mixture, from those of `epoch` on that come after its first `before`, which
+        is where some Rows began."""
+        streams = None
         while epochs is None or epoch < epochs:
-            counts = np.array([self._count(part, lane, epoch) for part in range(len(streams))])
+            counts = np.array([self._count(part, lane, epoch) for part in range(len(self.orders))])
             blocks = max(1, int(counts.sum()) // CHUNK)
             for block in range(blocks):
-                numbers = counts * (block + 1) // blocks - counts * block // blocks
-                part = np.repeat(np.arange(len(streams)), numbers)
+                firsts, ends = counts * block // blocks, counts * (block + 1) // blocks
+                if firsts.sum() < before:
+                    continue
+                if streams is None:
+                    streams = [
+                        _Stream(order, lane, self._before(part, lane, epoch) + int(first))
+                        for part, (order, first) in enumerate(zip(self.orders, firsts, strict=True))
+                    ]
+                part = np.repeat(np.arange(len(streams)), ends - firsts)
                 part = np.random.default_rng([self.seed, epoch, lane, block]).permutation(part)
                 rows, passes = np.empty(len(part), np.int64), np.empty(len(part), np.int64)
-                for i, (stream, number) in enumerate(zip(streams, numbers.tolist(), strict=True)):
+                for i, (stream, number) in enumerate(zip(streams, (ends - firsts).tolist(), strict=True)):
                     own, passes[part == i] = stream.take(number)
                     rows[part == i] = own + self._firsts[i]
-                yield rows, passes
-            epoch += 1
+                yield Rows(epoch, int(firsts.sum()), rows, passes)
+            epoch, before = epoch + 1, 0
 
     def _count(self, part: int, lane: int, epoch: int) -> int:
-        """Rows of a dataset that the lane sees in an epoch; of all lanes, what is drawn."""
+        """Rows of a dataset that the lane sees in an epoch."""
         if self._drawn is None:
             return self.orders[part].count(lane, epoch)
-        before, after = ((self._drawn[part] * number + lane) // self.lanes for number in (epoch, epoch + 1))
-        return after - before
+        return self._before(part, lane, epoch + 1) - self._before(part, lane, epoch)
+
+    def _before(self, part: int, lane: int, epoch: int) -> int:
+        """Rows of a dataset that the lane sees before an epoch; of all lanes, what is drawn."""
+        if self._drawn is None:
+            return sum(self.orders[part].count(lane, earlier) for earlier in range(epoch))
+        return (self._drawn[part] * epoch + lane) // self.lanes
 
 
 class _Stream:
-    """A lane's rows of a dataset, pass after pass, in any portions."""
+    """A lane's rows of a dataset but the first `skipped`, pass after pass, in any portions."""
 
-    def __init__(self, order: Order, lane: int) -> None:
-        self._chunks = order.stream(lane, None)
+    def __init__(self, order: Order, lane: int, skipped: int) -> None:
+        self._chunks = order.stream(lane, None, *order.place(lane, skipped))
         self._rows = self._passes = np.empty(0, np.int64)
 
-    def take(self, number: int) -> RowsOfPass:
+    def take(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of so many rows, and the pass that each is of."""
         while len(self._rows) < number:
-            rows, passes = next(self._chunks)
+            _, _, rows, passes = next(self._chunks)
             self._rows, self._passes = np.append(self._rows, rows), np.append(self._passes, passes)
         taken = self._rows[:number], self._passes[:number]
         self._rows, self._passes = self._rows[number:], self._passes[number:]

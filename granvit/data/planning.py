@@ -1,12 +1,13 @@
 """Which images and questions stand in which sequence: a pure function of the lengths, a seed and the number of packs.
 
-A global batch has `packs` sequences; sequence number j of every batch is lane j's. The row groups of an epoch are dealt
-to the lanes in a random order, and each lane packs what it was dealt with a window of its own, epoch after epoch: what
-a lane does depends on no other, and whoever has a lane, whatever else it has, sees the same packs in the same order.
+A global batch has `packs` sequences; sequence number j of every batch is lane j's. Each lane packs the rows that it was
+dealt (granvit.data.order) with a window of its own, epoch after epoch: what a lane does depends on no other, and
+whoever has a lane, whatever else it has, sees the same packs in the same order.
 
-Batches are alike: packing sorts a window by length, so its packs are shuffled before they are handed out; the lanes
-begin with windows of different sizes, so that they don't end one together; and row groups of long images are spread
-evenly among those of short ones.
+Batches are alike: packing sorts a window by length, so its packs are shuffled before they are handed out; and the lanes
+begin with windows of different sizes, so that they don't end one together.
+
+A lane can go on at any pack from its `Place` there, without what came before being planned again.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import count, islice
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from granvit.data.lengths import Lengths
+from granvit.data.order import Order
 from granvit_kernels import plan_packing
 
 if TYPE_CHECKING:
@@ -30,10 +31,6 @@ FULL = 0.98
 """A pack that is filled less waits in the window for better company."""
 PATIENCE = 8
 """So many times an image waits at most."""
-MIX = 8
-"""So many neighbouring row groups are shuffled together."""
-CHUNK = 1024
-"""So many rows are handed on at a time."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +38,48 @@ class Candidate:
     """An image that waits to be packed.
 
     row: its number in the dataset. questions: numbers of its questions in the order in which they are asked.
-    totals: tokens of the image with the first 1, 2, ... of them. waited: how often it was left over.
+    totals: tokens of the image with the first 1, 2, ... of them. waited: how often it was left over. pass_number: of
+        the pass over its dataset that it comes from.
     """
 
     row: int
     questions: Sequence[int]
     totals: Sequence[int]
     waited: int = 0
+    pass_number: int = 0
 
 
 Pack = list[tuple[int, list[int]]]
 """One sequence: rows, each with the numbers of the questions that are asked of it."""
-RowsOfPass = tuple[np.ndarray, np.ndarray]
-"""int64 [n] row numbers, and which pass over their dataset each is of: questions are drawn anew in each."""
+
+
+class Place(NamedTuple):
+    """Where a lane stands between two packs: all that packing what follows depends on.
+
+    window: how many windows it has packed. epoch, before: where the Rows begin of which its next image was when this
+    window began; used: how many of their images had been taken. handed: how many packs of this window are over.
+    waiting: row, pass and times left over of each image that the windows before left over.
+    """
+
+    window: int = 0
+    epoch: int = 0
+    before: int = 0
+    used: int = 0
+    handed: int = 0
+    waiting: Sequence[tuple[int, int, int]] = ()
+
+    @classmethod
+    def parse(cls, values: Any) -> Place:
+        """Of what JSON made of a Place. Raises ValueError for what never was one."""
+        try:
+            *numbers, waiting = values
+            place = cls(*numbers, waiting=[(row, number, waited) for row, number, waited in waiting])
+            numbers += [number for image in place.waiting for number in image]
+            if len(place) == len(values) and all(type(number) is int and number >= 0 for number in numbers):
+                return place
+        except (TypeError, ValueError):
+            pass
+        raise ValueError(f"the place of a lane must be six fields of integers >= 0, got {values!r:.80}")
 
 
 def fill(candidates: Sequence[Candidate], capacity: int, wanted: int | None) -> tuple[list[Pack], list[Candidate]]:
@@ -125,69 +151,6 @@ def _top_up(members: list[Candidate], capacity: int, target: int | None) -> tupl
     return used, pack, members
 
 
-class Order:
-    """In which order a lane sees rows.
-
-    groups: rows of each run that lies together (`GranDataset.groups`). Every row comes once an epoch, in one lane.
-    Runs so long that lanes could not share them evenly are dealt out in pieces. image: int32 [N], tokens of each row's
-    image (`Lengths.image`). Groups fall into MIX strata by their images' mean length, and of the MIX groups that a lane
-    mixes about one is of each.
-    """
-
-    def __init__(self, groups: np.ndarray, lanes: int, seed: int, image: np.ndarray) -> None:
-        rows = int(np.sum(groups))
-        pieces = -(-groups // max(1, rows // (lanes * MIX)))
-        starts = np.repeat(np.cumsum(groups) - groups, pieces)
-        number = np.arange(len(starts)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        self.starts = starts + number * np.repeat(groups, pieces) // np.repeat(pieces, pieces)
-        self.ends = np.append(self.starts[1:], rows)
-        self.lanes, self.seed, self.size = lanes, seed, rows
-        self._single = len(self.starts) == rows  # each row alone: shuffled already
-        self._by_length = np.arange(0)
-        if not self._single:
-            self._by_length = np.argsort(np.add.reduceat(image, self.starts) / (self.ends - self.starts), kind="stable")
-        self._groups = lru_cache(2)(self._shuffled)
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        random = np.random.default_rng([self.seed, epoch])
-        if self._single:
-            return random.permutation(len(self.starts))
-        place = np.empty(len(self.starts))
-        for stratum in np.array_split(self._by_length, MIX):
-            # Stratified sampling: as many as there are lanes stand together, somewhere in an interval of their own.
-            together = np.arange(len(stratum)) // self.lanes
-            intervals = -(-len(stratum) // self.lanes)
-            place[random.permutation(stratum)] = (together + random.random(intervals)[together]) / intervals
-        anyhow = random.permutation(len(place))
-        return anyhow[np.argsort(place[anyhow], kind="stable")]
-
-    def stream(self, lane: int, epochs: int | None) -> Iterator[RowsOfPass]:
-        """The lane's rows of so many epochs (None: without end), at most CHUNK at a time."""
-        for epoch in count() if epochs is None else range(epochs):
-            for rows in self.rows(lane, epoch):
-                yield rows, np.full(len(rows), epoch)
-
-    def count(self, lane: int, epoch: int) -> int:
-        """How many rows the lane has in this epoch."""
-        mine = self._mine(lane, epoch)
-        return int((self.ends[mine] - self.starts[mine]).sum())
-
-    def _mine(self, lane: int, epoch: int) -> np.ndarray:
-        # Another lane is the first in each epoch: where there are fewer groups than lanes, all have some in time.
-        return self._groups(epoch)[(lane + epoch) % self.lanes :: self.lanes]
-
-    def rows(self, lane: int, epoch: int) -> Iterator[np.ndarray]:
-        """int64 arrays of at most CHUNK row numbers: all that the lane has in this epoch, in its order."""
-        mine = self._mine(lane, epoch)
-        for number, start in enumerate(range(0, len(mine), CHUNK if self._single else MIX)):
-            if self._single:
-                yield self.starts[mine[start : start + CHUNK]]
-            else:
-                near = np.concatenate([np.arange(self.starts[g], self.ends[g]) for g in mine[start : start + MIX]])
-                mixed = np.random.default_rng([self.seed, epoch, lane, number]).permutation(near)
-                yield from (mixed[i : i + CHUNK] for i in range(0, len(mixed), CHUNK))
-
-
 class Lane:
     """The packs of one lane, without end, or until `epochs` are over.
 
@@ -211,23 +174,62 @@ class Lane:
         self.weights, self.capacity, self.wanted, self.window = weights, capacity, wanted, window
 
     def __iter__(self) -> Iterator[Pack]:
-        waiting: list[Candidate] = []
-        arriving = self._candidates()
-        room = self.window - self.window * self.lane // (2 * self.order.lanes)
-        for number in count():
-            waiting += islice(arriving, room - len(waiting))
+        return (pack for pack, _ in self.packs())
+
+    def packs(self, place: Place = Place()) -> Iterator[tuple[Pack, Place]]:  # noqa: B008  (immutable)
+        """The packs from a place on, each with the place after it. Raises ValueError for a place of other lengths."""
+        waiting, arriving, handed = self._again(place), _Arriving(self, place), place.handed
+        for number in count(place.window):
+            left = [(candidate.row, candidate.pass_number, candidate.waited) for candidate in waiting]
+            begin = Place(number, arriving.epoch, arriving.before, arriving.used, 0, left)
+            room = self.window if number else self.window - self.window * self.lane // (2 * self.order.lanes)
+            waiting += arriving.take(room - len(waiting))
             if not waiting:
                 return
             over = len(waiting) < room  # what is left goes as it is
             packs, waiting = fill(waiting, self.capacity, self.wanted)
-            room = self.window
             if not over:
                 np.random.default_rng([self.order.seed, self.lane, number]).shuffle(packs)
-            yield from packs
+            for index in range(handed, len(packs)):
+                yield packs[index], begin._replace(handed=index + 1)
+            handed = 0
 
-    def _candidates(self) -> Iterator[Candidate]:
-        for rows, passes in self.order.stream(self.lane, self.epochs):
-            yield from draw(self.lengths, rows, self.weights, self.capacity, self.order.seed, passes)
+    def draw(self, rows: np.ndarray, passes: np.ndarray) -> list[Candidate]:
+        return draw(self.lengths, rows, self.weights, self.capacity, self.order.seed, passes)
+
+    def _again(self, place: Place) -> list[Candidate]:
+        """The images that were left over, as they were."""
+        if not place.waiting:
+            return []
+        rows, passes, waited = np.array(place.waiting, np.int64).T
+        drawn = self.draw(rows, passes) if rows.max() < len(self.lengths.image) else []
+        if len(drawn) != len(rows):
+            raise ValueError(f"the place of lane {self.lane} is one of other data: it names images without questions")
+        return [replace(candidate, waited=times) for candidate, times in zip(drawn, waited.tolist(), strict=True)]
+
+
+class _Arriving:
+    """A lane's images from a place on. epoch, before, used: the place of the next (see Place)."""
+
+    def __init__(self, lane: Lane, place: Place) -> None:
+        self.epoch, self.before, self.used = place.epoch, place.before, place.used
+        self._draw, self._drawn = lane.draw, None
+        self._stream = lane.order.stream(lane.lane, lane.epochs, place.epoch, place.before)
+
+    def take(self, number: int) -> list[Candidate]:
+        """So many, fewer where there are no more."""
+        taken: list[Candidate] = []
+        while len(taken) < number:
+            if self._drawn is None or self.used >= len(self._drawn):
+                if (rows := next(self._stream, None)) is None:
+                    break
+                if self._drawn is not None:
+                    self.used = 0
+                self.epoch, self.before, self._drawn = rows.epoch, rows.before, self._draw(rows.numbers, rows.passes)
+            more = self._drawn[self.used : self.used + number - len(taken)]
+            taken += more
+            self.used += len(more)
+        return taken
 
 
 MEASURED_IMAGES = 16_384
@@ -276,10 +278,10 @@ def draw(
     offset, number = offset[by], number[by]
     cuts = np.searchsorted(owner, np.arange(len(rows) + 1))
     candidates = []
-    for row, first, last in zip(rows, cuts[:-1], cuts[1:], strict=True):
+    for row, of, first, last in zip(rows.tolist(), passes.tolist(), cuts[:-1], cuts[1:], strict=True):
         if first < last:
             totals = lengths.image[row] + np.cumsum(lengths.question[number[first:last]])
-            candidates.append(Candidate(int(row), offset[first:last].tolist(), totals.tolist()))
+            candidates.append(Candidate(row, offset[first:last].tolist(), totals.tolist(), pass_number=of))
     return candidates
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from granvit.data.batches import PackLoader
+from granvit.data.batches import PackLoader, with_all_places
 from granvit.data.collate import Batch
 from granvit.errors import Failed
 from granvit.lora import ADAPTER, adapters
@@ -116,9 +116,10 @@ class Phase:
         return tensors
 
     def values(self) -> dict[str, Any]:
-        """The rest of a checkpoint: the place in the data, and what is remembered of past losses."""
-        loader = {**self.loader.state_dict(), "step": self.step * self.stage.accumulate}
-        place = {"stage": self.stage.name, "step": self.step, "loader": loader}
+        """The rest of a checkpoint: the place in the data, and what is remembered of past losses. All ranks ask for it
+        together."""
+        states = self.world.gather(self.loader.state_dict(self.step * self.stage.accumulate))
+        place = {"stage": self.stage.name, "step": self.step, "loader": with_all_places(states)}
         return place | {"spikes": self.spikes.state(), "streak": self.streak.length}
 
     def resume(self, path: Path) -> None:

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from granvit.data.batches import PackLoader
+from granvit.data import planning
+from granvit.data.batches import PackLoader, with_all_places
 from granvit.data.collate import Read, join
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.lengths import _measure, start_worker
@@ -153,8 +154,9 @@ def test_stopped_and_gone_on_with_on_other_numbers_of_ranks(gran, processor):
                     break
             parts.append(part)
             states.append(one.state_dict())
-        assert all(other == states[0] for other in states) and all(isinstance(states[0][k], int) for k in ("step",))
-        state = states[0]
+        state = json.loads(json.dumps(with_all_places(states)))
+        assert set(state["places"]) == {lane for one in states for lane in one.pop("places")} == set("0123")
+        assert all(other == states[0] for other in states) and isinstance(state["step"], int)
         for batch in zip(*parts, strict=True):
             batches.append(joined(list(batch)))
     assert batches == whole
@@ -162,6 +164,30 @@ def test_stopped_and_gone_on_with_on_other_numbers_of_ranks(gran, processor):
     assert sorted(rows) == sorted(list(gran["id"]) * 3)
     first = [name for batch in whole[: len(whole) // 3] for sequence in batch for name, _ in sequence]
     assert first != sorted(first) and rows[: len(gran)] != rows[len(gran) : 2 * len(gran)]
+
+
+def test_a_state_tells_where_lanes_stood_so_that_nothing_is_planned_again(gran, processor, monkeypatch):
+    """Of a step that was trained while others were read ahead, too; without the places, as in older states, all is."""
+    data, fills, kept = GranDataset(gran), [], planning.fill
+    first = loader(data, processor, epochs=None)
+    batches = iter(first)
+    whole = [seen(next(batches), processor) for _ in range(60)]
+    state = json.loads(json.dumps(first.state_dict(step=50)))
+    assert state["step"] == 50 and first.step == 60
+    monkeypatch.setattr(planning, "fill", lambda *args: fills.append(1) or kept(*args))
+    older = {key: value for key, value in state.items() if key != "places"}
+    halves = {**state, "places": {lane: place for lane, place in state["places"].items() if lane in "02"}}
+    for part, most in ((state, range(4, 9)), (halves, range(9, 99)), (older, range(20, 999))):
+        fills.clear()
+        second = loader(data, processor, epochs=None)
+        second.load_state_dict(part)
+        second.step = 51  # a step to go on at may be set, too
+        assert seen(next(iter(second)), processor) == whole[51]
+        assert len(fills) in most
+    first.step = 7  # also the same loader goes on elsewhere
+    assert [seen(batch, processor) for batch, _ in zip(first, range(3), strict=False)] == whole[7:10]
+    with pytest.raises(ValueError, match="six fields"):
+        first.load_state_dict({**state, "places": {"0": [3, "x"]}})
 
 
 def test_another_seed_or_state_of_another_loader(gran, processor):

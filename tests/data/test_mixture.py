@@ -9,7 +9,7 @@ import pytest
 from granvit.data.batches import PackLoader
 from granvit.data.loader import GranDataset
 from granvit.data.mixture import Mixed, Mixture, dataset_name, described, open_split
-from granvit.data.planning import Order
+from granvit.data.order import Order
 from granvit.data.schema import FEATURES
 from tests.data.conftest import gran_rows
 from tests.data.test_batches import joined, seen, write_parquet
@@ -95,14 +95,14 @@ def test_shares_hold_in_every_stretch_and_lanes_together_draw_exactly():
     ends = np.cumsum(sizes)
     counts = np.zeros(3, int)
     for lane in range(lanes):
-        rows = np.concatenate([rows for rows, _ in Mixed(orders, (1, 2, 1)).stream(lane, 2)])
+        rows = np.concatenate([rows for _, _, rows, _ in Mixed(orders, (1, 2, 1)).stream(lane, 2)])
         of = np.searchsorted(ends, rows, side="right")
         counts += np.bincount(of, minlength=3)
         for start in range(0, len(of) - 3000, 3000):
             assert abs(np.bincount(of[start : start + 3000], minlength=3) / 3000 - (0.25, 0.5, 0.25)).max() < 0.03
     assert counts.tolist() == [13_000, 26_000, 13_000]
     rare = Mixed(orders, (1, 1e-9, 1))
-    rows = np.concatenate([rows for lane in range(lanes) for rows, _ in rare.stream(lane, 2)])
+    rows = np.concatenate([rows for lane in range(lanes) for _, _, rows, _ in rare.stream(lane, 2)])
     assert ((rows >= ends[0]) & (rows < ends[1])).sum() == 2  # one an epoch, however small its share
 
 

@@ -1,5 +1,6 @@
 """Sequences are nearly full, nothing is lost or asked twice, and the plan is a function of its arguments."""
 
+import json
 from itertools import islice
 
 import numpy as np
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granvit.data.lengths import Lengths
-from granvit.data.planning import FULL, MIX, PATIENCE, Candidate, Lane, Order, draw, fill, packs_of
+from granvit.data.mixture import Mixed
+from granvit.data.order import MIX, Order
+from granvit.data.planning import FULL, PATIENCE, Candidate, Lane, Place, draw, fill, packs_of
 
 TASKS = ("bbox2caption", "global_caption")
 WEIGHTS = {"bbox2caption": 1.0, "global_caption": 1.0}
@@ -138,6 +141,49 @@ def test_nobody_waits_for_ever():
         assert all(len(pack) <= 2 for pack in packs)
         rounds += 1
     assert rounds <= PATIENCE + 1 and FULL < 1
+
+
+def orders(lengths: Lengths, lanes: int) -> dict[str, Order | Mixed]:
+    image, rows = lengths.image, len(lengths.image)
+    first, second = (Order(np.full(25, rows // 50), lanes, seed, image[: rows // 2]) for seed in (3, 4))
+    rare = Order(np.full(rows // 2, 1), lanes, 5, image[rows // 2 :])
+    return {
+        "single rows": Order(np.ones(rows, np.int64), lanes, 3, image),
+        "row groups": Order(np.full(60, rows // 60), lanes, 3, image),
+        "fewer row groups than lanes": Order(np.array([rows - 7, 7]), lanes, 3, image),
+        "mixed": Mixed([first, second], None),
+        "mixed by weights": Mixed([first, rare], [12.0, 0.01]),
+    }
+
+
+@pytest.mark.parametrize("epochs", [2, None])
+@pytest.mark.parametrize("name", list(orders(gran_like(600, 100), 3)))
+def test_a_lane_goes_on_from_any_place_as_if_it_had_not_stopped(name, epochs, monkeypatch):
+    lengths = gran_like(3000, 100)
+    lane = Lane(lengths, orders(lengths, 3)[name], 2, WEIGHTS, 1200, 3, 64, epochs)
+    whole = list(islice(lane.packs(), 700))
+    fills, kept = [], fill
+    monkeypatch.setattr("granvit.data.planning.fill", lambda *args: fills.append(1) or kept(*args))
+    for at in {0, 1, 5, 40, 263, 264, len(whole) // 2, len(whole) - 2, len(whole) - 1}:
+        place = Place.parse(json.loads(json.dumps(whole[at][1])))
+        fills.clear()
+        other = Lane(lengths, orders(lengths, 3)[name], 2, WEIGHTS, 1200, 3, 64, epochs)
+        rest = list(islice(other.packs(place), min(3, len(whole) - 1 - at)))
+        assert rest == whole[at + 1 : at + 4] and len(fills) <= 2 + len(rest) // 2
+    if epochs:
+        assert len(whole) < 700 and not list(lane.packs(whole[-1][1]))
+        assert list(lane.packs(whole[9][1])) == whole[10:]
+
+
+@pytest.mark.parametrize("wrong", [None, [0] * 6, [0] * 5 + [[[1, 2]]], [0, 0, 0, 0, -1, []], [0, 0, 0, 0, "1", []]])
+def test_what_is_no_place_is_refused(wrong):
+    with pytest.raises(ValueError, match="six fields of integers >= 0"):
+        Place.parse(wrong)
+    lengths = gran_like(300, 100)
+    lane = Lane(lengths, one_lane(lengths), 0, WEIGHTS, 1200, 3, 64)
+    for row in (300, 1 << 60):
+        with pytest.raises(ValueError, match="one of other data"):
+            next(lane.packs(Place(waiting=[(row, 0, 1)])))
 
 
 @pytest.mark.parametrize("groups", [np.ones(1000, np.int64), np.array([64] * 15 + [40])])
