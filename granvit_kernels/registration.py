@@ -48,8 +48,8 @@ def register(schema: str, launch: Callable, fake: Callable) -> Callable:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors of one device in autocast's dtype where it is enabled there; float64 stays."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    device = "cuda" if tensors[0].is_meta else tensors[0].device.type  # meta stands for a GPU
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

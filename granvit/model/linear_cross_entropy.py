@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .question_attention import compute_dtype
+
 try:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 except ImportError:  # an optional extra: pip install granvit[liger]
@@ -38,7 +40,7 @@ def linear_cross_entropy(hidden: Tensor, table: nn.Module, rows: int, more: Tens
     """
     if can_fuse(hidden, table) and not len(more):  # Liger takes one table; to put two together would copy both
         return _liger(hidden, table, rows, targets)
-    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
+    dtype = compute_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
     step = CHUNK // (wide.itemsize * max(1, len(hidden)))
     if step >= rows + len(more) or not _plain(table):
@@ -53,11 +55,6 @@ def can_fuse(hidden: Tensor, table: nn.Module) -> bool:
 
 def _plain(table: nn.Module) -> bool:
     return type(table) is nn.Linear and type(table.weight) in (nn.Parameter, Tensor)
-
-
-def _autocast(hidden: Tensor) -> bool:
-    kind = hidden.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
 
 
 def _liger(hidden: Tensor, table: nn.Linear, rows: int, targets: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
     (see granvit_kernels.libraries). Else by one SDPA call for each run of consecutive images of equal length: a batch
     of crops of one grid is one call.
     """
-    name = flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    name = flash_attention() if half and q.is_cuda else "torch" if half and q.is_meta and varlen_attn else None
     if name is None:
         return sdpa_by_image(q, k, v, layout)
     function = {"flash-attn-3": flash_attn_3, "flash-attn-2": flash_attn_2, "torch": varlen_attn}[name]

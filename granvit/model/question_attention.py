@@ -267,16 +267,17 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
-    """In which attention on t is computed: autocast's where it is on (rotary embeddings leave its dtype)."""
-    kind = t.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else t.dtype
+    """In which products with t are computed: autocast's where it is on (rotary embeddings leave its dtype). A tensor on
+    meta stands for one on a GPU."""
+    kind = "cuda" if t.is_meta else t.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and t.dtype != torch.float64 else t.dtype
 
 
 def why_not_flash(llm: PreTrainedModel, embeds: Tensor) -> str | None:
     """None if the LLM attends to packed embeds [B, L, D] by flash attention, else why it doesn't."""
     if llm.config._attn_implementation != NAME:
         return f"the LLM's attention is {llm.config._attn_implementation!r}, not transformers' interface"
-    if embeds.device.type != "cuda":
+    if embeds.device.type not in ("cuda", "meta"):  # meta stands for a GPU
         return f"flash attention runs on CUDA, not on {embeds.device.type}"
     config = llm.config.get_text_config()
     heads = config.num_attention_heads
@@ -293,6 +294,8 @@ def _why_no_kernel(device: torch.device, dtype: torch.dtype, heads: int, shared:
         return "the layout of flash attention's log-sum-exp is known of torch >= 2.11 on CUDA"
     if size % 8:
         return f"flash attention takes heads of a multiple of 8 channels, not {size}"
+    if device.type == "meta":
+        return None
     q, k = (torch.empty(1, h, 8, size, dtype=dtype, device=device, requires_grad=True) for h in (heads, shared))
     params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, True, heads != shared)
     if not torch.backends.cuda.can_use_flash_attention(params):

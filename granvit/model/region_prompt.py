@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -58,7 +57,7 @@ class RegionPrompt(nn.Module):
         values = features[:, None]  # first: so autograd adds what comes back of it to the logits' share in place
         key, value = (layer.weight.unflatten(0, (heads, size)) for layer in (self.key, self.value))
         dtype = torch.promote_types(features.dtype, torch.float32)  # half-precision logits cost accuracy
-        with nullcontext() if features.is_meta else torch.autocast(features.device.type, enabled=False):
+        with torch.autocast("cuda" if features.is_meta else features.device.type, enabled=False):
             queries = self.queries.to(dtype) * size**-0.5
             weight = torch.einsum("khd,hdc->khc", queries, key.to(dtype)).flatten(0, 1)
             bias = (queries * self.key.bias.to(dtype).unflatten(0, (heads, size))).sum(-1).flatten()

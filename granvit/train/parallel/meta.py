@@ -1,0 +1,69 @@
+"""Training on the meta device, whose tensors have shapes and no numbers: they stand for a GPU's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+LOWER = {"linear", "conv2d", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
+         "scaled_dot_product_attention"}  # fmt: skip
+UPPER = {"layer_norm", "rms_norm", "cross_entropy", "softmax", "log_softmax", "cosine_similarity", "pow", "rsqrt",
+         "exp", "logsumexp", "cdist"}  # fmt: skip
+
+
+class OnGPU(TorchFunctionMode):
+    """Inside, functions of tensors on meta keep as much as on a GPU: attention without its scores and, with `precision`
+    bfloat16, autocast's copies. For the forward pass and the backward one, in which checkpointed blocks are computed
+    again."""
+
+    def __init__(self, precision: torch.dtype) -> None:
+        super().__init__()
+        self.precision = precision
+        self.copies: dict[Tensor, Tensor] = {}
+
+    def __enter__(self) -> OnGPU:
+        self.before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        torch.set_autocast_enabled("cuda", self.precision != torch.float32)
+        torch.set_autocast_dtype("cuda", self.precision)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        enabled, dtype = self.before
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+        self.copies.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if torch.is_autocast_enabled("cuda") and name in LOWER | UPPER:
+            wanted = torch.get_autocast_dtype("cuda") if name in LOWER else torch.float32
+            args, kwargs = tree_map_only(Tensor, lambda tensor: self._cast(tensor, wanted), (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _cast(self, tensor: Tensor, wanted: torch.dtype) -> Tensor:
+        if not tensor.is_meta or not tensor.is_floating_point() or tensor.dtype in (wanted, torch.float64):
+            return tensor
+        if wanted == torch.float32 or not (tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor.to(wanted)
+        if tensor not in self.copies:  # autocast keeps those of what learns to the end of the forward pass
+            self.copies[tensor] = tensor.to(wanted)
+        return self.copies[tensor]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """F.scaled_dot_product_attention, which on meta would make all scores, as the fused kernels keep it."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
