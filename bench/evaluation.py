@@ -29,8 +29,8 @@ from granvit.eval.probe.probing import probe
 from granvit.export import find_source
 from granvit.machine import commit, device_name
 from granvit.model.formats import save
-from granvit.train.checkpoint import checkpoints_of
 from granvit.train.presets import TrainConfig, load_config
+from granvit.train.retention import checkpoints_of
 from granvit.train.splits import open_splits, with_data
 
 PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "probe.png"

@@ -49,8 +49,8 @@ class Source:
 def find_source(path: str | Path) -> Source:
     """Of a run (finished, or as its newest checkpoint has it), a checkpoint or a folder of save_pretrained's. Raises
     ValueError for a run without a checkpoint."""
-    from granvit.train.checkpoint import checkpoints_of
     from granvit.train.folder import config_of
+    from granvit.train.retention import checkpoints_of
 
     path = Path(path)
     if (path / "manifest.json").is_file():

@@ -25,11 +25,11 @@ from granvit.eval.names import DURING
 from granvit.metrics_log import MetricsLog
 from granvit.model import GranViT
 from granvit.questions.prompts import TASKS
-from granvit.train.checkpoint import LOSS
 from granvit.train.console import FIGURES, figures
 from granvit.train.counting import order_arguments
 from granvit.train.loop import Phase, autocast, model_tensors
 from granvit.train.parallel.compiling import eager
+from granvit.train.retention import LOSS
 from granvit.train.step import Share
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from granvit.errors import Failed
 from granvit.lora import ADAPTER, adapters
 from granvit.metrics_log import MetricsLog
 from granvit.model import GranViT
-from granvit.train.checkpoint import LOSS, Checkpoints, load
+from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.distill import Teacher, feature_moments, feature_statistics
 from granvit.train.guard import NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
@@ -33,6 +33,7 @@ from granvit.train.parallel.distributed import distribute, synchronise
 from granvit.train.parallel.memory import checkpoint_activations
 from granvit.train.presets import TrainConfig
 from granvit.train.profiling import STEP, profiled
+from granvit.train.retention import LOSS
 from granvit.train.stages import Stage
 from granvit.train.step import Share
 from granvit.world import World
@@ -124,7 +125,7 @@ class Phase:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ValueError where it is damaged, or of other data or arguments."""
-        values = load(path, self.tensors(), group=self.world.control)
+        values = load(path, self.tensors(), world=self.world)
         try:
             self.loader.load_state_dict(values["loader"])
             self.step, self.streak.length = values["step"], values["streak"]
@@ -323,7 +324,7 @@ def _give_up(phase: Phase, checkpoints: Checkpoints) -> None:
     step = phase.step
     checkpoints.wait()  # it may be the last good one
     phase.step -= 1  # nothing has changed since but the place in the data
-    dumps = Checkpoints(checkpoints.folder.parent / "faults", keep=1, group=phase.world.control)
+    dumps = Checkpoints(checkpoints.folder.parent / "faults", keep=1, world=phase.world)
     dumps.save(phase.stage.name, phase.step, phase.tensors(), phase.values() | {"config": asdict(phase.config)})
     dumps.wait()
     advice = f"no dump of it could be written to {dumps.folder}"

@@ -163,9 +163,7 @@ class Run:
         world.first(self._make_trackers)
         kept = config.keep_checkpoints + any(stage.eval_every for stage in config.stages)  # the best one, too
         world.first(lambda: check_room(folder / "checkpoints", self._checkpoint_bytes(), kept))
-        self.checkpoints = Checkpoints(
-            folder / "checkpoints", config.keep_checkpoints, config.keep_every, world.control
-        )
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.keep_every, world)
         self.metrics = MetricsLog(folder / "metrics.jsonl", self.trackers.write)
 
     def _make_trackers(self) -> None:
@@ -279,7 +277,7 @@ class Run:
         if self.checkpoints.final(stage.name) is None:
             self._train(stage, title)
         self.console.forecast.left[title] = 0
-        load(self.checkpoints.final(stage.name), model_tensors(self.model), group=self.world.control)
+        load(self.checkpoints.final(stage.name), model_tensors(self.model), world=self.world)
 
     def _train(self, stage: Stage, title: str) -> None:
         sharded = self.world.ranks > 1 and self.config.parallel == "fsdp"
@@ -438,7 +436,7 @@ class Run:
             run.model.encoder.reset_parameters()
         warm = self.checkpoints.final(self.config.warmup.name)
         if warm is not None:
-            load(warm, model_tensors(run.model), group=self.world.control)
+            load(warm, model_tensors(run.model), world=self.world)
         with run.tracked():
             run.phase(adapt, title=CONTROL)
             return run.evaluation(adapt, adapt.steps, "after", title="control: adapt on a random encoder")

@@ -87,7 +87,7 @@ def write(world: World, folder: Path) -> None:
         save_file(whole(tensors), folder / "expected.safetensors")
     else:
         whole(tensors)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, group=group)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, world=world)
     checkpoints.save("adapt", 2, tensors, {"rank": rank})
     for _ in range(20):  # training goes on, and its collectives must not meet those of the writing
         total = torch.ones(2)
@@ -101,9 +101,9 @@ def write(world: World, folder: Path) -> None:
 
 def fail(world: World, folder: Path) -> None:
     """One rank can't write; then one gives other tensors than the other."""
-    rank, group = world.rank, world.control
+    rank = world.rank
     tensors = {f"t{i}": torch.full((100 + i,), float(i)) for i in range(5)}
-    checkpoints = Checkpoints(folder, keep=2, group=group)
+    checkpoints = Checkpoints(folder, keep=2, world=world)
     checkpoints.save("adapt", 1, tensors, {})
     checkpoints.wait()
     whole_writer = checkpoint.save_file
@@ -126,7 +126,7 @@ def fail(world: World, folder: Path) -> None:
         checkpoints.save("adapt", 3, tensors if rank == 0 else {"t0": tensors["t0"]}, {})
         raise AssertionError("other tensors on rank 1 went unseen")
     got = {name: torch.zeros_like(t) for name, t in tensors.items()}
-    load(checkpoints.newest("adapt"), got, group=group)
+    load(checkpoints.newest("adapt"), got, world=world)
     assert all(torch.equal(got[name], tensors[name]) for name in tensors)
 
 
@@ -136,7 +136,7 @@ def read(world: World, folder: Path) -> None:
     path = folder / "checkpoints" / "adapt-0000003-final"
     expected = load_file(folder / "expected.safetensors")
     model, optimizer, tensors = small(seed=2)
-    assert load(path, tensors, group=group) == {"rank": 0}
+    assert load(path, tensors, world=world) == {"rank": 0}
     got = whole(tensors)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -156,7 +156,7 @@ def read(world: World, folder: Path) -> None:
         file.write_bytes(content)
     dist.barrier(group)
     try:
-        load(path, tensors, group=group)
+        load(path, tensors, world=world)
     except ValueError as error:
         assert "rank-00001.safetensors is damaged" in str(error)
     else:
@@ -178,6 +178,18 @@ def hang_while_writing(folder: Path) -> None:
     checkpoint.save_file = half
     checkpoints.save("adapt", 2, {"w": torch.zeros(1000)}, {"step": 2})
     checkpoints.wait()
+
+
+def end_while_writing(folder: Path) -> None:
+    """A checkpoint that is not waited for, on a slow disk."""
+    whole_writer = checkpoint.save_file
+
+    def slow(*args, **kwargs):
+        time.sleep(1)
+        whole_writer(*args, **kwargs)
+
+    checkpoint.save_file = slow
+    Checkpoints(folder, keep=1).save("adapt", 1, {"w": torch.ones(1000)}, {"step": 1})
 
 
 def fill_the_disk(folder: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from granvit.train import checkpoint
 from granvit.train.checkpoint import Checkpoints, load, read_values
 from granvit.train.folder import check_room
+from granvit.train.manifest import digest_of
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -178,6 +179,13 @@ def test_a_killed_writer_leaves_the_previous_one(tmp_path, tmp_path_factory):
     assert names(tmp_path) == ["adapt-0000001", "adapt-0000003"]
 
 
+def test_an_interpreter_that_ends_writes_its_checkpoint_to_the_end(tmp_path):
+    process = forked(checkpointing.end_while_writing, tmp_path, output=tmp_path / "lines")
+    process.join(60)
+    got = {"w": torch.zeros(1000)}
+    assert load(tmp_path / "adapt-0000001", got) == {"step": 1} and got["w"].sum() == 1000
+
+
 def test_a_full_disk_is_counted_and_outlived(tmp_path, tmp_path_factory):
     file = tmp_path_factory.mktemp("output") / "lines"
     process = forked(checkpointing.fill_the_disk, tmp_path, output=file)
@@ -254,7 +262,7 @@ def test_a_manifest_that_is_not_the_schema_is_refused(tmp_path, change):
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
     change(manifest)
-    manifest["sha256"] = checkpoint._digest_of(manifest)
+    manifest["sha256"] = digest_of(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="manifest.json is not a checkpoint's manifest"):
         load(path, state(0))

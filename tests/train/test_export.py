@@ -15,8 +15,8 @@ from granvit.export import main
 from granvit.metrics_log import MetricsLog
 from granvit.model import GranViT, VisionEncoder
 from granvit.train.card import write_card
-from granvit.train.checkpoint import checkpoints_of
 from granvit.train.presets import load_config, save_config
+from granvit.train.retention import checkpoints_of
 from granvit.train.run import train
 
 
