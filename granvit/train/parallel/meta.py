@@ -25,16 +25,17 @@ class OnGPU(TorchFunctionMode):
         super().__init__()
         self.precision = precision
         self.copies: dict[Tensor, Tensor] = {}
+        self.before: list[tuple[bool, torch.dtype]] = []
 
     def __enter__(self) -> OnGPU:
-        self.before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        self.before.append((torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")))
         torch.set_autocast_enabled("cuda", self.precision != torch.float32)
         torch.set_autocast_dtype("cuda", self.precision)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        enabled, dtype = self.before
+        enabled, dtype = self.before.pop()
         torch.set_autocast_enabled("cuda", enabled)
         torch.set_autocast_dtype("cuda", dtype)
         self.copies.clear()
@@ -45,9 +46,17 @@ class OnGPU(TorchFunctionMode):
         if torch.is_autocast_enabled("cuda") and name in LOWER | UPPER:
             wanted = torch.get_autocast_dtype("cuda") if name in LOWER else torch.float32
             args, kwargs = tree_map_only(Tensor, lambda tensor: self._cast(tensor, wanted), (args, kwargs))
+        if func is Tensor.backward:
+            return self._backward(*args)
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _backward(self, loss: Tensor) -> None:
+        """torch's own leaves the mode, in which blocks are to be computed again."""
+        run = torch.autograd.Variable._execution_engine.run_backward
+        with self:
+            run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
     def _cast(self, tensor: Tensor, wanted: torch.dtype) -> Tensor:
         if not tensor.is_meta or not tensor.is_floating_point() or tensor.dtype in (wanted, torch.float64):
