@@ -133,10 +133,13 @@ def answer(
         batch = batch[: next((i for i, question in enumerate(batch) if question.task != batch[0].task), None)]
         sizes, index, features = (None,) * 3 if encoded is None else encoded.take(rows[first : first + len(batch)])
         inputs = processor(questions=batch, image_sizes=sizes, image_index=index).to(model.device)
-        length = max_new_tokens
-        if all(question.task == CAPTION2BBOX and question.answer for question in batch):
-            length = 4 + max(map(len, processor.answer_ids([question.answer for question in batch])))
-        out = model.generate(**inputs, features=features, max_new_tokens=length, do_sample=False)
+        if batch[0].task == CAPTION2BBOX and model.config.parallel_boxes:
+            out = model.generate_boxes(**inputs, features=features)
+        else:
+            length = max_new_tokens
+            if all(question.task == CAPTION2BBOX and question.answer for question in batch):
+                length = 4 + max(map(len, processor.answer_ids([question.answer for question in batch])))
+            out = model.generate(**inputs, features=features, max_new_tokens=length, do_sample=False)
         answers += processor.decode_answers(out)
         if progress:
             progress(len(answers), len(questions))

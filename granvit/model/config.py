@@ -49,6 +49,9 @@ class GranViTConfig(PretrainedConfig):
             public evaluations read), or "bins", four location tokens (shorter, and learnt by a tiny LM).
         bins: location tokens an axis, shared by x and y, used with box_format="bins": 1000 resolves what
             three decimals do; a tiny model learns few (32) far faster.
+        parallel_boxes: whether the four coordinates of an answer are told in one step: none sees those before it, and
+            `find` reads them all off one forward pass. The location tokens of all bins are one and the same input then,
+            so box_style must be "tokens" and box_format "bins". Not in the paper.
         cell_positions: whether the place of each image token's cell is added to it. Not in the paper: there the
             encoder has to tell places, which is what stage 1 is for. A tiny LLM learns to read boxes sooner with it.
         max_image_tokens: budget of encoder tokens an image (before the pixel shuffle); the grid is
@@ -78,6 +81,7 @@ class GranViTConfig(PretrainedConfig):
         box_style: str = "text",
         box_format: str = "text",
         bins: int = 1000,
+        parallel_boxes: bool = False,
         cell_positions: bool = True,
         max_image_tokens: int = 256,
         image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
@@ -106,6 +110,12 @@ class GranViTConfig(PretrainedConfig):
         _one_of("box_style", box_style, BOX_STYLES)
         _one_of("box_format", box_format, BOX_FORMATS)
         _one_of("cell_positions", cell_positions, (True, False))
+        _one_of("parallel_boxes", parallel_boxes, (True, False))
+        if parallel_boxes and (box_style, box_format) != ("tokens", "bins"):
+            raise ValueError(
+                f"parallel_boxes: got True with box_style {box_style!r} and box_format {box_format!r}, accepted are "
+                "'tokens' and 'bins': no question may need to be told a coordinate"
+            )
         _positive("region_tokens", region_tokens)
         _positive("bins", bins)
         _positive("max_image_tokens", max_image_tokens)
@@ -138,6 +148,7 @@ class GranViTConfig(PretrainedConfig):
         self.box_style = box_style
         self.box_format = box_format
         self.bins = bins
+        self.parallel_boxes = parallel_boxes
         self.cell_positions = cell_positions
         self.max_image_tokens = max_image_tokens
         self.image_mean = list(image_mean)

@@ -78,7 +78,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         self.projector = Projector(width * config.pixel_shuffle**2, outputs)
         self.cell_positions = CellPositions(outputs) if config.cell_positions else None
         self.region_prompt = RegionPrompt(width, config.region_heads, config.region_tokens, outputs)
-        self.locations = LocationTokens(config.location_tokens, outputs)
+        self.locations = LocationTokens(config.location_tokens, outputs, config.parallel_boxes)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
         if llm is None:
             use_question_attention(self.llm, trial=False)  # there may be no weights yet to try it with

@@ -197,11 +197,12 @@ class LocationTokens(nn.Module):
     byte-equal while the LLM is frozen.
 
     Neighbouring bins start alike (white noise smoothed over about one bin): a near miss begins as a near hit.
+    one_input: all bins are the same input, so that a coordinate is not told those before it.
     """
 
-    def __init__(self, bins: int, width: int):
+    def __init__(self, bins: int, width: int, one_input: bool = False):
         super().__init__()
-        self.input = nn.Parameter(torch.empty(bins, width))
+        self.input = nn.Parameter(torch.empty(min(bins, 1) if one_input else bins, width))
         self.output = nn.Parameter(torch.empty(bins, width))
         self.reset_parameters(0.02, 0.02)
 
@@ -222,7 +223,7 @@ class LocationTokens(nn.Module):
         if not len(self.input):
             return embeds
         own = F.embedding((ids - first).clamp(0, len(self.input) - 1), self.input)
-        ours = (ids >= first) & (ids < first + len(self.input))
+        ours = (ids >= first) & (ids < first + len(self.output))
         return torch.where(ours[..., None], own.to(embeds.dtype), embeds)
 
 

@@ -37,7 +37,7 @@ __all__ = ["GranViTProcessor", "ProcessedInputs", "as_pixels"]
 # Fields that the trainer's configuration shares with the model's; and those that a processor does, besides the
 # encoder's patch_size.
 _FORMS = ("max_image_tokens", "pixel_shuffle", "region_tokens", "box_style", "box_format", "bins")
-CONFIGURED = (*_FORMS, "cell_positions")
+CONFIGURED = (*_FORMS, "parallel_boxes", "cell_positions")
 SHARED = (*_FORMS, "end_of_turn_token_id")
 
 

@@ -165,6 +165,27 @@ class Prompted:
         embeds = self._prompt_embeds(input_ids, image_index, boxes, images, features)
         return super().generate(inputs_embeds=embeds, attention_mask=attention_mask.to(embeds.device), **kwargs)
 
+    @torch.no_grad()
+    def generate_boxes(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs) -> torch.Tensor:
+        """Boxes that B prompts ask for, of a model with config.parallel_boxes, in one forward pass: what `generate`
+        gives step by step, where location tokens alone may be chosen.
+
+        Args:
+            input_ids, attention_mask, inputs: what a GranViTProcessor returns, or `features` for images, as of
+                `generate`.
+        Returns:
+            int64 [B, 4], the location tokens of x1, y1, x2, y2.
+        Raises:
+            ValueError: for another model, and as `forward`.
+        """
+        config, rows = self.config, len(input_ids)
+        if not config.parallel_boxes:
+            raise ValueError("generate_boxes: this model tells a box token by token (config.parallel_boxes is False)")
+        told = input_ids.new_full((rows, 3), config.text_vocab)  # any bin: they are one input
+        shown = torch.cat((attention_mask, attention_mask.new_ones(rows, 3)), dim=1)
+        output = self(torch.cat((input_ids, told), dim=1), shown, **inputs, use_cache=False, logits_to_keep=4)
+        return config.text_vocab + output.logits[..., config.text_vocab :].argmax(-1)
+
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, inputs_embeds=None, **kwargs) -> dict:
         """As transformers' own, with tokens that were generated as embeddings: there are no markers among them, which
         forward would make a GPU wait for to find out."""
