@@ -1,0 +1,397 @@
+"""What each part of the method buys, repeated over seeds: the rows behind docs/evidence.md.
+
+    python bench/evidence.py [PART ...] [--size small|compact] [--seeds 3] [--jobs 2] [--folder runs/evidence]
+
+PART: ablation, scaling, boxes, quality; none: all. A variant is a run of the size's preset with some flags changed.
+Its row goes to bench/results/evidence.json as soon as it is there, and what the file has is not trained again. Runs
+that have a beginning in common (the warm-up, stage 1) share it. What is cut off goes on from its newest checkpoint in
+the folder.
+
+Size small: the model and data of the preset smoke with two thirds of its steps, each run on one thread, for a CPU: five
+hours of two cores. Size compact: that preset on a GPU (--jobs 1), for days.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import datasets
+import torch
+from rich.progress import track
+from rows import Rows, provenance, results_folder
+
+from granvit.audit.cycle import check_regions
+from granvit.audit.planting import plant
+from granvit.data.loader import GranDataset
+from granvit.data.writer import write_dataset
+from granvit.eval.baselines import floors
+from granvit.eval.evaluation import evaluate
+from granvit.eval.metrics import is_attribute
+from granvit.eval.probe.probing import probe
+from granvit.machine import default_device, device_name
+from granvit.questions.prompts import BBOX2CAPTION
+from granvit.questions.schema import Sample
+from granvit.train.__main__ import parse
+from granvit.train.checkpoint import load
+from granvit.train.console import RunConsole, hush
+from granvit.train.distill import feature_moments, feature_statistics
+from granvit.train.guard import Termination
+from granvit.train.loop import model_tensors
+from granvit.train.presets import TrainConfig
+from granvit.train.run import Run
+from granvit.train.splits import with_data
+from granvit.train.stages import Stage
+from granvit.world import World
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is. flags: of `python -m granvit.train`. asked, probed: test images, and images of either
+    split; parts: of quality, the share of the training images."""
+
+    flags: str
+    asked: int = 200
+    probed: int = 800
+    part: int = 4
+
+
+SIZES = {
+    "small": Size("smoke --threads 1 --warmup.steps 400 --pretrain.steps 600 --adapt.steps 400"),
+    "compact": Size("compact", asked=500, probed=4000),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A change of one thing. flags: of `python -m granvit.train`. part: train on every so-manieth image. wrong: the
+    share of captions that are swapped for another image's; audited: those that the model trained on them doubts are
+    left out, and it is trained anew. equal_time: as many steps as take the time of the whole method's."""
+
+    flags: str = ""
+    part: int = 1
+    wrong: float = 0.0
+    audited: bool = False
+    equal_time: bool = False
+
+
+WHOLE = "the whole method"
+WIDE = (
+    "--model.encoder-width 512 --model.encoder-heads 8 --model.llm-width 512 --model.llm-heads 8 "
+    "--warmup.learning-rate 1e-3 --pretrain.learning-rate 2e-3 --adapt.learning-rate 1e-3"
+)
+PARTS: dict[str, dict[str, Variant]] = {
+    "ablation": {
+        WHOLE: Variant(),
+        "no stage 1: a random encoder": Variant("--pretrain.steps 0"),
+        "no self-distillation": Variant("--pretrain.distill 0"),
+        "boxes as text": Variant("--model.box-style text"),
+        "boxes as text and region tokens": Variant("--model.box-style both"),
+        "encoder tuned in stage 2": Variant("--adapt.train encoder projector llm"),
+        "alpha 0.9": Variant("--distill.alpha 0.9"),
+        "alpha 0.999": Variant("--distill.alpha 0.999"),
+        "lambda 0.3": Variant("--pretrain.distill 0.3"),
+        "lambda 3": Variant("--pretrain.distill 3"),
+        "crops as fine as the image": Variant("--distill.crop-tokens 1"),
+        "no cell positions": Variant("--model.no-cell-positions"),
+        "one question a sample": Variant("--data.questions-per-image 1", equal_time=True),
+    },
+    "scaling": {
+        "1/8 of the images": Variant(part=8),
+        "1/4 of the images": Variant(part=4),
+        "1/2 of the images": Variant(part=2),
+        "four times as wide": Variant(WIDE),
+    },
+    "boxes": {"boxes in one step": Variant("--model.parallel-boxes")},
+    "quality": {
+        "10 % wrong": Variant(wrong=0.1),
+        "10 % wrong, audited": Variant(wrong=0.1, audited=True),
+        "30 % wrong": Variant(wrong=0.3),
+        "30 % wrong, audited": Variant(wrong=0.3, audited=True),
+    },
+}
+"""The row of the whole method stands beside those of scaling, as all images, and of boxes; 1/4 of the images beside
+quality."""
+
+
+METRICS = (
+    "bbox2caption_rouge_l", "natural_bbox2caption_rouge_l", "bbox2caption_exact", "natural_bbox2caption_exact",
+    "scenes-heldout/bbox2caption_exact", "ocr_cer", "caption2bbox_acc50", "caption2bbox_acc75", "caption2bbox_acc90",
+    "caption2bbox_miou", "natural_caption2bbox_acc50", "caption2bbox_unparsed",
+)  # fmt: skip
+"""Of `granvit.eval.metrics` those that a row has, besides attributes."""
+
+
+# ---- what is trained on ----
+
+
+def part_of(path: str, part: int, folder: Path) -> str:
+    """The dataset with every `part`th row of its training split, written once."""
+    if part == 1:
+        return path
+    place = folder / f"part-{part}"
+    with locked(place):
+        if not place.exists():
+            rows = encoded(path)
+            write_dataset(place, {"train": (rows["train"][i] for i in range(0, len(rows["train"]), part)),
+                                  "test": rows["test"]})  # fmt: skip
+    return str(place)
+
+
+def with_wrong(path: str, share: float, seed: int, place: Path) -> tuple[str, set[tuple[str, int]]]:
+    """The dataset with a share of its training captions swapped for those of other images, written once; and which:
+    (row's id, place among its regions)."""
+    train = GranDataset(path)
+    samples = [sample for sample in map(train.annotations, range(len(train))) if sample is not None]
+    planted, wrong = plant(samples, "other_image", share, seed)
+    captions = {sample.id: [region.caption for region in sample.regions] for sample in planted}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in encoded(path)["train"]:
+            regions = zip(row["regions"], captions[row["id"]], strict=True)
+            yield row | {"regions": [region | {"caption": caption} for region, caption in regions]}
+
+    if not place.exists():
+        write_dataset(place, {"train": rows(), "test": encoded(path)["test"]})
+    return str(place), {(samples[row].id, region) for row, region in wrong}
+
+
+def audited(run: Run, path: str, wrong: set[tuple[str, int]], place: Path) -> tuple[str, dict[str, float]]:
+    """The dataset without the training regions whose captions fit other boxes better, as the run's model thinks;
+    and how many of the wrong ones that were."""
+    train = GranDataset(path)
+    samples: list[Sample] = [s for s in map(train.__getitem__, range(len(train))) if s is not None]
+    checked = [c for group in check_regions(run.model.eval(), run.processor, samples) for c in group]
+    doubted = {(samples[check.row].id, check.place) for check in checked if check.score < 0}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in encoded(path)["train"]:
+            regions = [region for i, region in enumerate(row["regions"]) if (row["id"], i) not in doubted]
+            if regions or row["caption"]:
+                yield row | {"regions": regions}
+
+    if not place.exists():
+        write_dataset(place, {"train": rows(), "test": encoded(path)["test"]})
+    hits = len(doubted & wrong)
+    return str(place), {
+        "checked": len(checked), "left_out": len(doubted), "wrong": len(wrong), "wrong_left_out": hits
+    }  # fmt: skip
+
+
+def encoded(path: str) -> datasets.DatasetDict:
+    """The dataset's rows, images as the bytes that they come with."""
+    return datasets.load_from_disk(path).cast_column("image", datasets.Image(decode=False))
+
+
+# ---- training ----
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Inside, this process is the only one that makes what `place` is called; others wait."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(place.name + ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def reached(config: TrainConfig, phases: tuple[Stage, ...], folder: Path) -> Run:
+    """A run of which the phases are done. Runs that have the same ones share them: each phase has a folder whose name
+    is made of all that it depends on."""
+    decides = {name: asdict(config)[name] for name in ("seed", "data", "model", "precision")}
+    decides |= {"distill": asdict(config.distill)} if any(phase.distill for phase in phases) else {}
+    known = json.dumps([decides, [asdict(phase) for phase in phases]], sort_keys=True)
+    place = folder / f"{phases[-1].name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    before = reached(config, phases[:-1], folder) if phases[1:] else None
+    with locked(place):
+        device = torch.device(default_device() if config.device == "auto" else config.device)
+        run = Run(config, place, World(), device, Termination(), RunConsole(config, leads=False))
+        if before is not None:
+            load(before.checkpoints.final(phases[-2].name), model_tensors(run.model))
+        run.phase(phases[-1])
+    return run
+
+
+def paces(configs: tuple[TrainConfig, TrainConfig], stage: str, folder: Path) -> list[float]:
+    """CPU seconds of a step of each configuration's stage: medians, taken by turns."""
+    phases = []
+    for number, config in enumerate(configs):
+        device = torch.device("cpu")
+        run = Run(config, folder / f"pace-{number}", World(), device, Termination(), RunConsole(config, leads=False))
+        phase = run.new_phase(getattr(config, stage), run.model)
+        phases.append((phase, phase.batches()))
+    seconds: list[list[float]] = [[], []]
+    for _ in range(12):
+        for (phase, batches), taken in zip(phases, seconds, strict=True):
+            batch = next(batches)
+            began = time.process_time()
+            phase.take(batch)
+            taken.append(time.process_time() - began)
+    return [median(taken[2:]) for taken in seconds]
+
+
+def config_of(size: Size, variant: Variant, seed: int, folder: Path) -> TrainConfig:
+    """The configuration of a variant but for its data's faults."""
+    config = parse([*size.flags.split(), *variant.flags.split(), "--seed", str(seed)])
+    stages = {name: replace(getattr(config, name), eval_every=0) for name in ("warmup", "pretrain", "adapt")}
+    config = with_data(replace(config, control=False, trackers=(), **stages))
+    path = part_of(config.data.path, size.part if variant.wrong else variant.part, folder)
+    return replace(config, data=replace(config.data, path=path, workers=0 if config.threads == 1 else 8))
+
+
+def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The row of a variant."""
+    hush()
+    size, variant = SIZES[size_name], PARTS[part][name]
+    config = config_of(size, variant, seed, folder)
+    row: dict[str, Any] = {"size": size_name, "part": part, "variant": name, "seed": seed, "flags": variant.flags}
+    if variant.wrong:
+        place = folder / f"wrong-{variant.wrong}-{seed}"
+        with locked(place):
+            path, wrong = with_wrong(config.data.path, variant.wrong, seed, place)
+        config = replace(config, data=replace(config.data, path=path))
+        if variant.audited:
+            place = folder / f"audited-{variant.wrong}-{seed}"
+            path, row["audit"] = audited(reached(config, (config.warmup, *config.stages), folder), path, wrong, place)
+            config = replace(config, data=replace(config.data, path=path))
+    if variant.equal_time:
+        whole = config_of(size, Variant(), seed, folder)
+        for stage in ("pretrain", "adapt"):
+            mine, theirs = paces((config, whole), stage, folder)
+            row[f"{stage}_pace"] = mine / theirs
+            steps = round(getattr(whole, stage).steps * theirs / mine)
+            config = replace(config, **{stage: replace(getattr(config, stage), steps=steps)})
+    phases = (config.warmup,) if config.warmup.runs else ()
+    for stage in config.stages:
+        phases = (*phases, stage)
+        run = reached(config, phases, folder)
+        row[stage.name] = of_stage(run, stage, size)
+        if stage.name == "adapt" and run.model.config.parallel_boxes:
+            row["boxes_a_second"] = boxes_a_second(run)
+        if stage is config.stages[0]:  # the encoder is frozen from then on, or has not learnt
+            place = folder / f"encoder-{part}-{name.replace('/', ' of ')}-{seed}"
+            row["encoder"] = of_encoder(run, size, place, config_of(size, Variant(), seed, folder).data.path)
+    return {**row, **provenance(device_name(run.device.type))}
+
+
+# ---- measuring ----
+
+
+def of_stage(run: Run, stage: Stage, size: Size) -> dict[str, Any]:
+    """What the model says after a stage, and what it was trained on."""
+    tasks = (BBOX2CAPTION,) if stage.distill or stage.name == "pretrain" else None
+    test = run.splits["test"]
+    metrics = evaluate(run.model, run.processor, test, limit=size.asked, **({"tasks": tasks} if tasks else {})).metrics
+    kept = {n: round(value, 4) for n, value in metrics.items() if n in METRICS or ("/" not in n and is_attribute(n))}
+    lines = [line for line in run.metrics.lines() if line["stage"] == stage.name and "loss" in line]
+    return {
+        "metrics": kept, "steps": len(lines), "regions_seen": sum(line["regions"] for line in lines),
+        "seconds": round(sum(line["seconds"] for line in lines), 1),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def of_encoder(run: Run, size: Size, place: Path, path: str) -> dict[str, Any]:
+    """What the frozen encoder's features tell of regions: a linear probe and nearest neighbours, on all images of the
+    dataset at `path`, whatever the run was trained on."""
+    run.model.save_encoder(place)
+    result = probe([f"encoder={place}"], GranDataset(path), run.splits["test"], size.probed)
+    rows = [row for row in result["rows"] if row["grid"] == "7x7"]
+    told = {
+        encoder: {
+            f"{row['target']} {way}": round(row["metrics"][f"{way}_top1"], 4)
+            for row in rows
+            if row["encoder"] == encoder
+            for way in ("linear", "knn")
+        }
+        for encoder in ("pixels", "encoder")
+    }
+    test = run.splits["test"]
+    images = [test[i].image.to(run.device) for i in range(min(64, len(test)))]
+    spread = feature_statistics(feature_moments(run.model.eval().encode(images)[0]))
+    return {"pixels": told["pixels"], "probe": told["encoder"], "counts": result["counts"]} | {
+        f"features_{name}": round(value, 3) for name, value in spread.items()
+    }
+
+
+@torch.no_grad()
+def boxes_a_second(run: Run, number: int = 64, rounds: int = 7) -> dict[str, float]:
+    """How many boxes a model finds in a second that can tell them in one step and token by token, taken by turns:
+    medians. The images are encoded before."""
+    model, processor, test = run.model.eval(), run.processor, run.splits["test"]
+    rows = list(islice((s for s in map(test.__getitem__, range(len(test))) if s is not None and s.regions), number))
+    asked = [processor.ask_where(sample.regions[0].caption) for sample in rows]
+    features = model.encode([sample.image for sample in rows])
+    inputs = processor(questions=asked, image_sizes=[sample.image.shape[:2] for sample in rows]).to(model.device)
+    ways = {
+        "one step": lambda: model.generate_boxes(**inputs, features=features),
+        "token by token": lambda: model.generate(**inputs, features=features, max_new_tokens=4),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way().cpu()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: round(len(rows) / median(taken), 1) for name, taken in seconds.items()}
+
+
+def of_data(size_name: str, folder: Path) -> dict[str, Any]:
+    """What guesses reach without the image, and how many regions there are."""
+    config = config_of(SIZES[size_name], Variant(), 0, folder)
+    splits = {name: GranDataset(config.data.path, name) for name in ("train", "test")}
+    counted = {
+        name: sum(len(sample.regions) for sample in map(split.annotations, range(len(split))) if sample is not None)
+        for name, split in splits.items()
+    }
+    reached_blind = floors(splits["train"], splits["test"], limit=SIZES[size_name].asked)
+    row = {"size": size_name, "part": "data", "variant": "floors", "seed": 0, "images": len(splits["train"])}
+    return {**row, "regions": counted, "floors": reached_blind, **provenance("counted")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; none: all")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="checkpoints, and data made")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"there is no part {sorted(unknown)[0]}; parts are {', '.join(PARTS)}")
+    rows = Rows(results_folder() / "evidence.json", ("size", "part", "variant", "seed"))
+    folder = options.folder / options.size
+    if not rows_of(rows, options.size, "data", "floors", 0):
+        rows.save(of_data(options.size, folder))
+    todo = [
+        (options.size, part, name, seed)
+        for seed in range(options.seeds)  # one seed of everything first
+        for part in options.parts or PARTS
+        for name in PARTS[part]
+        if not rows_of(rows, options.size, part, name, seed)
+    ]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(measured, *what, folder) for what in todo]
+        for job in track(as_completed(jobs), "runs", total=len(jobs)):
+            rows.save(row := job.result())
+            print(time.strftime("%H:%M"), row["part"], row["variant"], row["seed"], flush=True)
+
+
+def rows_of(rows: Rows, *key: Any) -> list[dict[str, Any]]:
+    return [row for row in rows.kept() if rows.of(row) == key]
+
+
+if __name__ == "__main__":
+    main()
