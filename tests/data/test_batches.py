@@ -551,6 +551,15 @@ def test_a_fingerprint_is_of_the_rows_wherever_they_lie(tmp_path, many_rows):
     fsspec.filesystem("memory").pipe("/written/train.parquet", content)
     here, there = GranDataset(tmp_path / "set").fingerprint, GranDataset("memory://written").fingerprint
     assert here == there != GranDataset(tmp_path / "other").fingerprint
+    rows = datasets.Dataset.from_list(many_rows[:5], features=FEATURES)
+    datasets.DatasetDict({"train": rows, "test": rows.select([1, 2])}).save_to_disk(tmp_path / "arrow")
+    known = [GranDataset(tmp_path / "arrow", split).fingerprint for split in ("train", "test")]
+    for name in ("set", "arrow"):  # a path may change with every job, and the files' dates with it
+        shutil.copytree(tmp_path / name, tmp_path / "node 7" / name, copy_function=shutil.copyfile)
+        shutil.rmtree(tmp_path / name)
+    assert GranDataset(tmp_path / "node 7" / "set").fingerprint == here
+    assert [GranDataset(tmp_path / "node 7" / "arrow", split).fingerprint for split in ("train", "test")] == known
+    assert known[0] != known[1]
 
 
 def test_rows_that_are_all_faulty_are_said_to_be(processor):
