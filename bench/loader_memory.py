@@ -1,0 +1,217 @@
+"""What a rank's loader takes of a node at Gran-29M's size, and how long going on takes: bench/results/loader-memory.json.
+
+    python bench/loader_memory.py [--steps N]         under 5 minutes, 3 GB of disk and 6 of memory
+
+One rank of 8 with 8 reading processes is run and measured; a node's figures are this rank's, eight times, and what the
+ranks share once. Its dataset has 29 million rows, which are one shard's 512 again and again: the index, the lengths and
+the row groups are as large as they would be; photographs have 1 megapixel and, filled up with zeros, 1 MB, so that a
+row group has 16 MB, the most that there is. Memory is PSS, from /proc/PID/smaps, the most of all looks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from granvit.data import batches
+from granvit.data.lengths import Lengths, _fingerprint, _save, measure
+from granvit.data.loader import GranDataset
+from granvit.data.shards import RowWriter
+from granvit.machine import cache_folder, commit, device_name
+from granvit.toy.tiny import TinyLLM, TinyVision, build_tiny
+
+RESULTS = Path(__file__).parent / "results" / "loader-memory.json"
+TASKS = {"bbox2caption": 1.0, "global_caption": 1.0}
+RANKS, WORKERS, PACKS = 8, 8, 64
+SHARD, ROWS = 512, 29_000_000
+STEPS = 60
+"""Batches that are drawn: each lane has then read more row groups than it keeps."""
+
+
+def write_shard(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with RowWriter(path) as writer:
+        for index in range(SHARD):
+            width, height = (1200, 900) if index % 2 else (900, 1200)
+            file = io.BytesIO()
+            Image.new("RGB", (width, height), tuple(rng.integers(0, 256, 3).tolist())).save(file, "JPEG")
+            corners = rng.random((6, 2)) * 0.5
+            regions = [
+                {"box": [x, y, x + 0.3, y + 0.3], "caption": f"thing {n} of {index}", "kind": "natural", "score": None}
+                for n, (x, y) in enumerate(corners.tolist())
+            ]
+            image = {"bytes": file.getvalue().ljust(1_000_000, b"\0"), "path": None}
+            row = {"id": f"r{index}", "image": image, "width": width, "height": height, "source": "", "licence": ""}
+            writer.write(row | {"caption": f"a scene of things, number {index}", "regions": regions})
+
+
+def processor_of():
+    texts = [f"thing {n} of {index}; a scene of things" for n in range(6) for index in range(SHARD)]
+    return build_tiny(texts, TinyVision(), TinyLLM(), max_image_tokens=1024, pixel_shuffle=2)[1]
+
+
+def opened(path: Path, times: int) -> GranDataset:
+    """The dataset of the shard, named so many times."""
+    data = GranDataset(path)
+    for rows in (data.rows, data._texts):
+        groups = len(rows.groups)
+        rows.files, rows._states = rows.files * times, rows._states * times
+        rows.groups, rows._firsts = np.tile(rows.groups, times), np.arange(times + 1) * groups
+        rows._ends = np.cumsum(rows.groups)
+    data.groups, data.fingerprint = data.rows.groups, f"{data.fingerprint} {times} times"
+    return data
+
+
+def keep_lengths(path: Path, times: int) -> None:
+    """Write the long dataset's lengths to the cache: those of the shard's rows, so many times."""
+    processor, tasks = processor_of(), sorted(TASKS)
+    shard = measure(GranDataset(path), processor, tasks)
+    starts = np.concatenate([[0], np.cumsum(np.tile(np.diff(shard.starts), times))])
+    long = Lengths(shard.tasks, np.tile(shard.image, times), starts, np.tile(shard.question, times),
+                   np.tile(shard.task, times), [])  # fmt: skip
+    folder = cache_folder() / f"lengths-{_fingerprint(opened(path, times), processor, tasks)}"
+    _save(folder, long)
+
+
+def loader_of(path: Path, times: int) -> batches.PackLoader:
+    return batches.PackLoader(
+        opened(path, times), processor_of(), TASKS, capacity=4096, packs=PACKS, questions=None, rank=0, ranks=RANKS,
+        workers=WORKERS,
+    )  # fmt: skip
+
+
+def rank(path: Path, times: int, told: Connection) -> None:
+    """Draw batches as training does, and say what it was like."""
+    began = time.perf_counter()
+    loader = loader_of(path, times)
+    made = time.perf_counter()
+    images, largest = 0, 0
+    for number, batch in enumerate(loader, 1):
+        if number == 1:
+            first = time.perf_counter()
+        images += len(batch.samples)
+        largest = max(largest, sum(image.numel() for image in batch.packed.images))
+        if number == STEPS:
+            break
+    told.send({
+        "seconds_to_open": round(made - began, 1), "seconds_to_first_batch": round(first - made, 1),
+        "seconds": round(time.perf_counter() - first, 1), "images": images, "largest_batch_gb": round(largest / 1e9, 2),
+    })  # fmt: skip
+
+
+HEAD = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)")
+
+
+def pss(process: int) -> Counter[str]:
+    """Bytes of a process by kind: its own, shared between processes (/dev/shm), the lengths', and of other files."""
+    kinds: Counter[str] = Counter()
+    kind = ""
+    with open(f"/proc/{process}/smaps") as file:
+        for line in file:
+            if head := HEAD.match(line):
+                name = head[1]
+                shared = name.startswith(("/dev/shm", "/memfd", "/torch_"))
+                kind = "shared" if shared else "lengths" if name.endswith(".npy") else "files" if "/" in name else "own"
+            elif line.startswith("Pss:"):
+                kinds[kind] += int(line.split()[1]) << 10
+            elif line.startswith("Pss_Anon:") and kind in ("files", "lengths"):  # written to, and so a copy of its own
+                own = int(line.split()[1]) << 10
+                kinds[kind] -= own
+                kinds["own"] += own
+    return kinds
+
+
+def looked_at(process: multiprocessing.Process) -> dict[str, float]:
+    """The rank's memory in GB while it runs: the most at one time, and of each kind then."""
+    most: Counter[str] = Counter()
+    while process.is_alive():
+        now: Counter[str] = Counter()
+        try:
+            tree = psutil.Process(process.pid)
+            for member in (tree, *tree.children(recursive=True)):
+                now += pss(member.pid)
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            continue
+        most = max(most, now, key=lambda kinds: kinds["own"] + kinds["shared"])
+        time.sleep(3)
+    return {kind: round(size / 1e9, 2) for kind, size in most.items()}
+
+
+def memory(path: Path, times: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=rank, args=(path, times, there))
+    process.start()
+    there.close()
+    kinds = looked_at(process)
+    of_rank = kinds["own"] + kinds["shared"]
+    return {
+        "what": "memory", "ranks_measured": 1, "rows": times * SHARD, "workers": WORKERS, "lanes": PACKS // RANKS,
+        **here.recv(), "rank_gb": kinds, "node_gb": round(RANKS * of_rank + kinds["lengths"] + kinds["files"], 1),
+        "bound_of_row_groups_node_gb": round(PACKS * batches.LANE_BYTES / 1e9, 1),
+        "bound_of_prefetch_node_gb": round(RANKS * batches.PREFETCH_BYTES / 1e9, 1),
+    }  # fmt: skip
+
+
+def going_on(path: Path, times: int, steps: int) -> dict[str, Any]:
+    """Seconds until the packs of step `steps` + 1 are known: planned from the beginning, a lane measured, and from the
+    lanes' places."""
+    loader = loader_of(path, times)
+    began = time.perf_counter()
+    packs = loader.lanes[0].packs()
+    for _ in range(steps):
+        _, place = next(packs)
+    planned = time.perf_counter() - began
+    state = loader.state_dict() | {"step": steps}
+    # Lane 0's place for all lanes: they hold other rows, as many.
+    state["places"] = {str(lane): [steps, *place] for lane in range(PACKS)}
+    state = json.dumps(state)
+    began = time.perf_counter()
+    loader.load_state_dict(json.loads(state))
+    batch = next(loader.plan())
+    seconds = time.perf_counter() - began
+    if batch[0] != next(packs)[0]:
+        raise ValueError("going on draws other images than an uninterrupted lane")
+    lanes = PACKS // RANKS
+    return {
+        "what": "going on", "lanes_measured": 1, "rows": times * SHARD, "step": steps, "lanes": lanes,
+        "seconds_planned_anew": round(planned * lanes, 1), "seconds_from_places": round(seconds, 3),
+        "bytes_of_places": len(state),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100_000, help="the step that is gone on at")
+    parser.add_argument("--rows", type=int, default=ROWS, help="the dataset's")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    known = {"commit": commit(), "device": device_name("cpu")}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRANVIT_CACHE"] = folder
+        path, times = Path(folder) / "train.parquet", options.rows // SHARD
+        write_shard(path)
+        keep_lengths(path, times)
+        rows = []
+        for measured in (lambda: memory(path, times), lambda: going_on(path, times, options.steps)):
+            rows.append(measured() | known)
+            print(json.dumps(rows[-1], indent=1))
+    options.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()
