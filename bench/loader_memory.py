@@ -1,6 +1,6 @@
-"""What a rank's loader takes of a node at Gran-29M's size, and how long going on takes: bench/results/loader-memory.json.
+"""What a rank's loader takes of a node at the size of Gran-29M, and how long going on takes.
 
-    python bench/loader_memory.py [--steps N]         under 5 minutes, 3 GB of disk and 6 of memory
+    python bench/loader_memory.py [--steps N]         writes bench/results/loader-memory.json; 3 GB of disk, 6 of memory
 
 One rank of 8 with 8 reading processes is run and measured; a node's figures are this rank's, eight times, and what the
 ranks share once. Its dataset has 29 million rows, which are one shard's 512 again and again: the index, the lengths and
@@ -25,14 +25,18 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 
 from granvit.data import batches
 from granvit.data.lengths import Lengths, _fingerprint, _save, measure
 from granvit.data.loader import GranDataset
+from granvit.data.sample import SceneConfig, cached_sample
 from granvit.data.shards import RowWriter
 from granvit.machine import cache_folder, commit, device_name
+from granvit.questions.pictures import decode_smaller
 from granvit.toy.tiny import TinyLLM, TinyVision, build_tiny
+from granvit_kernels import pack_patches
 
 RESULTS = Path(__file__).parent / "results" / "loader-memory.json"
 TASKS = {"bbox2caption": 1.0, "global_caption": 1.0}
@@ -194,6 +198,39 @@ def going_on(path: Path, times: int, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def decoded(data: GranDataset) -> dict[str, Any]:
+    """How much what the model is given differs in 8-bit steps where a picture is decoded half as large: the mean over
+    the pictures by how many pixels are left for one, and what another way to resample makes, to compare. And the time
+    of a photograph of 12 megapixels, noise over a slope."""
+    images = [content for row in range(len(data)) if (content := data.rows[row]["image"]["bytes"])[:2] == b"\xff\xd8"]
+    half, differences = (0.5, 0.5, 0.5), {"bicubic": [], "1": [], "2": [], "3": []}
+    for content in images:
+        whole, smaller = (torch.from_numpy(np.array(decode_smaller(content, n)[0])) for n in (1, 2))
+        if whole.shape == smaller.shape:
+            continue
+        for spare in (1, 2, 3):
+            grids = torch.tensor([[side // (8 * spare) for side in smaller.shape[:2]]])
+            known, given = (pack_patches([x], 8, half, half, grids=grids, dtype=torch.float32)[0] for x in (whole, smaller))
+            differences[str(spare)].append((known - given).abs().mean().item() * 127.5)
+        other = pack_patches([whole], 8, half, half, grids=grids, dtype=torch.float32, resample="bicubic")[0]
+        differences["bicubic"].append((known - other).abs().mean().item() * 127.5)
+    slope = np.linspace(0, 200, 4000)[None, :, None] + np.random.default_rng(0).normal(20, 8, (3000, 4000, 3))
+    file = io.BytesIO()
+    Image.fromarray(slope.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+
+    def seconds(divisor: int) -> float:
+        began = time.perf_counter()
+        decode_smaller(file.getvalue(), divisor)
+        return time.perf_counter() - began
+
+    times = {n: sorted(seconds(n) for _ in range(5))[2] for n in (1, 2, 4, 8)}
+    return {
+        "what": "decoding smaller", "pictures": len(differences["1"]),
+        "steps_of_255": {name: round(float(np.mean(values)), 2) for name, values in differences.items()},
+        "milliseconds_of_12_megapixels": {str(n): round(1000 * value, 1) for n, value in times.items()},
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000, help="the step that is gone on at")
@@ -207,7 +244,12 @@ def main() -> None:
         write_shard(path)
         keep_lengths(path, times)
         rows = []
-        for measured in (lambda: memory(path, times), lambda: going_on(path, times, options.steps)):
+        parts = (
+            lambda: decoded(GranDataset(cached_sample(600, scenes=SceneConfig(long_side=512)))),
+            lambda: memory(path, times),
+            lambda: going_on(path, times, options.steps),
+        )
+        for measured in parts:
             rows.append(measured() | known)
             print(json.dumps(rows[-1], indent=1))
     options.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")

@@ -29,8 +29,10 @@ from granvit.data.order import Order
 from granvit.data.parallel import begun, progress, shared_memory
 from granvit.data.parquet import ParquetRows
 from granvit.data.planning import Lane, Pack, Place
+from granvit.data.scaling import divisor
 from granvit.data.schema import good_or_none
 from granvit.questions.packing import write_parts
+from granvit.questions.prompts import Question
 from granvit.questions.schema import DataFault, Sample
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ class PackLoader:
     weights: shares of the images that are drawn from each dataset of a mixture (granvit.data.mixture), of any sum;
         None: each image of each once an epoch. With weights an epoch has as many images as all of them.
     window: images a sequence's place chooses among. pixels: False leaves pictures undecoded, blanks of their size.
-    crops: which regions a teacher looks at; None: there is no teacher.
+    crops: which regions a teacher looks at; None: there is no teacher. Large JPEGs are decoded smaller than they are
+    where student and teacher keep their grids and enough pixels for them (granvit.data.scaling).
 
     The state is `step`, how many batches were handed out: set it, or load a `state_dict`, and iteration goes on
     there, on any number of ranks. A state also tells where this rank's lanes stood, and `with_all_places` of all ranks'
@@ -172,7 +175,7 @@ class PackLoader:
     def __iter__(self) -> Iterator[Batch]:
         processes = min(self.workers, self.packs // self.ranks)
         threads = -(-self.workers // max(1, processes))
-        reader = _Reader(self.dataset, self.processor, self.lengths.tasks, threads, self.pixels)
+        reader = _Reader(self.dataset, self.processor, self.lengths.tasks, threads, self.pixels, self.crops)
         reads: list[Read] = []
         handed = 0  # rows; over epochs a rank sees more than its share of different ones
         for read, faults in _read_ahead(reader, processes, _Steps(self, max(1, processes))):
@@ -286,9 +289,16 @@ class _Reader(Dataset):
     """Packs in; what was read for them, and the faults that were found, out."""
 
     def __init__(
-        self, dataset: GranDataset, processor: GranViTProcessor, tasks: tuple[str, ...], threads: int, pixels: bool
+        self,
+        dataset: GranDataset,
+        processor: GranViTProcessor,
+        tasks: tuple[str, ...],
+        threads: int,
+        pixels: bool,
+        crops: Crops | None,
     ) -> None:
         self.dataset, self.processor, self.tasks, self.threads, self.pixels = dataset, processor, tasks, threads, pixels
+        self.crops = crops
         self.backlog: Backlog | None = None
 
     def __getitem__(self, packs: list[Pack]) -> tuple[Sent, list[tuple[int, str, str]]]:
@@ -296,7 +306,7 @@ class _Reader(Dataset):
         for part in self.dataset.parts:
             if isinstance(part.rows, ParquetRows):  # every lane has row groups of its own in use
                 part.rows.keep(LANE_BYTES * len(packs))
-        rows = [row for pack in packs for row, _ in pack]
+        rows = [place for pack in packs for place in pack]
         faults: list[tuple[int, str, str]] = []  # threads find them in any order
         read = partial(self._read, faults)
         if self.threads > 1:
@@ -311,16 +321,24 @@ class _Reader(Dataset):
                 if (sample := next(read_samples)) is not None:
                     plan[-1].append(len(samples))
                     samples.append(sample)
-                    questions = self.processor.questions(sample, self.tasks)
-                    asked.append([questions[number] for number in numbers])
+                    asked.append(self._questions(sample, numbers))
         written = Read(plan, samples, asked, write_parts(samples, asked, self.processor))
         return _send(written, self.backlog), sorted(faults, key=lambda fault: fault[0])
 
-    def _read(self, faults: list[tuple[int, str, str]], row: int) -> Sample | None:
+    def _read(self, faults: list[tuple[int, str, str]], place: tuple[int, list[int]]) -> Sample | None:
+        row, numbers = place
+
+        def smaller(sample: Sample) -> int:
+            return divisor(sample, lambda: self._questions(sample, numbers), self.crops, self.processor)
+
         return good_or_none(
-            lambda note: self.dataset.read(row, note, decode=self.pixels),
+            lambda note: self.dataset.read(row, note, self.pixels, smaller),
             lambda fault: faults.append((row, fault.kind, str(fault))),
         )
+
+    def _questions(self, sample: Sample, numbers: Sequence[int]) -> list[Question]:
+        questions = self.processor.questions(sample, self.tasks)
+        return [questions[number] for number in numbers]
 
 
 # Between processes every tensor costs a file descriptor: images travel as one, each with its shape and its part of it.

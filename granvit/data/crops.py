@@ -59,7 +59,7 @@ class Crops:
         chosen: list[Crop] = []
         for images in sequences:
             room = self.capacity
-            wanted = [self._wanted(samples[i], asked[i]) for i in images]
+            wanted = [self.wanted(samples[i], asked[i]) for i in images]
             for image, region in _by_turns(images, wanted):
                 crop = Crop(image, region, self.grid(samples[image], region, processor))
                 if room is not None:
@@ -81,7 +81,7 @@ class Crops:
         seen_rows, seen_columns = cached_fit_grid(height, width, patch, processor.max_image_tokens)
         return max(rows, ceil((y2 - y1) * seen_rows)), max(columns, ceil((x2 - x1) * seen_columns))
 
-    def _wanted(self, sample: Sample, asked: Sequence[Question]) -> list[int]:
+    def wanted(self, sample: Sample, asked: Sequence[Question]) -> list[int]:
         """Numbers of the sample's regions, first those that are wanted most."""
         numbers = list(dict.fromkeys(question.region for question in asked if question.region is not None))
         if self.per_image is not None:

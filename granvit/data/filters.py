@@ -151,7 +151,7 @@ class Filter(Source):
             notes.drop("too few regions image")
             return None
         content = _content(row["image"])
-        check_size(*size, decode_image(content))
+        check_size(*size, decode_image(content).size)
         return {
             "id": record.id,
             "image": {"bytes": content, "path": os.path.basename(str(row["image"].get("path") or "")) or None},

@@ -89,11 +89,17 @@ class GranDataset:
         """`self[index]` without its picture, and far faster: `image` is a blank of the row's size."""
         return self._counted(index, decode=False)
 
-    def read(self, index: int, drop: Callable[[DataFault], None], decode: bool = True) -> Sample:
+    def read(
+        self,
+        index: int,
+        drop: Callable[[DataFault], None],
+        decode: bool = True,
+        divisor: Callable[[Sample], int] | None = None,
+    ) -> Sample:
         """A row, checked (`parse_row`); nothing is counted. Raises DataFault, and IndexError where there is no row."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return parse_row((self.rows if decode else self._texts)[index], drop=drop, decode=decode)
+        return parse_row((self.rows if decode else self._texts)[index], drop=drop, decode=decode, divisor=divisor)
 
     def name(self, index: int) -> str:
         """What a fault calls a row."""

@@ -50,11 +50,17 @@ class Mixture(GranDataset):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def read(self, index: int, drop: Callable[[DataFault], None], decode: bool = True) -> Sample:
+    def read(
+        self,
+        index: int,
+        drop: Callable[[DataFault], None],
+        decode: bool = True,
+        divisor: Callable[[Sample], int] | None = None,
+    ) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         part, row = self._place(index)
-        return replace(self._parts[part].read(row, drop, decode), dataset=self.names[part])
+        return replace(self._parts[part].read(row, drop, decode, divisor), dataset=self.names[part])
 
     def ids(self) -> list[str]:
         return [name for part in self._parts for name in part.ids()]

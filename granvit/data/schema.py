@@ -8,13 +8,13 @@ left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from datasets import Features, Image, Sequence, Value
-from PIL import Image as PILImage
 
-from granvit.questions.pictures import MAX_PIXELS, check_shape, decode_image
+from granvit.questions.pictures import MAX_PIXELS, check_shape, decode_smaller
 from granvit.questions.schema import KINDS, Conversation, DataFault, Region, Sample
 
 FEATURES = Features(
@@ -53,14 +53,16 @@ def parse_row(
     drop: Callable[[DataFault], None] | None = None,
     max_pixels: int = MAX_PIXELS,
     decode: bool = True,
+    divisor: Callable[[Sample], int] | None = None,
 ) -> Sample:
     """A row of a Gran dataset as a `Sample`; its `image` is decoded by `datasets` or {"bytes", "path"}.
 
     Without `drop`, the first fault is raised. With it, faults of single regions and conversations are handed to `drop`,
     those are left out, and only what makes the whole row useless is raised. Without `decode`, the picture
     is not looked at, and the sample's image is a blank of the row's width and height, which must be possible. With it,
-    the picture must have that width and height. A row of conversations may lack picture, width and height: its sample's
-    image has no pixels.
+    the picture must have that width and height. divisor: tells of the sample with a blank by how much smaller it is
+    decoded (`decode_smaller`). A row of conversations may lack picture, width and height: its sample's image has no
+    pixels.
 
     Raises DataFault of kind `id`, `caption`, `regions`, `conversations`, `empty_row`, `source`, `licence`, `size` or of
     `decode_image`, `parse_region` or `parse_conversation`.
@@ -87,14 +89,10 @@ def parse_row(
         image = torch.zeros(0, 0, 3, dtype=torch.uint8)
     elif not all(isinstance(side, int) and side >= 1 for side in (width, height)):
         raise DataFault("size", f"width and height must be integers >= 1, got {width!r} and {height!r}")
-    elif decode:
-        picture = decode_image(row.get("image"), max_pixels)
-        check_size(width, height, picture)
-        image = torch.from_numpy(np.array(picture))
     else:
         check_shape(width, height, max_pixels)
         image = torch.zeros((), dtype=torch.uint8).expand(height, width, 3)
-    return Sample(
+    sample = Sample(
         id=row_id,
         image=image,
         caption=caption,
@@ -103,6 +101,11 @@ def parse_row(
         licence=row.get("licence") or "",
         conversations=tuple(conversations),
     )
+    if not decode or not image.numel():
+        return sample
+    picture, size = decode_smaller(row.get("image"), 1 if divisor is None else divisor(sample), max_pixels)
+    check_size(width, height, size)
+    return replace(sample, image=torch.from_numpy(np.array(picture)))
 
 
 def _no_picture(image: Any) -> bool:
@@ -195,10 +198,10 @@ def conversation_turns(conversation: Conversation) -> list[dict[str, str]]:
     ]
 
 
-def check_size(width: int, height: int, picture: PILImage.Image) -> None:
-    """Raises DataFault of kind `size` unless the decoded picture has this width and height."""
-    if (width, height) != picture.size:
-        given, real = f"{width}x{height}", "{}x{}".format(*picture.size)
+def check_size(width: int, height: int, size: tuple[int, int]) -> None:
+    """Raises DataFault of kind `size` unless the picture's size is this width and height."""
+    if (width, height) != size:
+        given, real = f"{width}x{height}", "{}x{}".format(*size)
         raise DataFault("size", f"width and height are {given}, the image is {real} as EXIF turns it")
 
 

@@ -45,6 +45,12 @@ def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
     Transparency is laid on white; 16-bit images are scaled to 8 bits. Raises DataFault of kind `image`
     (missing, of a format not in `FORMATS`, broken or truncated), `image_pixels` or `image_shape`.
     """
+    return decode_smaller(image, 1, max_pixels)[0]
+
+
+def decode_smaller(image: Any, divisor: int, max_pixels: int = MAX_PIXELS) -> tuple[PILImage.Image, tuple[int, int]]:
+    """`decode_image`'s picture, and the width and height that it has whole. A JPEG whose sides are multiples of
+    `divisor` (1, 2, 4 or 8) is made so many times smaller along both while it is decoded, in less time and memory."""
     if isinstance(image, PILImage.Image):
         opened = image
     else:
@@ -56,10 +62,16 @@ def decode_image(image: Any, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
             raise DataFault("image", f"can't be opened: {error}") from None
     check_shape(*opened.size, max_pixels)
     try:
+        width, height = opened.size
+        smaller = 1
+        if divisor > 1 and opened is not image and width % divisor == height % divisor == 0:
+            # Other formats do nothing and return None.
+            smaller = divisor if opened.draft(None, (width // divisor, height // divisor)) else 1
         opened.load()  # a TIFF is turned by this, and then has no orientation any more
         # ImageOps.exif_transpose writes all of EXIF anew too, and fails where any other tag of it is damaged.
         turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
-        return _to_rgb(opened if turn is None else opened.transpose(turn))
+        picture = _to_rgb(opened if turn is None else opened.transpose(turn))
+        return picture, (picture.width * smaller, picture.height * smaller)
     # Pillow's decoders raise these and more on hostile files; one bad file must not end a run.
     except (
         OSError,

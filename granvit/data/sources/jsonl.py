@@ -84,7 +84,7 @@ class Jsonl(FolderSource):
         content = self.read_image(parent(self.file), data["image"])
         picture = decode_image(content)
         width, height = data.get("width", picture.width), data.get("height", picture.height)
-        check_size(width, height, picture)
+        check_size(width, height, picture.size)
         return {
             "id": record.id,
             "image": {"bytes": content, "path": data["image"].rpartition("/")[2]},
