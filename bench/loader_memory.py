@@ -210,7 +210,8 @@ def decoded(data: GranDataset) -> dict[str, Any]:
             continue
         for spare in (1, 2, 3):
             grids = torch.tensor([[side // (8 * spare) for side in smaller.shape[:2]]])
-            known, given = (pack_patches([x], 8, half, half, grids=grids, dtype=torch.float32)[0] for x in (whole, smaller))
+            ways = (pack_patches([x], 8, half, half, grids=grids, dtype=torch.float32)[0] for x in (whole, smaller))
+            known, given = ways
             differences[str(spare)].append((known - given).abs().mean().item() * 127.5)
         other = pack_patches([whole], 8, half, half, grids=grids, dtype=torch.float32, resample="bicubic")[0]
         differences["bicubic"].append((known - other).abs().mean().item() * 127.5)
@@ -239,19 +240,13 @@ def main() -> None:
     options = parser.parse_args()
     known = {"commit": commit(), "device": device_name("cpu")}
     with tempfile.TemporaryDirectory() as folder:
+        rows = [decoded(GranDataset(cached_sample(600, scenes=SceneConfig(long_side=512)))) | known]
         os.environ["GRANVIT_CACHE"] = folder
         path, times = Path(folder) / "train.parquet", options.rows // SHARD
         write_shard(path)
         keep_lengths(path, times)
-        rows = []
-        parts = (
-            lambda: decoded(GranDataset(cached_sample(600, scenes=SceneConfig(long_side=512)))),
-            lambda: memory(path, times),
-            lambda: going_on(path, times, options.steps),
-        )
-        for measured in parts:
-            rows.append(measured() | known)
-            print(json.dumps(rows[-1], indent=1))
+        rows += [memory(path, times) | known, going_on(path, times, options.steps) | known]
+    print(json.dumps(rows, indent=1))
     options.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
