@@ -27,13 +27,14 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from rows import Rows, provenance
 
 from granvit.data import batches
 from granvit.data.lengths import Lengths, _fingerprint, _save, measure
 from granvit.data.loader import GranDataset
 from granvit.data.sample import SceneConfig, cached_sample
 from granvit.data.shards import RowWriter
-from granvit.machine import cache_folder, commit, device_name
+from granvit.machine import cache_folder, device_name
 from granvit.questions.pictures import decode_smaller
 from granvit.toy.tiny import TinyLLM, TinyVision, build_tiny
 from granvit_kernels import pack_patches
@@ -238,16 +239,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="the dataset's")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    known = {"commit": commit(), "device": device_name("cpu")}
+    known, rows = provenance(device_name("cpu")), Rows(options.output, ("what",))
     with tempfile.TemporaryDirectory() as folder:
-        rows = [decoded(GranDataset(cached_sample(600, scenes=SceneConfig(long_side=512)))) | known]
+        rows.save(decoded(GranDataset(cached_sample(600, scenes=SceneConfig(long_side=512)))) | known)
         os.environ["GRANVIT_CACHE"] = folder
         path, times = Path(folder) / "train.parquet", options.rows // SHARD
         write_shard(path)
         keep_lengths(path, times)
-        rows += [memory(path, times) | known, going_on(path, times, options.steps) | known]
-    print(json.dumps(rows, indent=1))
-    options.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        rows.save(memory(path, times) | known)
+        rows.save(going_on(path, times, options.steps) | known)
+    print(json.dumps(rows.kept(), indent=1))
 
 
 if __name__ == "__main__":
