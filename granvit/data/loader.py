@@ -65,7 +65,7 @@ class GranDataset:
         else:
             # decode=False: a broken image must come as bytes to us, not as an exception out of `datasets`.
             rows = rows.with_format(None).cast_column("image", datasets.Image(decode=False))
-            self.groups, self.fingerprint = np.ones(len(rows), np.int64), rows._fingerprint
+            self.groups, self.fingerprint = np.broadcast_to(np.int64(1), len(rows)), rows._fingerprint
         self.rows, self._texts = rows, rows.remove_columns("image")
         self.split = split
         self.faults = FaultLog(len(rows), fault_budget)

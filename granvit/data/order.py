@@ -41,22 +41,22 @@ class Order:
     def __init__(self, groups: np.ndarray, lanes: int, seed: int, image: np.ndarray) -> None:
         rows = int(np.sum(groups))
         pieces = -(-groups // max(1, rows // (lanes * MIX)))
+        self.lanes, self.seed, self.size = lanes, seed, rows
+        self._groups = lru_cache(2)(self._shuffled)
+        self._counts = lru_cache(None)(self._counted)
+        self._single = int(pieces.sum()) == rows  # each row alone: shuffled already, and its own number is its group's
+        if self._single:
+            return
         starts = np.repeat(np.cumsum(groups) - groups, pieces)
         number = np.arange(len(starts)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.starts = starts + number * np.repeat(groups, pieces) // np.repeat(pieces, pieces)
         self.ends = np.append(self.starts[1:], rows)
-        self.lanes, self.seed, self.size = lanes, seed, rows
-        self._single = len(self.starts) == rows  # each row alone: shuffled already
-        self._by_length = np.arange(0)
-        if not self._single:
-            self._by_length = np.argsort(np.add.reduceat(image, self.starts) / (self.ends - self.starts), kind="stable")
-        self._groups = lru_cache(2)(self._shuffled)
-        self._counts = lru_cache(None)(self._counted)
+        self._by_length = np.argsort(np.add.reduceat(image, self.starts) / (self.ends - self.starts), kind="stable")
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         random = np.random.default_rng([self.seed, epoch])
         if self._single:
-            return random.permutation(len(self.starts))
+            return random.permutation(self.size).astype(np.min_scalar_type(self.size))  # of millions, half the memory
         place = np.empty(len(self.starts))
         for stratum in np.array_split(self._by_length, MIX):
             # Stratified sampling: as many as there are lanes stand together, somewhere in an interval of their own.
@@ -80,8 +80,10 @@ class Order:
         return int(self._counts(epoch)[lane])
 
     def _counted(self, epoch: int) -> np.ndarray:
-        sizes = (self.ends - self.starts)[self._groups(epoch)]
-        return np.array([sizes[(lane + epoch) % self.lanes :: self.lanes].sum() for lane in range(self.lanes)])
+        return np.array([self._size(self._mine(lane, epoch)) for lane in range(self.lanes)])
+
+    def _size(self, groups: np.ndarray) -> int:
+        return len(groups) if self._single else int((self.ends[groups] - self.starts[groups]).sum())
 
     def place(self, lane: int, rows: int) -> tuple[int, int]:
         """Of which epoch the lane's row number `rows` of all epochs is, and how many of it come before."""
@@ -101,12 +103,12 @@ class Order:
         mine, together = self._mine(lane, epoch), CHUNK if self._single else MIX
         for number, start in enumerate(range(0, len(mine), together)):
             near = mine[start : start + together]
-            size = int((self.ends[near] - self.starts[near]).sum())
+            size = self._size(near)
             if before >= size:
                 before -= size
                 continue
             if self._single:
-                mixed = self.starts[near]
+                mixed = near.astype(np.int64)
             else:
                 rows = np.concatenate([np.arange(self.starts[g], self.ends[g]) for g in near])
                 mixed = np.random.default_rng([self.seed, epoch, lane, number]).permutation(rows)
