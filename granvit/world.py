@@ -171,11 +171,19 @@ def start(device: str) -> tuple[World, torch.device]:
         torch.cuda.set_device(chosen)
     if ranks == 1:
         return World(), chosen
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # which collectives ran, where one of them hangs
+    _record_collectives()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     rank, control = dist.get_rank(), dist.new_group(backend="gloo", timeout=PATIENCE)
     return World(rank, ranks, control, RollCall(dist.distributed_c10d._get_default_store(), rank, ranks)), chosen
+
+
+def _record_collectives() -> None:
+    """Let NCCL keep its last collectives and write them down where one of them hangs. It reads this when its group is
+    made; what is set already stays."""
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name of the same
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
 
 
 def stop() -> None:
