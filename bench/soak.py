@@ -74,7 +74,7 @@ def soak(folder: Path, steps: int) -> dict[str, Any]:
         "memory_mb": growth(at, ours),
         "reader_memory_mb": growth(at, readers),
         "open_files": growth(at, files),
-        "losses": [line["loss"] for line in run.metrics.lines()[:: steps - 1]],
+        "losses": [line["loss"] for line in list(run.metrics.lines())[:: steps - 1]],
     }
 
 

@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(config, Path(folder), World(), torch.device("cpu"), Termination())
         run.phase(config.warmup)
-        lines = run.metrics.lines()
+        lines = list(run.metrics.lines())
     run.model.llm.half().save_pretrained(TOY_FOLDER)
     train_tokenizer(training_text(run.splits["train"]), config.model.vocabulary).save_pretrained(TOY_FOLDER)
     made = {

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +37,44 @@ class MetricsLog:
         for listener in self.listeners:
             listener(values)
 
-    def lines(self) -> list[dict]:
-        """All complete lines; one that a crash cut short is left out."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        lines = []
-        for line in [*text.splitlines(), *self._waiting.splitlines()]:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return lines
+    def lines(self, containing: str = "") -> Iterator[dict]:
+        """All complete lines, or those in whose text this stands; one that a crash cut short is left out."""
+        with self.path.open(encoding="utf-8") if self.path.exists() else nullcontext(()) as file:
+            for text in chain(file, self._waiting.splitlines()):
+                if containing in text:
+                    with suppress(json.JSONDecodeError):
+                        yield json.loads(text)
 
-    def drop(self, unwanted: Callable[[dict], bool]) -> None:
-        """Rewrite the file without the lines that `unwanted` names: those past the checkpoint a run goes on from."""
-        kept = [line for line in self.lines() if not unwanted(line)]
-        write_aside(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+    def evaluations(self) -> Iterator[dict]:
+        """The lines of evaluations. Of a million lines of steps none is parsed."""
+        return (line for line in self.lines('"evaluation"') if "evaluation" in line)
+
+    def go_back(self, stage: str, step: int) -> None:
+        """Take out the lines of a stage past the step of the checkpoint that it goes on from. Its steps rise from line
+        to line, so only those past it are parsed, from the last."""
         self._waiting = ""
+        if not self.path.exists() or not self.path.stat().st_size:
+            return
+        name, tail = f'"stage": {json.dumps(stage)}'.encode(), []
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = len(content)
+            while (place := content.rfind(name, 0, end)) >= 0:
+                first, past = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place) + 1 or len(content)
+                with suppress(json.JSONDecodeError):  # what a crash cut short is taken out
+                    if json.loads(content[first:past])["step"] <= step:
+                        break
+                tail.append(content[past:end])  # of other stages, after it
+                end = first
+            if any(tail):
+                write_aside(self.path, content[:end] + b"".join(reversed(tail)))
+        if not any(tail) and tail:
+            os.truncate(self.path, end)
 
 
-def write_aside(path: Path, text: str) -> None:
+def write_aside(path: Path, content: str | bytes) -> None:
     """Write a file such that, whenever a process is killed, it holds what it held or what it is to hold."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
     aside.replace(path)
 
 

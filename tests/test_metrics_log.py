@@ -7,7 +7,7 @@ def test_lines_come_back_in_full_precision(tmp_path):
     log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
     log.write(stage="pretrain", step=1, loss=1 / 3)
     log.write(stage="pretrain", step=2, loss=2 / 3)
-    assert log.lines() == [
+    assert list(log.lines()) == [
         {"stage": "pretrain", "step": 1, "loss": 1 / 3}, {"stage": "pretrain", "step": 2, "loss": 2 / 3}
     ]  # fmt: skip
 
@@ -18,17 +18,25 @@ def test_a_line_cut_short_by_a_crash_is_left_out_and_the_next_write_is_whole(tmp
     with log.path.open("a") as file:
         file.write('{"stage": "adapt", "st')
     assert [line["step"] for line in log.lines()] == [1]
-    log.drop(lambda line: False)
+    log.go_back("adapt", 1)
     log.write(stage="adapt", step=2)
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2]
 
 
-def test_drop_keeps_the_rest(tmp_path):
+def test_going_back_takes_out_the_lines_of_the_stage_past_the_step(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    for step in range(1, 6):
-        log.write(stage="adapt", step=step)
-    log.drop(lambda line: line["step"] > 3)
-    assert [line["step"] for line in log.lines()] == [1, 2, 3]
+    log.go_back("adapt", 0)  # before there is a file
+    for stage in ("pretrain", "adapt"):
+        for step in range(1, 6):
+            log.write(stage=stage, step=step)
+        log.write(stage=stage, step=5, evaluation="during")
+    left = {("warmup", 0): 12, ("adapt", 5): 12, ("adapt", 3): 9, ("pretrain", 2): 5, ("adapt", 0): 2}
+    for (stage, step), number in left.items():
+        log.go_back(stage, step)
+        assert all(line["stage"] != stage or line["step"] <= step for line in log.lines())
+        assert len(list(log.lines())) == number
+    assert [(line["stage"], line["step"]) for line in log.lines()] == [("pretrain", 1), ("pretrain", 2)]
+    assert not list(log.evaluations())
 
 
 def test_a_line_after_one_that_was_cut_short_is_on_a_line_of_its_own(tmp_path):

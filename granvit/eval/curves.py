@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +50,12 @@ TRAINING = (
     ("Gradient norm before clipping", "grad_norm", "training", True),
 )
 
+TRAINS, ENDS = "training", "ends"
+KINDS = {None: TRAINS, DURING: DURING, "before": ENDS, "after": ENDS}
+"""What a line is by its "evaluation"."""
+METRICS = {metric for _, metric, _ in EVALUATIONS}  # shares, drawn as per cent
+DRAWN = METRICS | {"loss_caption", "held_out_loss", "rate"} | {key for _, key, _, _ in TRAINING}
+
 
 def smooth(values: list[float], share: float = 0.9) -> list[float]:
     """Exponential moving average, corrected for its start."""
@@ -58,7 +66,7 @@ def smooth(values: list[float], share: float = 0.9) -> list[float]:
     return out
 
 
-def panels(lines: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
+def panels(lines: Iterable[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
     """What the curves show, as JSON can hold it: {"stages": [{"name", "start", "end"}], "panels": [{"title", "series",
     "levels"}]}.
 
@@ -68,45 +76,35 @@ def panels(lines: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, An
     points) and "parts", a list of [step, value] for each stage; a level is a floor or a control: "name", "value".
     Panels without a series are left out.
     """
-    # The blinded model's evaluations stand in the same file; they are levels here.
-    lines = [line for line in lines if line.get("evaluation", "after") in ("before", DURING, "after")]
-    during = [line for line in lines if line.get("evaluation") == DURING]
-    ends = [line for line in lines if line.get("evaluation") in ("before", "after")]
-    training = [line for line in lines if "evaluation" not in line]
-    steps: dict[str, int] = {}  # stage -> its last step, in order of appearance
-    for line in lines:
-        steps[line["stage"]] = max(steps.get(line["stage"], 0), line["step"])
+    steps, values = _columns(lines)
     start, at = {}, 0
     for stage, number in steps.items():
         start[stage], at = at, at + number
+    rates = {stage: summary.get("config", {}).get(stage, {}).get("learning_rate", 1.0) for stage in steps}
 
-    def series(name: str, key: str, some: list[dict[str, Any]], colour: str = "blue", **look: Any) -> dict[str, Any]:
-        scale = 100 if key in {metric for _, metric, _ in EVALUATIONS} else 1
+    def series(name: str, key: str, kind: str, colour: str = "blue", **look: Any) -> dict[str, Any]:
         parts = []
         for stage in steps:
-            values = [
-                (start[stage] + line["step"], scale * line[key])
-                for line in some
-                if line["stage"] == stage and line.get(key) is not None and math.isfinite(scale * line[key])
-            ]
-            if values and (key != "loss_distill" or any(value for _, value in values)):
-                parts.append(_thinned(values))
+            points = np.array(values.get((kind, stage, key), ((), ())), float)  # [2, N]
+            points[0] += start[stage]
+            points[1] *= rates[stage] if key == "rate" else 100 if key in METRICS else 1
+            points = points[:, np.isfinite(points[1])]
+            if points.size and (key != "loss_distill" or points[1].any()):
+                parts.append(_thinned(points))
         return {"name": name, "colour": colour, "smooth": False, "joined": True, "parts": parts} | look
 
-    rates = {stage: summary.get("config", {}).get(stage, {}).get("learning_rate", 1.0) for stage in steps}
-    training = [line | {"rate": line["rate"] * rates[line["stage"]]} if "rate" in line else line for line in training]
     drawn = [("Loss of the answers (nats a token)", [
-        series("training", "loss_caption", training, smooth=True),
-        series("held out", "held_out_loss", during, "orange"),
+        series("training", "loss_caption", TRAINS, smooth=True),
+        series("held out", "held_out_loss", DURING, "orange"),
     ], [])]  # fmt: skip
     for title, metric, floors in EVALUATIONS:
         known = {label: summary["floors"].get(name, {}).get(metric) for name, label in floors.items()}
         known |= _controls(summary, metric)
         levels = [{"name": name, "value": 100 * value} for name, value in known.items() if value is not None]
-        few = series("a few questions, on the way", metric, during, "orange")
-        drawn.append((title, [series("all test questions", metric, ends, joined=False), few], levels))
-    drawn += [(title, [series(name, key, training, smooth=noisy)], []) for title, key, name, noisy in TRAINING]
-    drawn.append(("Learning rate", [series("training", "rate", training)], []))
+        few = series("a few questions, on the way", metric, DURING, "orange")
+        drawn.append((title, [series("all test questions", metric, ENDS, joined=False), few], levels))
+    drawn += [(title, [series(name, key, TRAINS, smooth=noisy)], []) for title, key, name, noisy in TRAINING]
+    drawn.append(("Learning rate", [series("training", "rate", TRAINS)], []))
     return {
         "stages": [
             {"name": stage_name(stage), "start": start[stage], "end": start[stage] + number}
@@ -120,9 +118,29 @@ def panels(lines: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, An
     }
 
 
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """At most POINTS, each the mean of neighbours, in as many digits as are seen."""
-    groups = np.array_split(np.array(points, float), min(POINTS, len(points)))
+def _columns(lines: Iterable[dict[str, Any]]) -> tuple[dict[str, int], dict[tuple[str, str, str], tuple[array, array]]]:
+    """{stage: its last step}, in order of appearance, and {(kind, stage, key): (steps, values)} of what is drawn: a
+    long run's lines don't fit memory as objects."""
+    steps: dict[str, int] = {}
+    values: dict[tuple[str, str, str], tuple[array, array]] = {}
+    for line in lines:
+        # The blinded model's evaluations stand in the same file; they are levels.
+        kind = KINDS.get(line.get("evaluation"))
+        if kind is None:
+            continue
+        stage, step = line["stage"], line["step"]
+        steps[stage] = max(steps.get(stage, 0), step)
+        for key in DRAWN & line.keys():
+            if line[key] is not None:
+                column = values.setdefault((kind, stage, key), (array("d"), array("d")))
+                column[0].append(step)
+                column[1].append(line[key])
+    return steps, values
+
+
+def _thinned(points: np.ndarray) -> list[tuple[float, float]]:
+    """At most POINTS of the points [2, N], each the mean of neighbours, in as many digits as are seen."""
+    groups = np.array_split(points.T, min(POINTS, points.shape[1]))
     return [(round(float(step), 1), float(f"{value:.5g}")) for step, value in (group.mean(0) for group in groups)]
 
 
@@ -136,11 +154,10 @@ def _controls(summary: dict[str, Any], metric: str) -> dict[str, float | None]:
     return controls
 
 
-def draw_curves(lines: list[dict[str, Any]], summary: dict[str, Any]) -> Figure:
+def draw_curves(curves: dict[str, Any]) -> Figure:
     """A figure of all `panels`, two a row."""
     from matplotlib.figure import Figure
 
-    curves = panels(lines, summary)
     rows = max(1, math.ceil(len(curves["panels"]) / 2))
     figure = Figure(figsize=(11, 3.1 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).flat

@@ -39,6 +39,7 @@ def write_report(run_dir: str | Path) -> Path:
     first = run / f"seed-{seeds[0]}" if seeds else run
     lines = read_lines(existing(run, first / "metrics.jsonl"))
     summary = read_summary(existing(run, report / "summary.json"))
+    curves = panels(lines, summary)
     answers = first / "report" / "predictions.json"
     predictions = read_predictions(existing(run, answers)) if summary["floors"] else {}
     states = _states(summary, predictions, first / "control" / "report" / "predictions.json")
@@ -55,7 +56,7 @@ def write_report(run_dir: str | Path) -> Path:
         group["cards"] = [card(p, named, pictures[place(p)]["size"]) for p in group["predictions"]]
     natural = {place(p): p for p in asked if p["kind"] == "natural"}
     of_maps = sorted(natural.values(), key=lambda p: p["source"])[:: max(1, len(natural) // MAPS)][:MAPS]
-    draw_curves(lines, summary).savefig(report / "curves.png", dpi=110)
+    draw_curves(curves).savefig(report / "curves.png", dpi=110)
     html = render(
         "report.html",
         "granvit.eval",
@@ -64,7 +65,7 @@ def write_report(run_dir: str | Path) -> Path:
         summary=summary,
         headlines=headlines(summary, scores),
         curves=encoded((report / "curves.png").read_bytes(), "png"),
-        curves_data=as_data(panels(lines, summary)),
+        curves_data=as_data(curves),
         tables=tables(summary, scores),
         features={stage_name(name): values for name, values in summary["mean"].get("features", {}).items()},
         failures=failures(predictions[answered[-1]]) if answered else [],

@@ -4,7 +4,8 @@ what is wrong in it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ def existing(run: Path, path: Path) -> Path:
     return path
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
-    lines = _read(path, lambda: MetricsLog(path).lines())
-    for number, line in enumerate(lines, 1):
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl, one after the other, since a long run has a million; one that a crash cut short is
+    left out."""
+    lines, end = MetricsLog(path).lines(), object()
+    for number in count(1):
+        if (line := _read(path, lambda: next(lines, end))) is end:
+            return
         _check(path, f"line {number}", line, {"stage": str, "step": int})
-    return lines
+        yield line
 
 
 def read_summary(path: Path) -> dict[str, Any]:

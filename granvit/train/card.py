@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import re
+from collections import Counter, defaultdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,6 @@ from granvit.model.lfm2_vl import why_no_lfm2_vl
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT
 from granvit.train.folder import config_folder, config_of
 from granvit.train.presets import TrainConfig
-from granvit.train.stages import Stage
 
 Form = Literal["granvit", "encoder", "lfm2-vl"]
 
@@ -86,17 +86,24 @@ def write_card(
 
 def _training(run: Path, form: Form, checkpoint: Path | None) -> dict[str, Any]:
     """What the run has done until the checkpoint, for the template."""
-    config, lines = config_of(run), MetricsLog(run / "metrics.jsonl").lines()
+    config = config_of(run)
     stages = [stage for stage in (config.warmup, *config.stages) if stage.runs]
     manifest = _json(checkpoint / "manifest.json") if checkpoint else {}
     last, steps = manifest.get("phase", stages[-1].name), manifest.get("step", math.inf)
+    taken: dict[str, Counter] = defaultdict(Counter)
+    evaluated: dict[str, dict[str, dict]] = defaultdict(dict)
+    for line in MetricsLog(run / "metrics.jsonl").lines():
+        if "evaluation" in line:
+            evaluated[line["stage"]][line["evaluation"]] = line
+        elif "grad_norm" in line and (line["stage"] != last or line["step"] <= steps):
+            taken[line["stage"]].update(images=line["images"], regions=line["regions"])
+            taken[line["stage"]]["steps"] = line["step"]
     done, figures = [], {}
     for stage in stages:
-        of_stage = [line for line in lines if line["stage"] == stage.name]
-        taken = [line for line in of_stage if "grad_norm" in line and (stage.name != last or line["step"] <= steps)]
-        if taken and (form != "encoder" or "encoder" in stage.train):
-            done.append(_done(stage, taken))
-            evaluations = {line.get("evaluation"): line for line in of_stage}
+        evaluations = evaluated[stage.name]
+        if taken[stage.name] and (form != "encoder" or "encoder" in stage.train):
+            who = {"name": stage.name, "trained": ", ".join(stage.train), "distilled": bool(stage.distill)}
+            done.append(who | taken[stage.name])
             if "after" in evaluations and (stage.name != last or steps >= evaluations["after"]["step"]):
                 figures = {"stage": stage, "evaluations": evaluations}
         if stage.name == last:
@@ -108,17 +115,6 @@ def _training(run: Path, form: Form, checkpoint: Path | None) -> dict[str, Any]:
         "rows": _rows(figures, run),
         "measured": figures["stage"].name if figures else None,
         "result": _json(run / "result.json"),
-    }
-
-
-def _done(stage: Stage, taken: list[dict]) -> dict[str, Any]:
-    return {
-        "name": stage.name,
-        "trained": ", ".join(stage.train),
-        "steps": taken[-1]["step"],
-        "images": sum(line["images"] for line in taken),
-        "regions": sum(line["regions"] for line in taken),
-        "distilled": bool(stage.distill),
     }
 
 

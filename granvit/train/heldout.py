@@ -181,8 +181,8 @@ class HeldOut:
         return self.whole.to(self.phase.device)
 
     def _lines(self) -> list[dict]:
-        lines, stage = self.metrics.lines(), self.phase.stage.name
-        return [line for line in lines if line["stage"] == stage and line.get("evaluation") == DURING]
+        lines, stage = self.metrics.evaluations(), self.phase.stage.name
+        return [line for line in lines if line["stage"] == stage and line["evaluation"] == DURING]
 
     def _better(self, step: int, loss: float | None) -> bool:
         """Whether this is the lowest loss so far. Before the first step the model is the stage before's."""

@@ -22,7 +22,7 @@ from granvit.data.loader import GranDataset, spread
 from granvit.data.mixture import described
 from granvit.eval.answers import draw_answers, rendered
 from granvit.eval.chat import score_chat
-from granvit.eval.curves import draw_curves
+from granvit.eval.curves import draw_curves, panels
 from granvit.eval.evaluation import evaluate, readable
 from granvit.eval.report import write_report
 from granvit.lora import adapters, save_adapters
@@ -268,7 +268,7 @@ class Run:
 
     def _curves(self, stages: dict[str, dict]) -> Image.Image:
         summary = {"floors": self.console.floors, "mean": {"stages": stages}, "config": dataclasses.asdict(self.config)}
-        return rendered(draw_curves(self.metrics.lines(), summary))
+        return rendered(draw_curves(panels(self.metrics.lines(), summary)))
 
     def phase(self, stage: Stage, title: str | None = None) -> None:
         """Train `stage` to its end, from its newest checkpoint if there is one. title: what the run's console calls it.
@@ -288,7 +288,7 @@ class Run:
         if newest is not None:
             phase.resume(newest)
         if self.world.leads:
-            self.metrics.drop(lambda line: line["stage"] == stage.name and line["step"] > phase.step)
+            self.metrics.go_back(stage.name, phase.step)
         try:
             with self.console.stage(title, stage.steps, phase.step) as stepped:
                 train_phase(phase, self.checkpoints, self.metrics, self.request, stepped, self.held_out(phase))
@@ -385,7 +385,7 @@ class Run:
     def _written(self, stage: str, step: int, when: str) -> dict[str, float] | None:
         """The metrics of the evaluation that metrics.jsonl holds under these names, or None."""
         names = {"stage": stage, "step": step, "evaluation": when}
-        for line in self.metrics.lines():
+        for line in self.metrics.evaluations():
             if all(line.get(name) == value for name, value in names.items()):
                 return {name: value for name, value in line.items() if name not in names and name != "seconds"}
         return None

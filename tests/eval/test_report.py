@@ -288,7 +288,7 @@ def test_curves_put_the_stages_one_after_the_other(summary):
     assert {level["name"]: level["value"] for level in rouge["levels"]} == pytest.approx(
         {"blind caption": 25, "another image shown": 20}
     )
-    figure = draw_curves([*rates, during], summary)
+    figure = draw_curves(panels([*rates, during], summary))
     axis = next(axis for axis in figure.axes if axis.get_title(loc="left").startswith("Captions"))
     assert axis.lines[0].get_linestyle() == "None" and list(axis.lines[0].get_xdata()) == [0, 2, 5]
 
@@ -502,9 +502,10 @@ def test_the_same_question_is_compared_and_no_other():
 
 
 def test_negative_values_are_in_the_picture_of_the_curves(summary):
-    (axis, *_) = draw_curves([{"stage": "pretrain", "step": 1, "loss": -2.0, "loss_caption": -2.0}], summary).axes
+    line = {"stage": "pretrain", "step": 1, "loss": -2.0, "loss_caption": -2.0}
+    (axis, *_) = draw_curves(panels([line], summary)).axes
     assert axis.get_ylim()[0] < -2
-    assert draw_curves(LINES, summary).axes[0].get_ylim()[0] == 0
+    assert draw_curves(panels(LINES, summary)).axes[0].get_ylim()[0] == 0
 
 
 @pytest.mark.browser
