@@ -82,8 +82,11 @@ def _append(path: Path, text: str) -> None:
     """All of the text on lines of its own, or none of it."""
     with path.open("ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
-        cut = end and os.pread(file.fileno(), 1, end - 1) != b"\n"  # by a crash, in the middle of a line
-        data = b"\n" * bool(cut) + text.encode()
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":  # a crash cut the last line short
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                end = content.rfind(b"\n") + 1
+            file.truncate(end)
+        data = text.encode()
         if file.write(data) < len(data):  # a disk that fills up takes a part, and refuses the next
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
