@@ -8,17 +8,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
+
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -36,6 +40,43 @@ def process_map(workers: int | None, tasks: int) -> Iterator[Callable[..., Itera
             raise ValueError("a worker process died, for want of memory perhaps; fewer --workers need less") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def over_processes(function: Callable[[int], T], items: Sequence[int], workers: int | None) -> Iterator[T]:
+    """function(item) of each, as soon as it is there, in so many processes (None: one a core; fewer than two: this
+    one). A process gets the function once, so that it may keep what it loads. Raises ValueError where one dies."""
+    processes = min(os.cpu_count() or 1 if workers is None else workers, len(items))
+    if processes <= 1:
+        yield from map(function, items)
+        return
+    # Spawn: a function may hold what doesn't survive a fork (CUDA, connections, threads).
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _keep, (function,)) as pool:
+        ahead = iter(items)
+        running = {pool.submit(_call, item) for item in islice(ahead, 2 * processes)}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    result = future.result()
+                    running |= {pool.submit(_call, item) for item in islice(ahead, 1)}
+                    yield result
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process died, for want of memory perhaps; the same command goes on, with fewer --workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _keep(function: Callable[[int], Any]) -> None:
+    global _kept
+    _kept = function
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the caller says it
+    end_with_parent()
+
+
+def _call(item: int) -> Any:
+    return _kept(item)
 
 
 def progress(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:

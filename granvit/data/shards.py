@@ -3,6 +3,7 @@
     OUTPUT/.unfinished/   plan.json       what is being built from what; the same command goes on, another is refused
                           index.sqlite    one record an image, in order; on disk, since there may be millions
                           00007.parquet   a shard and, once it is whole, 00007.json: what was kept, dropped and faulty
+                          partial/        shards in work, and those that a worker died over
     OUTPUT/               train-00000-of-00042.parquet, and README.md, a dataset card; then .unfinished is gone
 
 Every file appears by a rename, so a shard is there whole or not at all: kill -9 at any moment loses the shards in work.
@@ -13,22 +14,20 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sqlite3
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,16 +38,19 @@ from rich.table import Table
 
 from granvit.data.faults import FaultLog
 from granvit.data.files import state
-from granvit.data.parallel import end_with_parent
+from granvit.data.parallel import over_processes
 from granvit.data.schema import FEATURES
 from granvit.data.writer import check_split
+from granvit.errors import Failed
 from granvit.questions.schema import DataFault
 
 log = logging.getLogger(__name__)
 
-WORK, FINISHED = ".unfinished", ".finished"
+WORK, FINISHED, PARTIAL = ".unfinished", ".finished", "partial"
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.parquet")
 """What a split's files are called."""
+DEATHS = 3
+"""A shard that as many workers died over ends the build."""
 ROW_GROUP_ROWS, ROW_GROUP_BYTES = 64, 16_000_000
 """A Parquet row group ends at either: it is what a reader of one row has to fetch."""
 NAMED_FAULTS = 1000
@@ -177,11 +179,14 @@ def build_dataset(
     fault_budget: float = 0.01,
     exclude: Collection[str] = (),
     title: str = "Converting",
+    over: Callable[[Shards, Sequence[int], int | None], Iterator[dict[str, Any]]] = over_processes,
 ) -> Summary:
     """Write a source as a Gran dataset of Parquet files with one split, or go on with it where it was stopped.
 
     workers: processes (None: one a core; 0: this one). shard_rows: images a shard, the unit of work. fault_budget:
-    the share of images that may have faults. exclude: ids of rows to leave out, or aliases of theirs.
+    the share of images that may have faults. exclude: ids of rows to leave out, or aliases of theirs. over: what calls
+    `Shards` with each of several numbers, on so many workers, and yields what it returns in any order; else processes
+    of this machine.
 
     Every fault is logged with its record's name. Raises ValueError where an input is missing, `output_dir` holds
     anything but this very build, or there is nothing to write, and FaultBudgetExceeded when too many images have
@@ -214,14 +219,14 @@ def build_dataset(
         _add_faults(faults, indexed["faults"])
         failing = []
         records = 0 if _hopeless(faults, faults.faulty) else indexed["records"]
-        for shard in _make_shards(source, work, records, shard_rows, workers, title):
-            shard_summary = json.loads((work / f"{shard:05d}.json").read_text())
-            _add_faults(faults, shard_summary["faults"])
-            summary.kept += shard_summary["kept"]
-            summary.regions += shard_summary["regions"]
-            summary.conversations += shard_summary.get("conversations", 0)
-            summary.dropped.update(shard_summary["dropped"])
-            failing += [shard] if shard_summary["faults"] else []
+        shards = Shards(source, work.absolute(), shard_rows, described["inputs"])
+        for made in _make_all(shards, records, partial(over, workers=workers), title):
+            _add_faults(faults, made["faults"])
+            summary.kept += made["kept"]
+            summary.regions += made["regions"]
+            summary.conversations += made["conversations"]
+            summary.dropped.update(made["dropped"])
+            failing += [made["number"]] if made["faults"] else []
             if _hopeless(faults, faults.faulty):
                 break
         summary.faults, summary.faulty = faults.counts, len(faults.faulty)
@@ -350,77 +355,77 @@ def _progress() -> Progress:
     return Progress(console=console, disable=not console.is_terminal)
 
 
-def _make_shards(
-    source: Source, work: Path, records: int, shard_rows: int, workers: int | None, title: str
-) -> Iterator[int]:
-    """Numbers of the shards, each as soon as it is there."""
-    shards = range(-(-records // shard_rows))
-    todo = [shard for shard in shards if not _done(work, shard)]
-    processes = min(os.cpu_count() or 1 if workers is None else workers, len(todo))
-    sizes = [min(shard_rows, records - shard * shard_rows) for shard in shards]
+def _make_all(
+    shards: Shards, records: int, over: Callable[[Shards, Sequence[int]], Iterator[dict[str, Any]]], title: str
+) -> Iterator[dict[str, Any]]:
+    """What each shard has, as soon as it is there."""
+    numbers = range(-(-records // shards.rows))
+    done = shards.done()
+    todo = [number for number in numbers if number not in done]
+    shutil.rmtree(shards.work / PARTIAL, ignore_errors=True)
     with _progress() as bar:
         task = bar.add_task(title, total=records)
+        for made in chain(map(shards, sorted(done.intersection(numbers))), over(shards, todo) if todo else ()):
+            bar.advance(task, min(shards.rows, records - made["number"] * shards.rows))
+            yield made
 
-        def made(shard: int) -> int:
-            bar.advance(task, sizes[shard])
-            return shard
 
-        yield from map(made, sorted(set(shards) - set(todo)))
-        if processes <= 1:
-            for shard in todo:
-                _make_shard(source, work, shard, shard_rows)
-                yield made(shard)
-            return
-        # Spawn: a source may hold what doesn't survive a fork (CUDA, connections, threads).
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _start_worker, (source, work, shard_rows)) as pool:
-            ahead = iter(todo)
-            running = {pool.submit(_work_on, shard): shard for shard in islice(ahead, 2 * processes)}
+@dataclass(frozen=True)
+class Shards:
+    """The shards of an index, made one by one wherever an instance of this is sent: in the same process or in another,
+    which may run on another machine that sees the same files.
+
+    work: an absolute path. rows: records a shard. inputs: `files.state` of each of the source's inputs.
+    """
+
+    source: Source
+    work: Path
+    rows: int
+    inputs: dict[str, str]
+
+    def done(self) -> set[int]:
+        """Numbers of the shards that are there."""
+        return {int(path.stem) for path in self.work.glob("[0-9]*.json")}
+
+    def check(self) -> None:
+        """Raises Failed where this machine doesn't see the files that the index was made of."""
+        for location, known in {str(self.work / "plan.json"): None, **self.inputs}.items():
             try:
-                while running:
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        shard = running.pop(future)
-                        future.result()
-                        running.update({pool.submit(_work_on, number): number for number in islice(ahead, 1)})
-                        yield made(shard)
-            except BrokenProcessPool as error:
-                raise ValueError(
-                    "a worker process died, for want of memory perhaps; the same command goes on, with fewer --workers"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+                seen = state(location)
+            except (ValueError, OSError) as error:
+                raise Failed(f"{error}; all machines must see the same files at the same paths") from None
+            if known not in (None, seen):
+                raise Failed(f"{location} is another file here than where the work began")
 
+    def __call__(self, number: int) -> dict[str, Any]:
+        """What a shard has: its `number`, how much was `kept`, and so on. It is made unless it is there."""
+        path = self.work / f"{number:05d}.parquet"
+        if path.with_suffix(".json").exists():
+            return json.loads(path.with_suffix(".json").read_text())
+        records = self._records(number)
+        unfinished = self.work / PARTIAL / f"{number:05d}.{uuid4().hex}"
+        unfinished.parent.mkdir(exist_ok=True)
+        if len(list(unfinished.parent.glob(f"{number:05d}.*"))) >= DEATHS:
+            first, last = records[0].name, records[-1].name
+            raise Failed(f"{DEATHS} workers died, for want of memory perhaps, each while it read {first} to {last}")
+        notes, kept, regions, conversations = Notes(), 0, 0, 0
+        with RowWriter(unfinished, self.source.features) as writer:
+            for row in self.source.rows(records, notes):
+                writer.write(row)
+                kept, regions = kept + 1, regions + len(row["regions"])
+                conversations += len(row.get("conversations", ()))
+        unfinished.rename(path)
+        made = {"number": number, "kept": kept, "regions": regions, "conversations": conversations}
+        made |= {"dropped": notes.dropped, "faults": notes.faults}
+        _write(path.with_suffix(".json"), json.dumps(made))
+        return made
 
-def _start_worker(source: Source, work: Path, shard_rows: int) -> None:
-    global _worker
-    _worker = (source, work, shard_rows)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the caller says it
-    end_with_parent()
-
-
-def _work_on(shard: int) -> None:
-    source, work, shard_rows = _worker
-    _make_shard(source, work, shard, shard_rows)
-
-
-def _make_shard(source: Source, work: Path, shard: int, shard_rows: int) -> None:
-    index = (work / "index.sqlite").absolute()
-    with closing(sqlite3.connect(f"{index.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
-        query = "SELECT id, name, data FROM records WHERE n >= ? AND n < ? ORDER BY n"
-        rows = database.execute(query, (shard * shard_rows, (shard + 1) * shard_rows)).fetchall()
-    records = [Record(row_id, name, json.loads(data)) for row_id, name, data in rows]
-    notes, kept, regions, conversations = Notes(), 0, 0, 0
-    path = work / f"{shard:05d}.parquet"
-    partial = path.with_suffix(f".{os.getpid()}")
-    with RowWriter(partial, source.features) as writer:
-        for row in source.rows(records, notes):
-            writer.write(row)
-            kept, regions = kept + 1, regions + len(row["regions"])
-            conversations += len(row.get("conversations", ()))
-    partial.rename(path)
-    noted = {"kept": kept, "regions": regions, "conversations": conversations}
-    noted |= {"dropped": notes.dropped, "faults": notes.faults}
-    _write(path.with_suffix(".json"), json.dumps(noted))
+    def _records(self, number: int) -> list[Record]:
+        index = self.work / "index.sqlite"
+        with closing(sqlite3.connect(f"{index.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
+            query = "SELECT id, name, data FROM records WHERE n >= ? AND n < ? ORDER BY n"
+            rows = database.execute(query, (number * self.rows, (number + 1) * self.rows)).fetchall()
+        return [Record(row_id, name, json.loads(data)) for row_id, name, data in rows]
 
 
 class RowWriter:
@@ -450,10 +455,6 @@ class RowWriter:
         if self._rows:
             self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows, self._bytes = [], 0
-
-
-def _done(work: Path, shard: int) -> bool:
-    return (work / f"{shard:05d}.json").exists()
 
 
 def _publish(output_dir: Path, work: Path, split: str, summary: Summary, described: dict[str, Any]) -> None:

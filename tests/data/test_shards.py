@@ -20,9 +20,11 @@ import pytest
 from converting import picture
 
 from granvit.data.faults import FaultBudgetExceeded
+from granvit.data.files import state
 from granvit.data.loader import GranDataset
-from granvit.data.shards import WORK, Record, Source, build_dataset
+from granvit.data.shards import WORK, Record, Shards, Source, build_dataset
 from granvit.data.sources.rows import PixelBox, picture_row
+from granvit.errors import Failed
 from granvit.questions.schema import DataFault
 
 
@@ -259,6 +261,22 @@ def test_a_worker_that_dies_ends_the_build_and_leaves_its_work(tmp_path):
         assert index.execute("SELECT count(*) FROM records").fetchone() == (20,)
     with pytest.raises(ValueError, match="not finished"):
         GranDataset(tmp_path / "out")
+
+
+def test_a_machine_that_sees_other_files_is_named(tmp_path):
+    """What Ray's workers ask first."""
+    (tmp_path / "plan.json").touch()
+    (tmp_path / "input").write_text("a")
+    shards = Shards(Numbers(), tmp_path, 8, {str(tmp_path / "input"): state(str(tmp_path / "input"))})
+    shards.check()
+    (tmp_path / "input").write_text("other")
+    with pytest.raises(Failed, match="input is another file here than where the work began"):
+        shards.check()
+    (tmp_path / "input").unlink()
+    with pytest.raises(Failed, match="no file or folder at .*input; all machines must see the same files"):
+        shards.check()
+    with pytest.raises(Failed, match="no file or folder at .*nowhere/plan.json"):
+        Shards(Numbers(), tmp_path / "nowhere", 8, {}).check()
 
 
 def test_a_row_group_ends_by_rows_and_by_bytes(tmp_path, monkeypatch):
