@@ -3,7 +3,8 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Union
@@ -15,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from granvit.data.annotate.source import Annotate
 from granvit.data.filters import Filter
+from granvit.data.parallel import over_processes
 from granvit.data.shards import Summary, build_dataset
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
@@ -86,6 +88,8 @@ def annotate(
     fault_budget: float = 0.01,
     workers: int | None = None,
     shard_rows: int = 64,
+    ray: str | None = None,
+    gpus_per_worker: float = 0,
 ) -> None:
     """Find the regions of bare pictures with models. The same command again goes on where it was stopped.
 
@@ -94,10 +98,13 @@ def annotate(
         output: A new or an empty folder, one with other splits, or one in which this very command was stopped.
         split: Name of the split that is written.
         fault_budget: Share of images that may have faults before nothing is published.
-        workers: Processes, each with its own models; None: one a core.
+        workers: Processes, each with its own models; None: one a core, on a cluster as many as it has room for.
         shard_rows: Pictures a shard: as many as are done again after a stop, for each worker.
+        ray: Have workers on a Ray cluster do it, HOST:PORT; auto: the one of RAY_ADDRESS or of this machine.
+        gpus_per_worker: GPUs that the cluster gives each worker; 0.5: two share one.
     """
-    summary = build_dataset(source, output, split, workers, shard_rows, fault_budget, title="Annotating")
+    with _over(ray, gpus_per_worker) as over:
+        summary = build_dataset(source, output, split, workers, shard_rows, fault_budget, title="Annotating", over=over)
     _built(output, summary)
 
 
@@ -107,6 +114,7 @@ def filter(  # noqa: A001
     exclude: Path | None = None,
     fault_budget: float = 0.01,
     workers: int | None = None,
+    ray: str | None = None,
 ) -> None:
     """Write a Gran dataset without what its rules reject. The same command again goes on where it was stopped.
 
@@ -115,11 +123,15 @@ def filter(  # noqa: A001
         output: A new or an empty folder, one with other splits, or one in which this very command was stopped.
         exclude: File with one id a line; rows of these ids are left out.
         fault_budget: Share of images that may have faults before nothing is published.
-        workers: Processes; None: one a core.
+        workers: Processes; None: one a core, on a cluster as many as it has room for.
+        ray: Have workers on a Ray cluster do it, HOST:PORT; auto: the one of RAY_ADDRESS or of this machine.
     """
-    summary = build_dataset(
-        source, output, source.split, workers, fault_budget=fault_budget, exclude=_ids(exclude), title="Filtering"
-    )
+    excluded = _ids(exclude)
+    with _over(ray) as over:
+        summary = build_dataset(
+            source, output, source.split, workers, fault_budget=fault_budget, exclude=excluded, title="Filtering",
+            over=over,
+        )  # fmt: skip
     _built(output, summary)
 
 
@@ -182,6 +194,20 @@ def push(folder: Positional[Path], repository: Positional[str], private: bool = 
 
     check_built(folder)
     console.print(f"{folder} is in {push(folder, repository, 'dataset', private, ('README.md', '*.parquet'))}")
+
+
+@contextmanager
+def _over(ray: str | None, gpus: float = 0) -> Iterator[Any]:
+    """What makes shards: processes of this machine, or workers of a cluster."""
+    if ray is None:
+        if gpus:
+            raise ValueError("--gpus-per-worker needs --ray: on one machine workers share its GPU")
+        yield over_processes
+    else:
+        from granvit.data.cluster import ray_cluster
+
+        with ray_cluster(ray, gpus) as over:
+            yield over
 
 
 def _built(output: Path, summary: Summary) -> None:

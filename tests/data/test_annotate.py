@@ -391,6 +391,16 @@ def test_the_command_with_transformers(detectors, captioners, tmp_path, capsys):
     assert "error: nothing to do: give --ocr" in capsys.readouterr().err
 
 
+def test_ray_where_it_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["annotate", str(pictures(tmp_path / "in", 1)), "--ocr", "rapidocr", "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--ray", "auto"]) == 2
+    assert "error: --ray takes pip install 'granvit[ray]'" in capsys.readouterr().err
+    assert main([*arguments, "--gpus-per-worker", "1"]) == 2
+    assert "error: --gpus-per-worker needs --ray" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
 
