@@ -52,7 +52,8 @@ def over_processes(function: Callable[[int], T], items: Sequence[int], workers: 
     # Spawn: a function may hold what doesn't survive a fork (CUDA, connections, threads).
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _keep, (function,)) as pool:
         ahead = iter(items)
-        running = {pool.submit(_call, item) for item in islice(ahead, 2 * processes)}
+        with blocked(signal.SIGINT):  # a process that Ctrl-C ended while it imports would say so, in many lines
+            running = {pool.submit(_call, item) for item in islice(ahead, 2 * processes)}
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -72,6 +73,7 @@ def _keep(function: Callable[[int], Any]) -> None:
     global _kept
     _kept = function
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: the caller says it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with_parent()
 
 
@@ -104,10 +106,10 @@ def shared_memory(workers: int) -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_blocked() -> Iterator[None]:
-    """While processes are started that keep from SIGTERM (`end_with_parent`). Libraries start threads of their own in a
-    process as soon as it is forked, before a line of ours runs there: those have to have it from their parent."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def blocked(number: signal.Signals) -> Iterator[None]:
+    """While processes are started that keep from a signal, or see to it themselves. Libraries start threads of their
+    own in a process before a line of ours runs there: those have to have it from their parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
@@ -116,7 +118,7 @@ def sigterm_blocked() -> Iterator[None]:
 
 def begun(loader: DataLoader) -> Iterator[Any]:
     """iter(loader), of one whose processes keep from SIGTERM."""
-    with sigterm_blocked():
+    with blocked(signal.SIGTERM):
         return iter(loader)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from granvit.data.parallel import end_with_parent, progress, sigterm_blocked
+from granvit.data.parallel import blocked, end_with_parent, progress
 from granvit.data.sample.pages import draw_page
 from granvit.data.sample.photographs import FOLDER, photographs
 from granvit.data.sample.scenes import SceneConfig, draw_scene
@@ -117,7 +117,7 @@ def build_sample(
     if processes > 1:
         executor = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start_worker)
     try:
-        with sigterm_blocked():
+        with blocked(signal.SIGTERM):
             chunks = {split: (executor.map if executor else map)(make, todo) for split, todo in tasks.items()}
         splits = {
             split: progress(
