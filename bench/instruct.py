@@ -76,6 +76,7 @@ def measure(config: TrainConfig) -> list[tuple[int, float]]:
         phase = run.new_phase(stage, run.model)
         for number, batches in enumerate(phase.batches(), 1):
             phase.take(batches)
+            phase.read()
             if number % max(1, stage.steps // LOOKS) == 0:
                 curve.append((done + number, held_out(run)))
                 print(*curve[-1], flush=True)

@@ -106,6 +106,14 @@ class World:
             dist.all_reduce(sums, group=self.control)
         return sums.to(tensor)
 
+    def sum_on_device(self, tensor: Tensor) -> Tensor:
+        """A tensor on the ranks' devices, summed over the ranks there in float64: the host does not wait for it."""
+        if self.ranks == 1:
+            return tensor
+        sums = tensor.double()
+        dist.all_reduce(sums)
+        return sums.to(tensor)
+
     def total(self, *numbers: float) -> list[float]:
         """Each number, summed over the ranks."""
         return list(numbers) if self.ranks == 1 else self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()

@@ -170,7 +170,8 @@ class PackLoader:
 
     def _known_places(self, step: int) -> dict[int, tuple[int, Place]]:
         """The newest places that are known of this step or one before it."""
-        return next((places for at, places in reversed(self._places) if at <= step), {})
+        # A copy: a thread may read ahead meanwhile.
+        return next((places for at, places in reversed(self._places.copy()) if at <= step), {})
 
     def __iter__(self) -> Iterator[Batch]:
         processes = min(self.workers, self.packs // self.ranks)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,14 +39,16 @@ class Batch:
     crops: Tensor
     crop_grids: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            regions=self.regions.to(device),
-            region_image=self.region_image.to(device),
-            crop_regions=self.crop_regions.to(device),
-        )
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch with what goes to a device in pinned memory."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> Batch:
+        names = ("packed", "regions", "region_image", "crop_regions")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def split(self, parts: int) -> list[Batch]:
         """The sequences, in their order, in so many batches of as many as can be alike: some have none where there are

@@ -17,7 +17,7 @@ that a user says, and the image; a question begins behind the image, and its ans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -90,12 +90,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with its images and tensors on a device."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor | Segments):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
-        return replace(self, images=[image.to(device, non_blocking=non_blocking) for image in self.images], **moved)
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in pinned memory, of which copies to a GPU can be waited for by nobody."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> PackedBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(v) for name, v in values.items() if isinstance(v, torch.Tensor | Segments)}
+        return replace(self, images=[change(image) for image in self.images], **changed)
 
     def attention(self) -> torch.Tensor:
         """bool [B, 1, L, L]: whether the row's token may attend to the column's. Padding attends to itself,

@@ -8,7 +8,7 @@ L x L (granvit.model.question_attention).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -40,9 +40,14 @@ class Segments:
     max_image: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Segments:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Segments:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{name: change(v) for name, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass

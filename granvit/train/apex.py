@@ -29,6 +29,8 @@ def fused_adam(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torc
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
+            if bool(getattr(self, "found_inf", 0)):  # waits for the device, as the numbers of steps are on the host
+                return
             every = self.param_groups
             learning = [p for group in every for p in group["params"] if p.grad is not None]
             try:

@@ -25,15 +25,22 @@ class Teacher:
         self.statistics = Statistics(student.config.hidden_size, next(student.parameters()).device)
 
     @torch.no_grad()
-    def update(self, student: nn.Module) -> None:
-        """teacher <- alpha * teacher + (1 - alpha) * student, for every parameter."""
-        ours, theirs = list(self.encoder.parameters()), list(student.parameters())
-        torch._foreach_mul_(ours, self.alpha)
-        torch._foreach_add_(ours, theirs, alpha=1 - self.alpha)
+    def update(self, student: nn.Module, taken: Tensor | None = None) -> None:
+        """teacher <- alpha * teacher + (1 - alpha) * student, for every parameter; not where `taken`, bool [] on their
+        device, is False."""
+        ours, theirs = ([_local(parameter) for parameter in part.parameters()] for part in (self.encoder, student))
+        share = torch.full((), 1 - self.alpha, device=ours[0].device)
+        share = share if taken is None else share * taken
+        torch._foreach_lerp_(ours, theirs, [share.to(parameter.dtype) for parameter in ours])
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds of it, by name."""
         return self.encoder.state_dict() | {f"statistics.{k}": v for k, v in vars(self.statistics).items()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Of a parameter in pieces (FSDP) this rank's."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Statistics:
@@ -58,15 +65,16 @@ class Statistics:
         return torch.stack([torch.full_like(sums[0], len(x)), *sums])
 
     @torch.no_grad()
-    def update(self, moments: Tensor) -> None:
-        """Take in a step's moments, of at least one position."""
+    def update(self, moments: Tensor, taken: Tensor | None = None) -> None:
+        """Take in a step's moments, of at least one position; not where `taken`, bool [] on their device, is False."""
         number, first, second = moments[0, 0], moments[1:3] / moments[0], moments[3:] / moments[0]
-        self.count.mul_(MEMORY).add_(number)
-        share = number / self.count
+        count = self.count * MEMORY + number
+        share = number / count
         x, y = shift = share * first
-        self.mean.add_(shift)
-        self.covariance.lerp_(second, share).sub_(torch.stack([x * x, y * y, x * y]))
-        self.covariance[:2].clamp_(min=0)  # of a constant far from 0, rounding may leave less
+        covariance = self.covariance.lerp(second, share).sub_(torch.stack([x * x, y * y, x * y]))
+        covariance[:2].clamp_(min=0)  # of a constant far from 0, rounding may leave less
+        for old, new in ((self.count, count), (self.mean, self.mean + shift), (self.covariance, covariance)):
+            old.copy_(new if taken is None else torch.where(taken, new, old))
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, target: str, statistics: Statistics | None = None) -> Tensor:
@@ -113,15 +121,16 @@ def feature_moments(features: Tensor) -> Tensor:
     return x.T @ x
 
 
-def feature_statistics(moments: Tensor) -> dict[str, float]:
-    """Effective rank and mean standard deviation of features of which `feature_moments` tells.
+def feature_statistics(moments: Tensor) -> dict[str, Tensor]:
+    """Effective rank and mean standard deviation, [] each, of features of which `feature_moments` tells; any number
+    where those are not finite.
 
     Effective rank = exp(entropy of the normalised singular values of the centred features) (Roy & Vetterli 2007).
     """
     sums, number = moments[-1, :-1], moments[-1, -1]
-    scatter = moments[:-1, :-1] - torch.outer(sums, sums) / number
+    scatter = (moments[:-1, :-1] - torch.outer(sums, sums) / number).nan_to_num(0, 0, 0)  # eigvalsh raises for NaN
     singular = torch.linalg.eigvalsh(scatter).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-30)
     entropy = -(share * share.clamp_min(1e-30).log()).sum()
     deviations = (scatter.diagonal() / number).clamp_min(0).sqrt()
-    return {"effective_rank": entropy.exp().item(), "std": deviations.mean().item()}
+    return {"effective_rank": entropy.exp(), "std": deviations.mean()}

@@ -9,6 +9,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from granvit.errors import Failed
 from granvit.status import INTERRUPTED, STOPPED
 
@@ -87,6 +90,25 @@ class Streak:
 
     def add(self, finite: bool) -> None:
         self.length = 0 if finite else self.length + 1
+
+
+class Gate:
+    """A streak as the device knows it, which says there whether a step is taken: where its gradient is finite, but none
+    any more after `limit` in a row where it was not. The host learns of those some steps later, and then finds
+    parameters and moments as they were."""
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self.limit, self.length = limit, torch.zeros((), dtype=torch.int32, device=device)
+
+    def admit(self, norm: Tensor) -> Tensor:
+        """bool []: whether the step whose gradient has this norm [] is taken."""
+        taken = norm.isfinite() & (self.length < self.limit)
+        self.length.add_(1).mul_(~taken)
+        return taken
+
+    def restore(self, length: int) -> None:
+        """Go on after a streak of this length, by another step at least."""
+        self.length.fill_(min(length, self.limit - 1))
 
 
 class Spikes:

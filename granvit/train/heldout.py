@@ -81,16 +81,21 @@ class HeldOut:
             self._done.add(line["step"])
             self._better(line["step"], line.get(LOSS))
 
+    @property
+    def due(self) -> bool:
+        """Whether the phase is at a step that is to be evaluated and is not yet."""
+        step, last = self.phase.step, self.phase.stage.steps
+        return self.every > 0 and (step % self.every == 0 or step == last) and step not in self._done
+
     def evaluate(self, stopping: Callable[[], bool] = never) -> float | None:
-        """Evaluate, if this is due at the phase's step and not yet done, and write it down. Returns the loss where it
+        """Evaluate, if this is due, and write it down. Returns the loss where it
         is the lowest so far, so that this step's weights are to be kept, else None.
 
         All ranks call it at the same step. Where `stopping` says so, the same on each, before the end, nothing is
         written, and it is due again when the run goes on from this step.
         """
         phase, step = self.phase, self.phase.step
-        due = self.every and (step % self.every == 0 or step == phase.stage.steps)
-        if not due or step in self._done:
+        if not self.due:
             return None
         if step == phase.stage.steps:  # there is no going on from it
             stopping = never

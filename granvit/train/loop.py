@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +24,13 @@ from granvit.metrics_log import MetricsLog
 from granvit.model import GranViT
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.distill import Teacher, feature_moments, feature_statistics
-from granvit.train.guard import NotFinite, Spikes, Streak, Terminated, Termination
+from granvit.train.feed import Feed, MicroBatch, StepInput
+from granvit.train.guard import Gate, NotFinite, Spikes, Streak, Terminated, Termination
 from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
 from granvit.train.parallel.compiling import compile_blocks
 from granvit.train.parallel.distributed import distribute, synchronise
 from granvit.train.parallel.memory import checkpoint_activations
+from granvit.train.pending import Launched, Pending
 from granvit.train.presets import TrainConfig
 from granvit.train.profiling import STEP, profiled
 from granvit.train.retention import LOSS
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from granvit.train.heldout import HeldOut
 
 log = logging.getLogger(__name__)
-
-IMAGES_OF = "images {}"
-"""Under which name a line of metrics.jsonl has a dataset's images, where several are mixed."""
 
 LossOf = Callable[[GranViT, "Teacher | None", int, Batch, Share], dict[str, Tensor]]
 """(model, teacher, step, batch, share) -> losses, as `stage_loss` gives them."""
@@ -61,9 +58,9 @@ class Losses(nn.Module):
         return self.loss_of(self.model, self.teacher, step, batch, share)
 
 
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
     """A context of the run's precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
 
 
 class Phase:
@@ -86,7 +83,7 @@ class Phase:
         device: torch.device,
     ) -> None:
         self.config, self.stage, self.model, self.loader = config, stage, model, loader
-        self.loss_of, self.blank, self.world, self.device = loss_of, blank, world, device
+        self.loss_of, self.world, self.device = loss_of, world, device
         freeze(model.groups(), stage.train)
         self.teacher = Teacher(model.encoder, config.distill.alpha) if stage.distill > 0 else None
         teacher = self.teacher.encoder if self.teacher else None
@@ -101,8 +98,12 @@ class Phase:
         self.trained = [p for name in stage.train for p in groups[name]]
         self.optimizer = make_optimizer(groups, stage, hidden_matrices(model))
         self.parts = -(-(stage.packs // world.ranks) // config.micro_packs) if config.micro_packs else 1
+        # A mixture has names of its datasets.
+        self.feed = Feed(blank, self.parts, getattr(loader.dataset, "names", ()), world, device)
         self.step = 0
         self.spikes, self.streak = Spikes(), Streak(config.nonfinite_limit)
+        self.gate = Gate(config.nonfinite_limit, device)
+        self.pending = Pending(stage, self.spikes, self.streak, world)
 
     # What a checkpoint holds
 
@@ -130,96 +131,99 @@ class Phase:
             self.loader.load_state_dict(values["loader"])
             self.step, self.streak.length = values["step"], values["streak"]
             self.spikes.restore(values["spikes"])
+            self.gate.restore(self.streak.length)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no checkpoint of a stage on its way: {error!r} in its values") from error
 
     # Steps
 
-    def batches(self) -> Iterator[list[Batch]]:
-        """This rank's batches of each step that is left."""
+    def batches(self, stop: Callable[[], bool] = lambda: False) -> Iterator[StepInput]:
+        """What this rank takes through each step that is left. All ranks call it. stop: whether this one is asked to
+        stop."""
+        return self.feed.steps(self._loaded(), stop)
+
+    def _loaded(self) -> Iterator[list[Batch]]:
         batches = iter(self.loader)
         for _ in range(self.step, self.stage.steps):
             yield list(islice(batches, self.stage.accumulate))
 
-    def take(self, batches: list[Batch]) -> dict[str, Any]:
-        """One step of the optimiser on what all ranks have, a micro-batch at a time. Returns its line for the log:
-        without "loss" where no image could be read, with "skipped" where loss or gradient was not finite."""
+    @property
+    def logs(self) -> bool:
+        """Whether the step is one whose numbers are read."""
+        return self.step == 1 or self.step % self.config.log_every == 0 or self.step == self.stage.steps
+
+    def take(self, given: StepInput) -> None:
+        """Launch one step of the optimiser on what all ranks have, a micro-batch at a time. Nothing waits for the
+        device; a step whose loss or gradient is not finite changes nothing there."""
         self.step += 1
-        names = getattr(self.loader.dataset, "names", [])  # of a mixture's datasets
-        counts = ("targets", "regions", "asked", "images", "tokens", *map(IMAGES_OF.format, names))
-        batches = [part for batch in batches for part in batch.split(self.parts)]
-        totals = self.world.total(*(number for batch in batches for number in _count(batch, names)))
-        step = {name: sum(totals[i :: len(counts)]) for i, name in enumerate(counts)}
-        images = totals[counts.index("images") :: len(counts)]  # no rank goes through what all have none of
-        batches = [batch for batch, number in zip(batches, images, strict=True) if number]
-        line = {"regions": int(step["asked"]), "images": int(step["images"]), "tokens": int(step["tokens"])}
-        line |= {name: int(step[name]) for name in counts[5:]}
-        if not step["targets"]:
-            return line
+        counts = given.counts
+        line = {"step": self.step, "regions": counts["asked"]}
+        line |= {name: number for name, number in counts.items() if name not in ("targets", "regions", "asked")}
+        if not counts["targets"]:
+            self.pending.add(Launched(line))
+            return
         # What a model draws at random is a function of the step: there is no generator's state to be kept.
         seed = f"{self.config.seed} {self.stage.name} {self.step} {self.world.rank}"
         torch.manual_seed(zlib.crc32(seed.encode()))
         self.optimizer.zero_grad(set_to_none=True)
-        logged, parts = self.step % self.config.log_every == 0 or self.step == 1, []
-        for number, batch in enumerate(batches):
-            synchronise(self.losses, number == len(batches) - 1)
-            share = Share(step["targets"], step["regions"], weight=float(bool(batch.samples)))
-            parts.append(self._learn(batch if batch.samples else self.blank, share, logged))
-        line |= self._update(parts, batches)
-        # There is no rank of what isn't finite, and none of no features: conversations alone have no picture.
-        seen = [part["seen"] for part in parts if "seen" in part]
-        if seen and "skipped" not in line:
-            line |= {f"features_{k}": v for k, v in feature_statistics(sum(seen)).items()}
-        return line
+        learnt = []
+        for number, part in enumerate(given.parts):
+            synchronise(self.losses, number == len(given.parts) - 1)
+            learnt.append(self._learn(part, Share(counts["targets"], counts["regions"], weight=float(bool(part.ids)))))
+        numbers = self._update(learnt)
+        parts = tuple(replace(part, batch=None) for part in given.parts)
+        finite = tuple(losses["answers"].isfinite() for losses in learnt)
+        self.pending.add(Launched(line | {"rate": self.stage.rate(self.step)}, numbers, parts, finite))
 
-    def _learn(self, batch: Batch, share: Share, logged: bool) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch to those that are there. Returns its losses, and with `logged` what
-        `feature_statistics` takes of its features as "seen"; a function, so that nothing else of it is kept."""
+    def read(self) -> list[dict[str, Any]]:
+        """The lines of the steps since the last reading, for the log; waits for the device. All ranks call it at the
+        same step. A line is without "loss" where no image could be read, with "skipped" where loss or gradient was not
+        finite. Where the streak is over, the phase is then at its last step: nothing was learnt since."""
+        lines = self.pending.read()
+        if self.streak.over:
+            self.step = lines[-1]["step"] if lines else self.step
+        return lines
+
+    def _learn(self, part: MicroBatch, share: Share) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch to those that are there. Returns its losses, and on the first rank's log
+        steps what `feature_statistics` takes of its features as "seen"; a function, so that nothing else of it is kept.
+        """
         with autocast(self.config, self.device):
-            losses = self.losses(self.step, batch.to(self.device), share)
-        # The ranks' gradients are averaged, but their losses are parts of a sum.
-        (losses["loss"] * self.world.ranks).backward()
+            losses = self.losses(self.step, part.batch, share)
+        # The ranks' gradients are averaged, but their losses are parts of a sum. NaN where the loss is not finite,
+        # which a gradient can be all the same: so every rank gets to know.
+        loss = losses["loss"]
+        loss.backward(loss.detach() * 0 + self.world.ranks)
         features = losses.pop("features", ())
-        if logged and share.weight and len(features):
+        if self.logs and self.world.leads and share.weight and len(features):
             losses["seen"] = feature_moments(features)
         return {name: value.detach() for name, value in losses.items()}
 
-    def _update(self, parts: list[dict[str, Tensor]], batches: list[Batch]) -> dict[str, Any]:
+    def _update(self, learnt: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One step of the optimiser, if the gradient is finite. Returns what is to be read of it."""
         rate = self.stage.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate
         norm = nn.utils.clip_grad_norm_(self.trained, self.stage.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        captions, distills = ([part[k] for part in parts if k in part] for k in ("loss_caption", "loss_distill"))
-        # Here alone a step waits for the device: it has to know whether the update is good.
-        norm, *losses = torch.stack([norm, *captions, *distills]).tolist()
-        caption, distill = self.world.total(sum(losses[: len(captions)]), sum(losses[len(captions) :]))
-        loss = caption + self.stage.distill * distill
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        self.streak.add(finite)
-        if not finite:
-            self.optimizer.zero_grad(set_to_none=True)
-            log.warning("%s step %d: loss %.4g, gradient norm %.4g; the step is skipped, its images: %s",
-                        self.stage.name, self.step, loss, norm, ", ".join(self._suspects(parts, batches)))  # fmt: skip
-            return {"skipped": True}
+        taken = self.gate.admit(norm)
+        numbers = {"taken": taken}
+        for name in ("loss_caption", "loss_distill"):
+            parts = [losses[name].double() for losses in learnt if name in losses]
+            numbers[name] = sum(parts, start=torch.zeros((), dtype=torch.float64, device=self.device))
+        numbers["grad_norm"] = norm
         with record_function("granvit.optimizer"):
+            self.optimizer.found_inf = (~taken).float()
             self.optimizer.step()
             if self.teacher is not None:
-                self.teacher.update(self.model.encoder)
-                if "moments" in parts[0]:
-                    self.teacher.statistics.update(self.world.sum(sum(part["moments"] for part in parts)))
-        if self.spikes.add(loss):
-            ids = [sample.id for batch in batches for sample in batch.samples]
-            log.warning("%s step %d: the loss jumped to %.4g; images: %s", self.stage.name, self.step, loss,
-                        ", ".join(ids))  # fmt: skip
-        return {"loss": loss, "loss_caption": caption, "loss_distill": distill, "grad_norm": norm, "rate": rate}
-
-    def _suspects(self, parts: list[dict[str, Tensor]], batches: list[Batch]) -> list[str]:
-        """Ids of the images of all ranks with an answer whose loss is not finite; of all images if none has one."""
-        pairs = [(losses, batch) for losses, batch in zip(parts, batches, strict=True) if batch.samples]
-        blamed = [batch.samples[i].id for losses, batch in pairs for i in faulty(losses["answers"], batch)]
-        ranks = self.world.gather((blamed, [sample.id for _, batch in pairs for sample in batch.samples]))
-        return [i for some, _ in ranks for i in some] or [i for _, every in ranks for i in every]
+                self.teacher.update(self.model.encoder, taken)
+                if "moments" in learnt[0]:
+                    moments = self.world.sum_on_device(sum(losses["moments"] for losses in learnt))
+                    self.teacher.statistics.update(moments, taken)
+        seen = [losses["seen"] for losses in learnt if "seen" in losses]
+        if seen:  # conversations without a picture have no features
+            numbers |= {f"features_{name}": value for name, value in feature_statistics(sum(seen)).items()}
+        return numbers
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -228,19 +232,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     under = {f"llm.{name}" for name, _ in model.llm.named_parameters()} if adapters(model.llm) else set()
     under -= {name for name in under if ADAPTER in name}
     return {f"model.{name}": value for name, value in model.state_dict().items() if name not in under}
-
-
-def faulty(answers: Tensor, batch: Batch) -> list[int]:
-    """Numbers of the batch's images that have an answer whose loss (answers [A], of its tokens) is not finite."""
-    owner = batch.packed.image_index.flatten()[batch.packed.answer_slots]
-    return owner[~answers.isfinite().to(owner.device)].unique().tolist()
-
-
-def _count(batch: Batch, names: Sequence[str]) -> tuple[int, ...]:
-    tokens = int((batch.packed.image_index >= 0).sum())
-    of = Counter(sample.dataset for sample in batch.samples) if names else {}
-    numbers = len(batch.packed.targets), len(batch.crops), batch.packed.regions, len(batch.samples), tokens
-    return *numbers, *(of[name] for name in names)
 
 
 def train_phase(
@@ -261,32 +252,36 @@ def train_phase(
     folder, profiled_step = checkpoints.folder.parent, STEP if config.profile and world.leads else None
     phase.model.train()
     level = logging.WARNING if world.leads else logging.DEBUG  # what all ranks have to say
+    began, note = time.perf_counter(), ""
 
     def stopping() -> bool:
         return any(world.total(termination.asked))
 
+    def write() -> None:
+        """Write down the steps since the last time. Their numbers are read at once, and they share the time that they
+        took: a device's steps have no other that the host knows."""
+        nonlocal began, note
+        lines = phase.read()
+        seconds = (time.perf_counter() - began) / max(1, len(lines))
+        for line in lines:
+            note = f"loss {line['loss']:.3f}" if "loss" in line else "skipped"
+            if "skipped" not in line and "loss" not in line:
+                log.log(level, "%s step %d: no readable image among its rows, skipped", stage.name, line["step"])
+            elif world.leads:
+                metrics.write(stage=stage.name, **line, seconds=seconds)
+        if phase.streak.over:
+            _give_up(phase, checkpoints)
+        began = time.perf_counter()
+
     with termination.awaited():
         if (best := held_out.evaluate(stopping)) is not None:  # of the step it goes on from, where a stop prevented it
             _save(phase, checkpoints, best)
-        began = time.perf_counter()
-        for number, batches in enumerate(phase.batches(), start=1):
-            with nullcontext() if number != profiled_step else profiled(folder / "profile" / stage.name, phase.device):
-                line = phase.take(batches)
-            ended = time.perf_counter()
-            if "skipped" not in line and "loss" not in line:
-                log.log(level, "%s step %d: no readable image among its rows, skipped", stage.name, phase.step)
-            elif world.leads:
-                metrics.write(stage=stage.name, step=phase.step, **line, seconds=ended - began)
-            stepped(phase.step, line["images"], f"loss {line['loss']:.3f}" if "loss" in line else "skipped")
-            if phase.streak.over:
-                _give_up(phase, checkpoints)
-            best = held_out.evaluate(stopping)
-            if phase.step == stage.steps:
-                break
-            asked = stopping()
-            if asked or best is not None or phase.step % config.checkpoint_every == 0:
-                _save(phase, checkpoints, best)
-            if asked:
+        began, saved = time.perf_counter(), phase.step
+        for number, given in enumerate(phase.batches(lambda: termination.asked), start=1):
+            if given.stop:
+                write()
+                if saved != phase.step:
+                    _save(phase, checkpoints, None)
                 checkpoints.wait()
                 if checkpoints.failures:
                     raise Failed(
@@ -295,7 +290,19 @@ def train_phase(
                     )
                 log.log(level, "%s: stopped after step %d; the same command goes on", stage.name, phase.step)
                 raise Terminated(termination.code)
-            began = time.perf_counter()
+            with nullcontext() if number != profiled_step else profiled(folder / "profile" / stage.name, phase.device):
+                phase.take(given)
+            saves = phase.step % config.checkpoint_every == 0
+            reads = phase.logs or saves or held_out.due
+            if reads:
+                write()
+            stepped(phase.step, given.counts["images"], note)
+            if reads:
+                best = held_out.evaluate(stopping)
+                if phase.step < stage.steps and (saves or best is not None):
+                    _save(phase, checkpoints, best)
+                    saved = phase.step
+                began = time.perf_counter()
         values = {"step": phase.step} | _known(best)
         checkpoints.save(stage.name, phase.step, model_tensors(phase.model), values, final=True)
         if checkpoints.failures:

@@ -81,6 +81,8 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, params: Iterable[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(params, betas=betas, fused=True)
+        # torch's name for what tells a fused step, on the device, that it is to change nothing.
+        self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -96,16 +98,19 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         shapes: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        taken = 1 - self.found_inf
         for parameter in group["params"]:
             if parameter.grad is not None:
                 shapes[parameter.shape].append(parameter)
         for shape, alike in shapes.items():
             momenta = [self.state[parameter]["momentum"] for parameter in alike]
-            gradients = [parameter.grad for parameter in alike]
-            torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-            ahead = torch.stack(gradients).lerp_(torch.stack(momenta), self.momentum)  # Nesterov's
-            updates = orthogonalized(ahead) * (-0.2 * group["lr"] * max(shape) ** 0.5)
-            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            gradients, past = torch.stack([parameter.grad for parameter in alike]), torch.stack(momenta)
+            # A mean of a momentum and itself is that momentum.
+            gradients = torch.where(self.found_inf > 0, past, gradients)
+            torch._foreach_lerp_(momenta, list(gradients), 1 - self.momentum)
+            ahead = gradients.lerp_(torch.stack(momenta), self.momentum)  # Nesterov's
+            updates = orthogonalized(ahead) * (taken * (-0.2 * group["lr"] * max(shape) ** 0.5))
+            torch._foreach_mul_(alike, 1 - taken * (group["lr"] * group["weight_decay"]))
             torch._foreach_add_(alike, list(updates))
 
 

@@ -37,7 +37,8 @@ def replay(dump: Path, device: str = "auto") -> bool:
     phase = run.new_phase(stage, run.model)
     phase.resume(dump)
     watch = Watch(run.model)
-    line = phase.take(next(phase.batches()))
+    phase.take(next(phase.batches()))
+    (line,) = phase.read()
     table = Table("module", "what is not finite", title=f"{stage.name} step {phase.step}")
     for row in watch.found:
         table.add_row(*row)

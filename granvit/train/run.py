@@ -407,7 +407,7 @@ class Run:
         with eager():
             features, _ = self.model.encode(images)
         statistics = feature_statistics(feature_moments(features))
-        return {f"{name}_{when}": value for name, value in statistics.items()}
+        return {f"{name}_{when}": float(value) for name, value in statistics.items()}
 
     @property
     def _precision(self) -> torch.dtype:

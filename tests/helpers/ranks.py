@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from granvit.data.batches import Batch, Read, collate, join
 from granvit.eval import __main__ as measuring
 from granvit.questions.prompts import GLOBAL_CAPTION
 from granvit.train import __main__
+from granvit.train.feed import StepInput
 from granvit.train.guard import Termination
+from granvit.train.loop import Phase
 from granvit.train.presets import TrainConfig, load_config
 from granvit.train.run import Run
 from granvit.world import RollCall, World
@@ -58,15 +60,22 @@ def of(run: Run, samples: list, asked: list) -> Batch:
     return collate(samples, asked, run.processor, capacity, crops)
 
 
+def taken(phase: Phase, steps: Iterable[StepInput]) -> list[dict]:
+    """The lines of these steps, which are read together at the end."""
+    for step in steps:
+        phase.take(step)
+    return phase.read()
+
+
 def through_loader(run: Run, stage, world: World, steps: int) -> dict:
     """The stage's own steps."""
     phase = run.new_phase(replace(stage, steps=steps), copy.deepcopy(run.model))
-    return outcome(phase, [phase.take(batches) for batches in phase.batches()])
+    return outcome(phase, taken(phase, phase.batches()))
 
 
 def through_splits(run: Run, stage, world: World, packs: int = 4) -> dict:
     phase = run.new_phase(replace(stage, packs=packs), copy.deepcopy(run.model))
-    return outcome(phase, [phase.take([batch]) for batch in portion_batches(run, stage, world)])
+    return outcome(phase, taken(phase, (phase.feed.step([batch]) for batch in portion_batches(run, stage, world))))
 
 
 def accumulated(run: Run, stage, world: World, target: str) -> dict:
@@ -74,7 +83,7 @@ def accumulated(run: Run, stage, world: World, target: str) -> dict:
     run.config = replace(run.config, distill=replace(run.config.distill, target=target))
     phase = run.new_phase(replace(stage, packs=4, accumulate=2), copy.deepcopy(run.model))
     batches = list(portion_batches(run, stage, world))
-    return outcome(phase, [phase.take(batches[i : i + 2]) for i in (0, 2, 5)])
+    return outcome(phase, taken(phase, (phase.feed.step(batches[i : i + 2]) for i in (0, 2, 5))))
 
 
 def outcome(phase, lines: list[dict]) -> dict:

@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 
 from granvit.train import __main__, checkpoint, loop
@@ -145,21 +147,48 @@ SPOILT = {
 @pytest.mark.parametrize("what", SPOILT.values(), ids=SPOILT)
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_image(phase, monkeypatch, caplog, what):
     batches = phase.batches()
-    phase.take(next(batches))
+    ranks.taken(phase, [next(batches)])
     before, spikes = {name: tensor.clone() for name, tensor in phase.tensors().items()}, phase.spikes.state()
     spoil(monkeypatch, {2}, what)
     two = next(batches)
     with caplog.at_level(logging.WARNING):
-        line = phase.take(two)
-    assert line["skipped"] is True and "loss" not in line and line["images"] == len(two[0].samples) > 1
+        (line,) = ranks.taken(phase, [two])
+    assert line["skipped"] is True and "loss" not in line and line["images"] == len(two.parts[0].ids) > 1
     json.dumps(line, allow_nan=False)
     after = phase.tensors()
     assert before.keys() == after.keys() and any(name.startswith("teacher.") for name in after)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert phase.spikes.state() == spikes and phase.streak.length == 1
-    assert caplog.messages[-1].partition("its images: ")[2] == two[0].samples[0].id
-    assert "loss" in phase.take(next(batches)) and phase.streak.length == 0
+    assert caplog.messages[-1].partition("its images: ")[2] == two.parts[0].ids[0]
+    assert "loss" in ranks.taken(phase, [next(batches)])[0] and phase.streak.length == 0
     assert not all(torch.equal(tensor, phase.tensors()[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_that_are_read_late_are_as_if_read_at_once(config, tmp_path, monkeypatch, caplog, optimizer):
+    """A skipped step, and two in a row, the most that may be: what the device does after them is as not done, though
+    step 6 is finite."""
+    run = Run(replace(config, nonfinite_limit=2), tmp_path / "run", World(), torch.device("cpu"), Termination())
+    stage = replace(config.pretrain, optimizer=optimizer)
+    spoil(monkeypatch, {2, 4, 5}, SPOILT["a gradient alone"])
+    outcomes = []
+    for late in (False, True):
+        caplog.clear()
+        phase, lines = run.new_phase(stage, copy.deepcopy(run.model)), []
+        for given in phase.batches():
+            phase.take(given)
+            lines += [] if late else phase.read()
+            if phase.streak.over:
+                break
+        assert phase.step == (6 if late else 5)
+        lines += phase.read()
+        tensors = {name: tensor.clone() for name, tensor in phase.tensors().items()}
+        outcomes.append((lines, phase.values(), caplog.messages, tensors))
+    at_once, late = outcomes
+    assert [line.get("skipped", False) for line in late[0]] == [False, True, False, True, True]
+    assert at_once[:3] == late[:3] and late[1]["step"] == 5 and len(late[2]) == 3
+    assert any(name.startswith("teacher.") for name in late[3])
+    assert all(torch.equal(tensor, late[3][name]) for name, tensor in at_once[3].items())
 
 
 def test_a_jump_of_the_loss_names_the_images_and_is_learnt_from(phase, monkeypatch, caplog):
@@ -167,9 +196,9 @@ def test_a_jump_of_the_loss_names_the_images_and_is_learnt_from(phase, monkeypat
     phase.spikes.restore([1000, 1.0, 0.01])
     two = next(batches)
     with caplog.at_level(logging.WARNING):
-        line = phase.take(two)
+        (line,) = ranks.taken(phase, [two])
     assert line["loss"] > 2 and "the loss jumped to" in caplog.text
-    assert all(sample.id in caplog.text for sample in two[0].samples)
+    assert all(image in caplog.text for image in two.parts[0].ids)
 
 
 def lines_of(config) -> list[dict]:

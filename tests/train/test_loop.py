@@ -57,7 +57,7 @@ def test_micro_batches_are_one_batch_and_keep_less_of_it(small_config, tmp_path,
     def outcome(micro_packs: int):
         run.config = replace(config, micro_packs=micro_packs)
         phase = run.new_phase(stage, copy.deepcopy(run.model))
-        lines = [phase.take([batch]) for _ in range(2)]  # the first fills the statistics
+        lines = ranks.taken(phase, (phase.feed.step([batch]) for _ in range(2)))  # the first fills the statistics
         largest = max(kept)
         kept.clear()
         gradient = torch.cat([p.grad.flatten() for p in phase.trained if p.grad is not None])

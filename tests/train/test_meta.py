@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,16 +21,20 @@ from torch.utils._pytree import tree_leaves
 
 from granvit.cost.shapes import config_of, on_meta
 from granvit.data.collate import collate
+from granvit.metrics_log import MetricsLog
 from granvit.model import GranViTProcessor, llm
+from granvit.train import pending
 from granvit.train.distill import Teacher
+from granvit.train.guard import Termination
+from granvit.train.loop import Phase, train_phase
 from granvit.train.optimizer import freeze, make_optimizer
-from granvit.train.parallel.memory import checkpoint_activations
-from granvit.train.presets import PRESETS
+from granvit.train.presets import PRESETS, TrainConfig
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
+from granvit.world import World
 
-SMOKE = PRESETS["smoke"]
-STAGES = [SMOKE.pretrain, SMOKE.adapt]
+SMOKE, PAPER = PRESETS["smoke"], PRESETS["paper"]
+STAGES = [SMOKE.align, SMOKE.pretrain, SMOKE.adapt, SMOKE.sft]
 META = torch.device("meta")
 PINNED = {"layout.py copied"}
 """What may copy to the device in a step: it doesn't wait."""
@@ -84,59 +89,79 @@ def fused_on_meta(monkeypatch):
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
 
 
-def step(model, processor, samples, stage: Stage, capacity: int) -> Counter:
-    """One step of a stage on meta, its optimiser and teacher included. Returns the crossings."""
+class Loader(list):
+    """Batches, as a phase takes them from a PackLoader."""
+
+    dataset = None
+
+
+def train(monkeypatch, tmp_path, model, processor, samples, stage: Stage, config: TrainConfig) -> list[int]:
+    """Four steps of a stage on meta as a run takes them: encoder, teacher, region prompt, LLM, losses, backward,
+    clipping, optimiser and averages. Returns the steps after which the device is read, once for each time.
+
+    A read anywhere else raises, and so does this, where a step's tensors cross from the host but by pinned memory."""
+    config = replace(config, precision="float32", log_every=3)  # autocast doesn't know meta
     asked = [processor.questions(sample, stage.tasks) for sample in samples]
-    batch = collate(samples, asked, processor, capacity, SMOKE.crops).to(META)
-    model = model.to(META).train()
-    groups = model.groups()
-    freeze(groups, stage.train)
-    teacher = Teacher(model.encoder, 0.9) if stage.distill else None
-    trained = [parameter for name in stage.train for parameter in groups[name]]
-    optimizer = make_optimizer(groups, stage)
-    with crossings() as crossed:
-        losses = stage_loss(model, teacher, batch, stage, SMOKE.distill)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(trained, stage.clip)
-        optimizer.step()
-        if teacher is not None:
-            teacher.update(model.encoder)
-    assert ("loss_distill" in losses) == (teacher is not None)
-    assert all(parameter.grad.is_meta for parameter in trained if parameter.numel())
-    return crossed
+    batch = collate(samples, asked, processor, config.data.capacity, config.crops if stage.distill else None)
+    loader = Loader([batch] * 4)
+    losses = lambda model, teacher, _, batch, share: stage_loss(model, teacher, batch, stage, config.distill, share)  # noqa: E731
+    stage = replace(stage, steps=4, epochs=None, packs=1, images=None)
+    phase = Phase(config, stage, model.to(META).train(), loader, losses, batch, World(), META)
+    take, reads = Phase.take, []
+
+    def watched(phase, given):
+        with crossings() as crossed:
+            take(phase, given)
+        assert crossed.keys() == PINNED
+
+    def fetch(numbers: Tensor) -> list[float]:
+        assert numbers.is_meta
+        reads.append(phase.step)
+        return [1.0] * len(numbers)
+
+    monkeypatch.setattr(Phase, "take", watched)
+    monkeypatch.setattr(pending, "fetch", fetch)
+    nowhere = SimpleNamespace(folder=tmp_path / "checkpoints", failures=0, save=lambda *_, **__: None)
+    never = SimpleNamespace(due=False, evaluate=lambda _: None)
+    metrics = MetricsLog(tmp_path / "metrics.jsonl")
+    train_phase(phase, nowhere, metrics, Termination(), lambda *_: None, never)
+    lines = metrics.lines()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(line["grad_norm"] == 1 for line in lines)
+    assert ["features_std" in line for line in lines] == [True, False, True, True]
+    assert (phase.teacher is not None) == bool(stage.distill)
+    assert all(parameter.grad.is_meta for parameter in phase.trained if parameter.numel())
+    return reads
 
 
 @pytest.mark.usefixtures("fused_on_meta")
 @pytest.mark.parametrize("attention", ["mask", "segments"])
-@pytest.mark.parametrize("shuffle", [1, 2])
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_step_reads_nothing_back(tiny, samples, monkeypatch, stage, shuffle, attention):
+def test_only_log_steps_read_and_those_once(tiny, samples, monkeypatch, tmp_path, stage, attention):
+    model, processor = tiny(pixel_shuffle=2 if attention == "mask" else 1)
     if attention == "segments":  # as on a GPU in half precision
         monkeypatch.setattr(llm, "why_not_flash", lambda *_: None)
-    model, processor = tiny(pixel_shuffle=shuffle)
-    assert step(model, processor, samples, stage, 256).keys() == PINNED
+        stage = replace(stage, optimizer="adamw")
+    assert train(monkeypatch, tmp_path, model, processor, samples, stage, SMOKE) == [1, 3, 4]
 
 
 @pytest.mark.usefixtures("fused_on_meta")
 @pytest.mark.parametrize("target", ["layer_norm", "cosine", "mse"])
-def test_no_target_of_distillation_reads_anything(tiny, samples, monkeypatch, target):
-    monkeypatch.setitem(globals(), "SMOKE", replace(SMOKE, distill=replace(SMOKE.distill, target=target)))
-    model, processor = tiny()
-    assert step(model, processor, samples, SMOKE.pretrain, 256).keys() == PINNED
+def test_no_target_of_distillation_reads_anything(tiny, samples, monkeypatch, tmp_path, target):
+    config = replace(SMOKE, distill=replace(SMOKE.distill, target=target))
+    assert train(monkeypatch, tmp_path, *tiny(), samples, config.pretrain, config) == [1, 3, 4]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fused_on_meta")
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_step_of_the_paper_s_size(tiny, samples, stage):
+@pytest.mark.parametrize("stage", [PAPER.align, PAPER.pretrain, PAPER.adapt, PAPER.sft], ids=lambda stage: stage.name)
+def test_steps_of_the_paper_s_size(tiny, samples, monkeypatch, tmp_path, stage):
     """SigLIP2 so400m and Qwen2.5-1.5B, whose activations are computed again."""
     small, processor = tiny(box_format="text")
-    config = config_of(PRESETS["paper"].model)
+    config = config_of(PAPER.model)
     config.text_vocab = small.config.text_vocab  # the rest of the table is left unused, as by Qwen's own tokenizer
     processor = GranViTProcessor.from_config(config, processor.tokenizer)
-    model = on_meta(config)
-    checkpoint_activations(model)
-    assert step(model, processor, samples, stage, 4096).keys() == PINNED
+    paper = replace(PAPER, checkpointing=True, micro_packs=0)
+    assert train(monkeypatch, tmp_path, on_meta(config), processor, samples, stage, paper) == [1, 3, 4]
 
 
 def test_crossings_are_seen_and_reads_raise():
@@ -156,7 +181,7 @@ def test_crossings_are_seen_and_reads_raise():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", [SMOKE.pretrain, SMOKE.adapt], ids=lambda stage: stage.name)
 def test_a_step_on_a_gpu_never_waits(tiny, samples, stage):
     """What meta can't show: copies and kernels of libraries that wait. The second of two steps, on other images."""
     model, processor = tiny(pixel_shuffle=2)

@@ -46,6 +46,23 @@ def test_steps_are_those_of_torch_on_matrices_and_of_adamw_on_the_rest():
         assert moved > 0.1 and (mine - other).norm() < 0.02 * moved  # torch's are rounded to bfloat16
 
 
+def test_a_step_of_muon_that_is_to_change_nothing_does_so():
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((64, 64), (64, 64), (5, 7))]
+    groups = [{"params": parameters[i : i + 2], "muon": not i, "weight_decay": 0.1} for i in (0, 2)]
+    muon = Muon(groups, betas=(0.9, 0.98))
+    for parameter in parameters[:2]:
+        muon.state[parameter] = {"momentum": torch.randn(64, 64)}
+    for gradient in (1.0, torch.nan, torch.inf):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, gradient)
+        tensors = [*parameters, *(value for state in muon.state.values() for value in state.values())]
+        before = [tensor.detach().clone() for tensor in tensors]
+        muon.found_inf.fill_(gradient != 1)
+        muon.step()
+        assert [torch.equal(*pair) for pair in zip(before, tensors, strict=True)] == [gradient != 1] * len(tensors)
+
+
 def test_muon_takes_linear_layers_and_no_table():
     model, _ = build_tiny(["a red ball", "a blue ring"])
     matrices = {name for name, parameter in model.named_parameters() if parameter in hidden_matrices(model)}

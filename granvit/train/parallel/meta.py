@@ -52,11 +52,12 @@ class OnGPU(TorchFunctionMode):
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """torch's own leaves the mode, in which blocks are to be computed again."""
         run = torch.autograd.Variable._execution_engine.run_backward
         with self:
-            run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            gradient = torch.ones_like(loss) if gradient is None else gradient
+            run((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
     def _cast(self, tensor: Tensor, wanted: torch.dtype) -> Tensor:
         if not tensor.is_meta or not tensor.is_floating_point() or tensor.dtype in (wanted, torch.float64):

@@ -120,7 +120,8 @@ def test_batches_one_after_the_other_are_one_batch(config, alone, tmp_path, targ
     )  # fmt: skip
     phase = run.new_phase(config.pretrain, run.model)
     pairs = [[a + b for a, b in zip(SPLITS[i], SPLITS[i + 1], strict=True)] for i in (0, 2, 5)]
-    lines = [phase.take([batch]) for batch in ranks.portion_batches(run, config.pretrain, World(), pairs)]
+    batches = ranks.portion_batches(run, config.pretrain, World(), pairs)
+    lines = ranks.taken(phase, (phase.feed.step([batch]) for batch in batches))
     for line, other in zip(lines, alone[f"{target} accumulated"]["lines"], strict=True):
         for name in ("loss", "loss_caption", "loss_distill"):
             assert line[name] == pytest.approx(other[name], abs=1e-5)
