@@ -2,11 +2,13 @@
 
 import copy
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,9 +21,10 @@ from granvit.questions.prompts import GLOBAL_CAPTION
 from granvit.train import __main__
 from granvit.train.feed import StepInput
 from granvit.train.guard import Termination
-from granvit.train.loop import Phase
+from granvit.train.loop import Losses, Phase
 from granvit.train.presets import TrainConfig, load_config
 from granvit.train.run import Run
+from granvit.train.step import Share
 from granvit.world import RollCall, World
 
 STEPS = {"warmup": 3, "pretrain": 20, "adapt": 5}
@@ -86,6 +89,27 @@ def accumulated(run: Run, stage, world: World, target: str) -> dict:
     return outcome(phase, taken(phase, (phase.feed.step(batches[i : i + 2]) for i in (0, 2, 5))))
 
 
+def not_finite(run: Run, stage, world: World) -> dict:
+    """Four steps. In the second the last rank's loss is infinite, though its gradient is finite."""
+    phase = run.new_phase(replace(stage, steps=4), copy.deepcopy(run.model))
+    losses = next(module for module in phase.losses.modules() if isinstance(module, Losses))
+    given = losses.loss_of
+
+    def spoilt(model, teacher, step: int, batch: Batch, share: Share) -> dict:
+        values, more = given(model, teacher, step, batch, share), math.inf if step == 2 else 0.0
+        wrong = ("loss", "loss_caption") if world.rank == world.ranks - 1 else ()
+        return values | {name: values[name] + more for name in wrong}
+
+    losses.loss_of = spoilt
+    lines, kept = [], []
+    for step in phase.batches():
+        lines += taken(phase, [step])
+        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in phase.tensors().values()]
+        kept.append([tensor.detach().clone() for tensor in tensors])
+    equal = [all(map(torch.equal, before, after)) for before, after in pairwise(kept)]
+    return {"lines": lines, "unchanged": world.gather(equal)}
+
+
 def outcome(phase, lines: list[dict]) -> dict:
     weights = {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in phase.tensors().items()
@@ -119,6 +143,7 @@ def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> 
         cases[f"{stage.name} in micro-batches"] = through_splits(run, stage, world, packs=8)
     if parallel == "ddp":
         cases["muon"] = through_loader(run, replace(whole.pretrain, optimizer="muon"), world, 5)
+    cases["not finite"] = not_finite(run_of(whole, "not-finite"), whole.pretrain, world)
     run = run_of(faulty, "faulty")
     cases["faulty pictures"] = through_loader(run, faulty.pretrain, world, 12)
     run = run_of(text, "text")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,10 +24,8 @@ from granvit.data.collate import collate
 from granvit.metrics_log import MetricsLog
 from granvit.model import GranViTProcessor, llm
 from granvit.train import pending
-from granvit.train.distill import Teacher
 from granvit.train.guard import Termination
 from granvit.train.loop import Phase, train_phase
-from granvit.train.optimizer import freeze, make_optimizer
 from granvit.train.presets import PRESETS, TrainConfig
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
@@ -95,18 +93,25 @@ class Loader(list):
     dataset = None
 
 
+def phase_of(model, processor, samples, stage: Stage, config: TrainConfig, device: torch.device) -> Phase:
+    """Four steps of a stage on these samples."""
+    asked = [processor.questions(sample, stage.tasks) for sample in samples]
+    batch = collate(samples, asked, processor, config.data.capacity, config.crops if stage.distill else None)
+    stage = replace(stage, steps=4, epochs=None, packs=1, images=None)
+
+    def losses(model, teacher, step, batch, share):
+        return stage_loss(model, teacher, batch, stage, config.distill, share)
+
+    return Phase(config, stage, model.to(device).train(), Loader([batch] * 4), losses, batch, World(), device)
+
+
 def train(monkeypatch, tmp_path, model, processor, samples, stage: Stage, config: TrainConfig) -> list[int]:
     """Four steps of a stage on meta as a run takes them: encoder, teacher, region prompt, LLM, losses, backward,
     clipping, optimiser and averages. Returns the steps after which the device is read, once for each time.
 
     A read anywhere else raises, and so does this, where a step's tensors cross from the host but by pinned memory."""
     config = replace(config, precision="float32", log_every=3)  # autocast doesn't know meta
-    asked = [processor.questions(sample, stage.tasks) for sample in samples]
-    batch = collate(samples, asked, processor, config.data.capacity, config.crops if stage.distill else None)
-    loader = Loader([batch] * 4)
-    losses = lambda model, teacher, _, batch, share: stage_loss(model, teacher, batch, stage, config.distill, share)  # noqa: E731
-    stage = replace(stage, steps=4, epochs=None, packs=1, images=None)
-    phase = Phase(config, stage, model.to(META).train(), loader, losses, batch, World(), META)
+    phase = phase_of(model, processor, samples, stage, config, META)
     take, reads = Phase.take, []
 
     def watched(phase, given):
@@ -125,7 +130,7 @@ def train(monkeypatch, tmp_path, model, processor, samples, stage: Stage, config
     never = SimpleNamespace(due=False, evaluate=lambda _: None)
     metrics = MetricsLog(tmp_path / "metrics.jsonl")
     train_phase(phase, nowhere, metrics, Termination(), lambda *_: None, never)
-    lines = metrics.lines()
+    lines = list(metrics.lines())
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(line["grad_norm"] == 1 for line in lines)
     assert ["features_std" in line for line in lines] == [True, False, True, True]
     assert (phase.teacher is not None) == bool(stage.distill)
@@ -183,28 +188,14 @@ def test_crossings_are_seen_and_reads_raise():
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", [SMOKE.pretrain, SMOKE.adapt], ids=lambda stage: stage.name)
 def test_a_step_on_a_gpu_never_waits(tiny, samples, stage):
-    """What meta can't show: copies and kernels of libraries that wait. The second of two steps, on other images."""
-    model, processor = tiny(pixel_shuffle=2)
-    model = model.to("cuda").train()
-    groups = model.groups()
-    freeze(groups, stage.train)
-    teacher = Teacher(model.encoder, 0.9) if stage.distill else None
-    optimizer = make_optimizer(groups, stage)
-    trained = [parameter for name in stage.train for parameter in groups[name]]
+    """What meta can't show: copies and kernels of libraries that wait. Of the two steps between the log steps."""
+    config = replace(SMOKE, precision="bfloat16", log_every=100)
+    phase = phase_of(*tiny(pixel_shuffle=2), samples, replace(stage, optimizer="adamw"), config, torch.device("cuda"))
     before = torch.cuda.get_sync_debug_mode()
-    for some, mode in ((samples, before), (samples[:3], "error")):
-        asked = [processor.questions(sample, stage.tasks) for sample in some]
-        batch = collate(some, asked, processor, 256, SMOKE.crops).to("cuda")
-        torch.cuda.set_sync_debug_mode(mode)
+    for number, given in enumerate(phase.batches(), 1):
+        torch.cuda.set_sync_debug_mode("error" if 1 < number < 4 else before)
         try:
-            with torch.autocast("cuda", torch.bfloat16):
-                losses = stage_loss(model, teacher, batch, stage, SMOKE.distill)
-            losses["loss"].backward()
-            nn.utils.clip_grad_norm_(trained, stage.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if teacher is not None:
-                teacher.update(model.encoder)
+            phase.take(given)
         finally:
             torch.cuda.set_sync_debug_mode(before)
-        assert losses["loss"].isfinite()
+    assert ["loss" in line for line in phase.read()] == [True] * 4

@@ -95,6 +95,17 @@ def test_losses_in_bfloat16_are_those_of_one_process(alone, together, parallel):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_loss_that_is_infinite_on_one_rank_changes_nothing_on_any(alone, together, parallel):
+    ours, expected = together[parallel]["not finite"], alone["not finite"]
+    for lines in (ours["lines"], expected["lines"]):
+        assert [line.get("skipped", False) for line in lines] == [False, True, False, False]
+    assert all(equal == [True, False, False] for equal in ours["unchanged"])  # after each step but the first
+    losses = [line.get("loss", 0) for line in ours["lines"]]
+    assert losses == pytest.approx([line.get("loss", 0) for line in expected["lines"]], abs=1e-5)
+
+
+@pytest.mark.slow
 def test_muon_steps_as_in_one_process(alone, together):
     lines, expected = together["ddp"]["muon"]["lines"], alone["muon"]["lines"]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=1e-4)
