@@ -92,15 +92,11 @@ def seen(stage: Stage, reading: Reading, capacity: int) -> Seen:
 
 
 def assumed_reading(plan: PlanConfig, config: GranViTConfig, stage: Stage) -> Reading:
-    """Images of one size, numbers of regions drawn from a geometric distribution with the data set's mean, at least one
-    where that is possible (Gran-29M has no image without), packed as the trainer does."""
+    """Images of one size, with `assumed_regions`, packed as the trainer does."""
     region = Question(plan.prompt_tokens + plan.answer_tokens, plan.answer_tokens)
     caption = Question(plan.prompt_tokens + plan.caption_tokens, plan.caption_tokens)
     reading = Reading(ASSUMED, region, caption, [], 0, plan.images, 0)
-    mean = plan.regions / plan.images
-    place = np.random.default_rng(0).permutation((np.arange(plan.rows) + 0.5) / plan.rows)  # quantiles, in any order
-    numbers = 1 + np.log1p(-place) // np.log1p(-1 / mean) if mean > 1 else place < mean
-    pictures = [typical(plan, config, stage, reading, int(number), plan.image_size) for number in numbers]
+    pictures = [typical(plan, config, stage, reading, number, plan.image_size) for number in assumed_regions(plan)]
     asked = [asked for picture in pictures for asked in picture.asked]
     lengths = Lengths(
         tuple(sorted(stage.tasks)),
@@ -116,6 +112,15 @@ def assumed_reading(plan: PlanConfig, config: GranViTConfig, stage: Stage) -> Re
         rows.append([_asked(picture, tuple(questions)) for picture, questions in chosen])
     packs = stage.packs or _packs(plan, stage, lengths)
     return replace(reading, rows=rows, regions=sum(question.region for question in asked), packs=packs)
+
+
+def assumed_regions(plan: PlanConfig) -> list[int]:
+    """How many regions each of `plan.rows` images has: drawn from a geometric distribution with the data set's mean, at
+    least one where that is possible (Gran-29M has no image without)."""
+    mean = plan.regions / plan.images
+    place = np.random.default_rng(0).permutation((np.arange(plan.rows) + 0.5) / plan.rows)  # quantiles, in any order
+    numbers = 1 + np.log1p(-place) // np.log1p(-1 / mean) if mean > 1 else place < mean
+    return numbers.astype(int).tolist()
 
 
 def _asked(picture: Picture, questions: tuple[Asked, ...]) -> Picture:
