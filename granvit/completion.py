@@ -40,6 +40,7 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
     from granvit.cost.command import parse as plan
     from granvit.data.__main__ import SHORT
     from granvit.data.__main__ import parse as data
+    from granvit.rehearsal.command import parse as rehearse
     from granvit.train.__main__ import COMMANDS, STARTS
     from granvit.train.__main__ import parse as train
     from granvit.train.presets import PRESETS
@@ -49,7 +50,8 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
     tables["data"] = _of_tyro(data)
     tables |= {name: tables["data"]["subcommands"][name] for name in SHORT}
     shared = ""  # the flags are the same behind each preset
-    for name, parse, words in (("train", train, (*PRESETS, *STARTS)), ("plan", plan, PRESETS)):
+    parsers = {"train": (train, (*PRESETS, *STARTS)), "plan": (plan, PRESETS), "rehearse": (rehearse, PRESETS)}
+    for name, (parse, words) in parsers.items():
         shared += f"{name} = {_of_tyro(lambda rest, parse=parse: parse(['quick', *rest]))!r}\n"
         tables[name] = _table(_Code(f"{name}['options']"), dict.fromkeys(words, _Code(name)))
     tables["train"]["subcommands"] |= {name: tables.get(name, _table([], {})) for name in COMMANDS}

@@ -78,8 +78,8 @@ STARTS = {"adapt": Start("encoder", adapt_config, check_adapt), "sft": Start("mo
 
 _USAGE = """Train GranViT through its stages. The first word picks a preset (quick is the default) or a \
 command: adapt is stage 2 with another --llm on the frozen --encoder of a run, sft goes on with a --model on \
-conversations, plan says what a run costs, replay looks into a dump. Under torchrun every rank runs it. SIGTERM and \
-Ctrl-C save the run; exit code 75 or 130: the same command goes on."""
+conversations, plan says what a run costs, rehearse goes through one of many GPUs without them, replay looks into a \
+dump. Under torchrun every rank runs it. SIGTERM and Ctrl-C save the run; exit code 75 or 130: give it again."""
 
 
 def run_preset(arguments: list[str]) -> None:
@@ -114,8 +114,14 @@ def run_plan(arguments: list[str]) -> None:
     resolve_name("granvit.cost.command:main")(arguments)  # by its name: what a run costs stands above the trainer
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"plan": run_plan, "replay": run_replay}
-"""What the first word may be besides a preset's name; each takes the other words."""
+def run_rehearsal(arguments: list[str]) -> int:
+    return resolve_name("granvit.rehearsal.command:main")(arguments)  # by its name, as plan
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "plan": run_plan, "rehearse": run_rehearsal, "replay": run_replay
+}  # fmt: skip
+"""What the first word may be besides a preset's name; each takes the other words, and may return an exit status."""
 
 
 def main() -> int:

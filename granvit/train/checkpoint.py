@@ -88,7 +88,7 @@ class Checkpoints:
         began, written = time.perf_counter(), threading.Event()
         # DCP's executor is no daemon: an interpreter that ends writes its checkpoint to the end.
         writing = dcp.async_save(
-            _share(tensors, self.world), storage_writer=_Writer(self.folder, name, self.world.rank, body),
+            share(tensors, self.world), storage_writer=_Writer(self.folder, name, self.world.rank, body),
             planner=DefaultSavePlanner(flatten_state_dict=False), process_group=self._background,
             async_stager=self._stager, no_dist=self.world.ranks == 1,
         )  # fmt: skip
@@ -233,7 +233,7 @@ def _advice(path: Path) -> Iterator[None]:
         raise ValueError(f"{error}; {advice}") from error
 
 
-def _share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+def share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """What this rank copies and writes: its pieces of the DTensors, and a part of the others. DCP's planner would
     share these out as well, but only after each rank has copied all."""
     whole = sorted((n for n, t in tensors.items() if not isinstance(t, DTensor)), key=lambda n: (-tensors[n].nbytes, n))

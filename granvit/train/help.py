@@ -42,7 +42,7 @@ SHORT = {"encoder": "model.encoder", "llm": "model.llm", "model": "model.whole",
 def print_help(preset: str, config: TrainConfig, usage: str) -> None:
     """preset: the first word of the command. config: whose defaults are shown."""
     console = Console(markup=False, highlight=False, emoji=False)
-    console.print(f"usage: granvit train [{' | '.join(PRESETS)} | adapt | sft | plan | replay] [flags]\n")
+    console.print(f"usage: granvit train [{' | '.join(PRESETS)} | adapt | sft | plan | rehearse | replay] [flags]\n")
     console.print(usage + "\n")
     console.print(f"Flags that most runs need, and what {preset} says; --help-all lists all of them.\n")
     table = Table.grid(padding=(0, 2))

@@ -59,8 +59,9 @@ class Losses(nn.Module):
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """A context of the run's precision."""
-    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
+    """A context of the run's precision; on meta parallel.meta.OnGPU is that."""
+    lower = config.precision == "bfloat16" and device.type != "meta"
+    return torch.autocast(device.type, torch.bfloat16) if lower else nullcontext()
 
 
 class Phase:

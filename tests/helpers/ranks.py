@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from granvit.data.batches import Batch, Read, collate, join
 from granvit.eval import __main__ as measuring
 from granvit.questions.prompts import GLOBAL_CAPTION
+from granvit.rehearsal.collectives import Collective, Recorder
 from granvit.train import __main__
 from granvit.train.feed import StepInput
 from granvit.train.guard import Termination
@@ -223,3 +224,33 @@ def dally(world: World, folder: Path) -> None:
     time.sleep(3 * (world.rank == 1))
     assert world.gather(world.rank) == list(range(world.ranks))
     assert world.first(lambda: 7) == 7
+
+
+class ListeningRank(World):
+    """Writes down what ranks add up on the host, too."""
+
+    recorder = Recorder()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.recorder.collectives.append(Collective("all_reduce", 8 * tensor.numel(), "host", self.ranks))
+        return super().sum(tensor)
+
+
+def keep_collectives(world: World, folder: Path) -> None:
+    """What collectives the first rank takes part in, in each of two steps of each stage, in words, the exchanges on the
+    host too: in FOLDER/collectives-STAGE.pt."""
+    config = load_config(folder / "config.yaml")
+    run = Run(config, folder / "run", world, torch.device("cpu"), Termination())
+    for stage in config.stages:
+        world = ListeningRank(world.rank, world.ranks, control=world.control)
+        run.world = world
+        phase = run.new_phase(stage, copy.deepcopy(run.model))
+        phase.step, steps, batches = 1, [], phase.batches()
+        for _ in range(2):
+            world.recorder.collectives = []
+            given = next(batches)
+            with world.recorder:
+                phase.take(given)
+            steps.append(list(map(str, world.recorder.collectives)))
+        if world.leads:
+            torch.save(steps, folder / f"collectives-{stage.name}.pt")

@@ -1,0 +1,76 @@
+"""A step of a stage as one rank of many takes it, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from granvit.cost.shapes import on_meta
+from granvit.data.collate import Batch, Read, join
+from granvit.data.loader import GranDataset
+from granvit.model import GranViTConfig, GranViTProcessor
+from granvit.rehearsal.collectives import Collective
+from granvit.rehearsal.config import RehearsalConfig
+from granvit.rehearsal.ranks import LoneRank, end_reductions, lone_rank
+from granvit.train.loop import Phase
+from granvit.train.parallel.meta import OnGPU
+from granvit.train.presets import TrainConfig
+from granvit.train.run import Run
+from granvit.train.stages import Stage
+
+META = torch.device("meta")
+STEPS = 2
+"""The first is another than the rest: what is gathered once, is gathered in it."""
+
+
+class RankRun(Run):
+    """A run's stages without its folder: what makes a phase, and that alone."""
+
+    def __init__(
+        self, config: TrainConfig, splits: Mapping[str, GranDataset], processor: GranViTProcessor, world: LoneRank
+    ) -> None:
+        self.config, self.splits, self.processor, self.world, self.device = config, splits, processor, world, META
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The steps that one rank took. collectives: of each step, in their order. said: see `LoneRank`. tensors: those of
+    its checkpoint."""
+
+    collectives: list[list[Collective]]
+    said: tuple[Tensor, ...]
+    tensors: Mapping[str, Tensor]
+
+
+def take_steps(
+    asked: RehearsalConfig, run: RankRun, stage: Stage, shapes: GranViTConfig, rank: int, blank: bool = False,
+    heard: tuple[Tensor, ...] = (),
+) -> Taken:  # fmt: skip
+    """STEPS steps of a stage on this rank, by the run's own code. blank: no image is left in its second one, as where
+    all of its pictures are faulty."""
+    config = run.config
+    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    with lone_rank(rank, asked.ranks, asked.local, heard) as world, OnGPU(precision):
+        run = RankRun(config, run.splits, run.processor, world)
+        phase = run.new_phase(stage, on_meta(shapes, config.model.lora).float())
+        phase.model.train()
+        end_reductions(phase.losses)
+        phase.step = 1  # numbers of a first step are read, and meta has none
+        collectives, batches = [], phase.batches()
+        for number in range(STEPS):
+            world.recorder.collectives = []
+            given = phase.feed.step([_empty(phase)] * stage.accumulate) if blank and number else next(batches)
+            with world.recorder:
+                phase.take(given)
+            collectives.append(world.recorder.collectives)
+        return Taken(collectives, tuple(world.said), phase.tensors())
+
+
+def _empty(phase: Phase) -> Batch:
+    """A rank's batch without an image."""
+    loader = phase.loader
+    rows = Read([[] for _ in range(phase.stage.packs // phase.world.ranks)], [], [], [])
+    return join([rows], loader.processor, loader.capacity, loader.crops)
