@@ -10,12 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granvit.metrics_log import write_aside
-from granvit.train.presets import PHASES, TrainConfig, load_config
+from granvit.train.changes import differences, refused
+from granvit.train.presets import TrainConfig, load_config, save_config
 
 if TYPE_CHECKING:
     from granvit.data.loader import GranDataset
@@ -25,7 +25,8 @@ LOCK = ".lock"
 
 
 def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
-    """Write down at `path` which data a run is trained on. Raises ValueError where that says something else already."""
+    """Write down at `path` which data a run is trained on. Raises ValueError where that says something else already;
+    conversations may come to it, for a stage sft that was added."""
     ours = {}
     for name, split in splits.items():
         if len(split.parts) == 1:
@@ -37,6 +38,9 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
         write_aside(path, json.dumps(ours, indent=1))
         return
     theirs = json.loads(path.read_text())
+    if "chat" not in theirs:
+        theirs |= {name: ours[name] for name in ("chat", "chat_test") if name in ours}
+        write_aside(path, json.dumps(theirs, indent=1))
     differing = [name for name in ours if ours[name] != theirs.get(name)]
     if differing:
         shown = "; ".join(f"{name}: {theirs.get(name)} there, {ours[name]} now" for name in differing)
@@ -44,15 +48,6 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
             f"the dataset is not the one that the run in {path.parent} began with ({shown}); a run on it "
             "takes another --output"
         )
-
-
-# Where and how fast a run goes, not what comes out of it: these may differ when it is gone on with. Where the data lies
-# is free as well: `same_data` tells whether it is the same.
-FREE = {
-    "output", "device", "threads", "parallel", "compile", "micro_packs", "checkpointing", "profile", "checkpoint_every",
-    "keep_checkpoints", "keep_every", "failed_saves", "nonfinite_limit", "log_every", "trackers", "data.workers",
-    "data.path", "data.chat", *(f"{phase}.eval_every" for phase in PHASES),
-}  # fmt: skip
 
 
 def config_folder(run: Path) -> Path:
@@ -71,14 +66,14 @@ def config_of(run: Path) -> TrainConfig:
 
 
 def resumes(folder: Path, config: TrainConfig) -> bool:
-    """Whether `folder` holds this very run; False if it is free. Raises ValueError where it holds something else."""
+    """Whether `folder` holds a run that goes on under this configuration (`changes`); False if it is free. Raises
+    ValueError where it holds something else."""
     path = folder / "config.yaml"
     if path.exists():
-        ours, theirs = (dict(flat(asdict(run))) for run in (config, load_config(path)))
-        differing = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
-        if differing:
-            shown = "; ".join(f"{name}: {theirs[name]} there, {ours[name]} now" for name in differing)
-            raise ValueError(f"{folder} holds a run of another configuration ({shown}); choose another --output")
+        if lines := refused(folder, load_config(path), config):
+            raise ValueError(
+                f"{folder} holds a run of another configuration ({'; '.join(lines)}); choose another --output"
+            )
         return True
     if folder.exists() and (not folder.is_dir() or any(map(_foreign, folder.rglob("*")))):
         raise ValueError(f"{folder} is not an empty folder and holds no run (no config.yaml); choose another --output")
@@ -87,7 +82,24 @@ def resumes(folder: Path, config: TrainConfig) -> bool:
 
 def finished(folder: Path, config: TrainConfig) -> bool:
     """Whether `folder` holds this very run, and its report. Raises ValueError where it holds something else."""
-    return resumes(folder, config) and (folder / "report" / "index.html").is_file()
+    if not resumes(folder, config) or differences(load_config(folder / "config.yaml"), config):
+        return False
+    return (folder / "report" / "index.html").is_file()
+
+
+def adopt(folder: Path, config: TrainConfig) -> None:
+    """Let the run in `folder` go on under this configuration, which `resumes` takes. What said that it is finished goes
+    where there is more to do now: the results are gathered anew, of evaluations that stand in its metrics."""
+    path = folder / "config.yaml"
+    changed = {name.partition(".")[0] for name in differences(load_config(path), config)}
+    for pattern in ("report/index.html", "result.json", "seed-*/result.json") if changed else ():
+        for file in folder.glob(pattern):
+            file.unlink()
+    for pattern in ("counts.json", "seed-*/counts.json") if changed else ():
+        for file in folder.glob(pattern):
+            counts = json.loads(file.read_text())
+            write_aside(file, json.dumps({name: counts[name] for name in counts.keys() - changed}, indent=1))
+    save_config(config, path)
 
 
 def _foreign(path: Path) -> bool:
@@ -110,15 +122,6 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             log.warning("%s can't be locked (%s): see that no other process trains there", folder, error)
         yield
-
-
-def flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """("stage.field", value) of every field of nested configurations."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def check_room(folder: Path, bytes_needed: int, keep: int) -> None:

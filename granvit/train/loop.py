@@ -304,8 +304,10 @@ def train_phase(
                     _save(phase, checkpoints, best)
                     saved = phase.step
                 began = time.perf_counter()
-        values = {"step": phase.step} | _known(best)
-        checkpoints.save(stage.name, phase.step, model_tensors(phase.model), values, final=True)
+        tensors, values = model_tensors(phase.model), {"step": phase.step}
+        if not stage.cooldown:  # it may be given more steps
+            tensors, values = phase.tensors(), phase.values()
+        checkpoints.save(stage.name, phase.step, tensors, values | _known(best), final=True)
         if checkpoints.failures:
             raise Failed(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
         if stopping():  # while the last step was taken, or saved

@@ -28,6 +28,11 @@ def checkpoints_of(folder: Path, phase: str) -> list[Path]:
     return [path for _, _, path in sorted(checkpoints)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(NAME.fullmatch(checkpoint.name)["step"])
+
+
 def best_of(checkpoints: list[Path]) -> Path | None:
     """The checkpoint with the lowest LOSS among its values; None where none has one."""
     losses = {}
@@ -73,11 +78,12 @@ def clear(folder: Path) -> None:
 def prune(folder: Path, name: str, keep: int, keep_every: int) -> None:
     """Remove what is not to be kept now that the checkpoint `name` is there, and let the link PHASE-best lead to the
     best of its phase. What fails is logged."""
-    new = NAME.fullmatch(name)
-    steps = {path: int(NAME.fullmatch(path.name)["step"]) for path in checkpoints_of(folder, new["phase"])}
-    running = [path for path in steps if not path.name.endswith("-final")]
+    new, step = NAME.fullmatch(name), step_of(folder / name)
+    steps = {path: step_of(path) for path in checkpoints_of(folder, new["phase"])}
+    # a final one is no longer the last where the stage was given more steps
+    running = [path for path in steps if not path.name.endswith("-final") or steps[path] < step]
     # later ones: the run could not go on from them and went back, so they are none of its past
-    past = [path for path in running if steps[path] <= int(new["step"])]
+    past = [path for path in running if steps[path] <= step]
     kept = {path for path in past if keep_every and steps[path] % keep_every == 0}
     kept |= set() if new["final"] else set(past[-keep:])
     if best := best_of([path for path in steps if path in past or path not in running]):

@@ -37,12 +37,13 @@ from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.console import CONTROL, RunConsole, closing_words, hush
 from granvit.train.counting import check_ranks, counted, needs_counting, order_arguments
 from granvit.train.distill import feature_moments, feature_statistics
-from granvit.train.folder import check_room, locked, resumes, same_data
+from granvit.train.folder import adopt, check_room, locked, resumes, same_data
 from granvit.train.guard import Termination, termination
 from granvit.train.heldout import HeldOut
 from granvit.train.loop import Phase, autocast, model_tensors, train_phase
 from granvit.train.parallel.compiling import eager
 from granvit.train.presets import TrainConfig, load_config, save_config
+from granvit.train.retention import step_of
 from granvit.train.splits import open_splits, with_data
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss, warmup_loss
@@ -116,7 +117,7 @@ def _train(config: TrainConfig, world: World, device: torch.device, request: Ter
                 world.first(lambda: save_config(config, folder / "config.yaml"))
             started = True
         elif config != world.first(lambda: load_config(folder / "config.yaml")):  # its data moved, say
-            world.first(lambda: save_config(config, folder / "config.yaml"))
+            world.first(lambda: adopt(folder, config))
         world.first(lambda: same_data(folder / "data.json", splits))
         if not results:
             with console.waiting("measuring what guesses reach without the image (once)"):
@@ -274,10 +275,15 @@ class Run:
         """Train `stage` to its end, from its newest checkpoint if there is one. title: what the run's console calls it.
         """
         title = title or stage.name
-        if self.checkpoints.final(stage.name) is None:
+        final = self.checkpoints.final(stage.name)
+        if final is None or step_of(final) < stage.steps:  # it was given more since
             self._train(stage, title)
         self.console.forecast.left[title] = 0
-        load(self.checkpoints.final(stage.name), model_tensors(self.model), world=self.world)
+        self._load_end(stage, self.model)
+
+    def _load_end(self, stage: Stage, model: GranViT) -> None:
+        """Fill a model from the checkpoint with which a stage of this run ended."""
+        load(self.checkpoints.final(stage.name), model_tensors(model), subset=not stage.cooldown, world=self.world)
 
     def _train(self, stage: Stage, title: str) -> None:
         sharded = self.world.ranks > 1 and self.config.parallel == "fsdp"
@@ -434,9 +440,8 @@ class Run:
         if self.config.model.encoder or self.config.model.whole:  # else it was drawn at random
             torch.manual_seed(self.config.seed)
             run.model.encoder.reset_parameters()
-        warm = self.checkpoints.final(self.config.warmup.name)
-        if warm is not None:
-            load(warm, model_tensors(run.model), world=self.world)
+        if self.config.warmup.runs:
+            self._load_end(self.config.warmup, run.model)
         with run.tracked():
             run.phase(adapt, title=CONTROL)
             return run.evaluation(adapt, adapt.steps, "after", title="control: adapt on a random encoder")

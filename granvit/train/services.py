@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from granvit.train.folder import flat
+from granvit.train.changes import flat
 from granvit.train.presets import TrainConfig
 
 log = logging.getLogger(__name__)

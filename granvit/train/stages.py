@@ -55,6 +55,9 @@ class Stage:
     projector_learning_rate: float | None = None
     """The projector's own rate; None is learning_rate. A new projector on a trained encoder wants a larger one."""
     warmup_steps: int = 50
+    cooldown: float = 1.0
+    """Share of the steps after the warm-up over which the rate falls to zero, at the stage's end, by a cosine. 1: all
+    of them. 0: it never falls, and the stage may be given more steps after its end (docs/training.md)."""
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
@@ -88,6 +91,8 @@ class Stage:
             raise ValueError(f"{self.name}.betas are {self.betas}; each is at least 0 and below 1")
         if not self.clip > 0:
             raise ValueError(f"{self.name}.clip is {self.clip}; it is above 0 (inf clips nothing)")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"{self.name}.cooldown is {self.cooldown}; it takes a share from 0 to 1")
         if self.distill and "encoder" not in self.train:
             raise ValueError(f"{self.name}.distill is {self.distill}; it is 0 where the encoder is frozen")
 
@@ -103,10 +108,11 @@ class Stage:
         return {task: known.get(task, 1.0) for task in self.tasks}
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at `step` (from 1) of `steps`: linear warm-up, then a cosine to zero. Without
-        a warm-up the first step has the whole rate."""
+        """The share of the learning rate at `step` (from 1) of `steps`: linear warm-up, all of it until the cooldown,
+        then a cosine to zero. Without a warm-up the first step has the whole rate."""
         warmup = max(1, self.warmup_steps)
         if step <= warmup:
             return step / warmup
-        progress = (step - warmup) / max(1, self.steps - warmup)
+        falls = self.cooldown * max(0, self.steps - warmup)
+        progress = max(0.0, step - (self.steps - falls)) / max(1, falls)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

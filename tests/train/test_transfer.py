@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import Siglip2VisionModel
 
-from granvit.data.schema import CHAT_FEATURES
 from granvit.eval.loading import load_model
 from granvit.lora import Lora, adapters
 from granvit.model import VisionEncoder
@@ -30,25 +29,6 @@ def run(small_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     train(dataclasses.replace(small_config, output=str(folder)))
     return folder
-
-
-@pytest.fixture(scope="module")
-def chats(sample_set, tmp_path_factory):
-    """The sample set's pictures with conversations in place of regions."""
-    rows = datasets.load_from_disk(str(sample_set))
-    talk = [
-        {"role": role, "content": text}
-        for role, text in [
-            ("user", "What is it?"),
-            ("assistant", "A picture."),
-            ("user", "Sure?"),
-            ("assistant", "Yes."),
-        ]
-    ]
-    changed = {"regions": [], "caption": None, "conversations": [talk, talk[:2]]}
-    path = tmp_path_factory.mktemp("chats") / "chats"
-    rows.map(lambda row: changed, features=CHAT_FEATURES).save_to_disk(path)
-    return path
 
 
 def lines_of(folder: Path) -> list[dict]:
