@@ -21,7 +21,7 @@ from granvit.cost.reading import processor_for
 from granvit.cost.shapes import config_of, on_meta
 from granvit.data.loader import GranDataset, spread
 from granvit.data.sample import cached_sample
-from granvit.errors import Failed
+from granvit.errors import Failed, printable
 from granvit.eval.evaluation import readable
 from granvit.model import GranViTConfig
 from granvit.model.llm import SMOLLM2, TOY
@@ -70,7 +70,7 @@ class Findings:
         self.say(f"FAULT  {what}: {why}")
 
     def say(self, line: str) -> None:
-        self.console.print(Text(line), soft_wrap=True)
+        self.console.print(Text(printable(line)), soft_wrap=True)  # paths and ids are other people's
 
 
 def rehearse(asked: RehearsalConfig, console: Console) -> int:
@@ -170,7 +170,7 @@ def _with_steps(asked: RehearsalConfig, run: RankRun, found: Findings) -> TrainC
 
 def _plan(asked: RehearsalConfig, run: RankRun, stage: Stage, found: Findings) -> None:
     with found.looking(f"{stage.name}: batches") as said:
-        with Progress(console=found.console, transient=True) as progress:
+        with Progress(console=found.console, transient=True, disable=not found.console.is_terminal) as progress:
             bar = progress.add_task(f"{stage.name}: planning batches", total=asked.batches)
             planned = plan_batches(
                 run.config, stage, run.chosen_data(stage), run.processor, asked.ranks, asked.batches,
