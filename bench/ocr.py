@@ -28,10 +28,10 @@ from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.pdfgen.canvas import Canvas
 
 from granvit.data.annotate import Annotator, RapidOcr
+from granvit.data.build import build_dataset
 from granvit.data.loader import GranDataset
 from granvit.data.sample import texts
 from granvit.data.sample.pages import draw_page
-from granvit.data.shards import build_dataset
 from granvit.data.sources.pdf import Pdf
 from granvit.eval.metrics import box_iou, cer
 from granvit.machine import commit, device_name

@@ -16,7 +16,7 @@ PATH = "/data/[bold]runs[/bold]/[x]:dog:/a"
 def test_what_builds_a_dataset_says_where(capsys):
     pytest.importorskip("datasets")
     from granvit.data.__main__ import _built
-    from granvit.data.shards import Summary
+    from granvit.data.build import Summary
 
     _built(Path(PATH), Summary("row", read=3))
     assert f"wrote {PATH}\n" in capsys.readouterr().err

@@ -15,9 +15,9 @@ from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from granvit.data.annotate.source import Annotate
+from granvit.data.build import Summary, build_dataset
 from granvit.data.filters import Filter
 from granvit.data.parallel import over_processes
-from granvit.data.shards import Summary, build_dataset
 from granvit.data.sources.coco import Coco
 from granvit.data.sources.jsonl import Jsonl
 from granvit.data.sources.labelme import Labelme
@@ -189,7 +189,7 @@ def push(folder: Positional[Path], repository: Positional[str], private: bool = 
         repository: OWNER/NAME.
         private: Make the repository private, if it is a new one.
     """
-    from granvit.data.shards import check_built
+    from granvit.data.build import check_built
     from granvit.hub import push
 
     check_built(folder)

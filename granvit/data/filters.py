@@ -33,8 +33,8 @@ from tyro.conf import Positional
 from granvit.data.files import MAX_BYTES, join, list_files
 from granvit.data.loader import open_rows
 from granvit.data.measures import box_iou, nfc, words
+from granvit.data.records import Notes, Record, Source
 from granvit.data.schema import CHAT_FEATURES, FEATURES, check_size, conversation_turns, parse_row
-from granvit.data.shards import Notes, Record, Source
 from granvit.questions.pictures import decode_image
 from granvit.questions.schema import DataFault, Region, Sample
 

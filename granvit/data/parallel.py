@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -79,6 +79,12 @@ def _keep(function: Callable[[int], Any]) -> None:
 
 def _call(item: int) -> Any:
     return _kept(item)
+
+
+def progress_bar() -> Progress:
+    """One that shows where stderr is a terminal."""
+    console = Console(stderr=True)
+    return Progress(console=console, disable=not console.is_terminal)
 
 
 def progress(steps: Iterable[Any], title: str, total: int) -> Iterator[Any]:

@@ -22,8 +22,8 @@ from granvit.data.__main__ import main
 from granvit.data.annotate import COLUMNS, Annotator, Detection, Line, TransformersCaptioner, TransformersDetector
 from granvit.data.annotate.annotator import NoModel
 from granvit.data.annotate.source import Annotate
+from granvit.data.build import build_dataset
 from granvit.data.loader import GranDataset
-from granvit.data.shards import build_dataset
 
 HERE = "granvit_test_plugins"
 PLUGINS = '''

@@ -194,7 +194,7 @@ def test_a_remote_source(folder):
 INDEX = """
 import resource, sys, tempfile, time
 from pathlib import Path
-from granvit.data.shards import Notes
+from granvit.data.records import Notes
 from granvit.data.sources.coco import Coco
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begun = time.monotonic()
@@ -222,7 +222,7 @@ def test_memory_is_bounded(tmp_path):
 
 
 def test_a_file_of_nothing_but_faults_is_told_in_little(folder, caplog, monkeypatch):
-    monkeypatch.setattr("granvit.data.shards.NAMED_FAULTS", 20)
+    monkeypatch.setattr("granvit.data.build.NAMED_FAULTS", 20)
     instances = write(folder, [image(1), *[0] * 1000], [annotation(1, 1, [0, 0, 9, 9])])
     with pytest.raises(ValueError, match="21 of 1001 images have faults"):
         convert(Coco(instances, str(folder / "images")), folder / "out", fault_budget=0.01)

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from granvit.data.__main__ import main
+from granvit.data.build import Summary, build_dataset
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.loader import GranDataset
-from granvit.data.shards import Summary, build_dataset
 from granvit.data.sources.jsonl import Jsonl
 
 REGION = {"box": [0.1, 0.2, 0.5, 0.6], "caption": "red ball", "kind": "natural"}

@@ -11,8 +11,8 @@ from granvit.data.__main__ import main
 from granvit.data.batches import PackLoader
 from granvit.data.filters import Filter
 from granvit.data.loader import GranDataset
+from granvit.data.records import Notes
 from granvit.data.schema import CHAT_FEATURES, FEATURES
-from granvit.data.shards import Notes
 from granvit.data.sources.llava import Llava
 
 COCO = "coco/train2017/000000033471.jpg"

@@ -10,13 +10,13 @@ from PIL import Image, ImageOps
 
 from granvit.data import overlap
 from granvit.data.__main__ import main
+from granvit.data.build import build_dataset
 from granvit.data.filters import Filter
 from granvit.data.loader import GranDataset
 from granvit.data.overlap import DISTANCE, find_overlap, nearest, picture_hash, write_ids
 from granvit.data.parallel import process_map
 from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES
-from granvit.data.shards import build_dataset
 from granvit.questions.pictures import decode_image
 
 

@@ -22,9 +22,9 @@ from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.pdfgen.canvas import Canvas
 
 from granvit.data.__main__ import main
+from granvit.data.build import build_dataset
 from granvit.data.isolated import Isolated
 from granvit.data.loader import GranDataset
-from granvit.data.shards import build_dataset
 from granvit.data.sources import pdf
 from granvit.data.sources.pdf import Character, Pdf, render, text_lines
 from granvit.questions.schema import DataFault

@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from converting import picture
 
+from granvit.data.build import build_dataset
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.files import state
 from granvit.data.loader import GranDataset
-from granvit.data.shards import WORK, Record, Shards, Source, build_dataset
+from granvit.data.records import Record, Source
+from granvit.data.shards import WORK, Shards
 from granvit.data.sources.rows import PixelBox, picture_row
 from granvit.errors import Failed
 from granvit.questions.schema import DataFault
@@ -322,7 +324,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr("granvit.data.shards._index", full)
+    monkeypatch.setattr("granvit.data.build.write_index", full)
     with pytest.raises(OSError, match=f"{WORK} can't be written: database or disk is full"):
         build_dataset(Numbers(2), tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()

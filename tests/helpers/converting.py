@@ -6,8 +6,9 @@ import json
 import fsspec
 from PIL import Image
 
+from granvit.data.build import Summary, build_dataset
 from granvit.data.loader import GranDataset
-from granvit.data.shards import Source, Summary, build_dataset
+from granvit.data.records import Source
 
 
 def picture(width: int = 40, height: int = 20, exif: int | None = None) -> bytes:

@@ -16,8 +16,8 @@ from granvit.data.annotate.engines import RapidOcr, TransformersCaptioner, Trans
 from granvit.data.files import MAX_BYTES, is_remote, local
 from granvit.data.loader import open_dataset
 from granvit.data.parquet import ParquetRows
+from granvit.data.records import Notes, Record
 from granvit.data.schema import is_unicode
-from granvit.data.shards import Notes, Record
 from granvit.data.sources.rows import FolderSource
 from granvit.questions.schema import DataFault
 

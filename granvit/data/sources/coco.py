@@ -16,8 +16,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from granvit.data.files import local
+from granvit.data.records import Notes, Record
 from granvit.data.schema import is_number, is_unicode
-from granvit.data.shards import Notes, Record
 from granvit.data.sources.labels import class_phrase
 from granvit.data.sources.rows import FolderSource, PixelBox, is_box, is_set, picture_row
 from granvit.data.sources.stream import elements

@@ -15,8 +15,8 @@ from typing import IO, Any
 from tyro.conf import Positional
 
 from granvit.data.files import open_file, parent
+from granvit.data.records import Notes, Record
 from granvit.data.schema import check_size, is_unicode, parse_region
-from granvit.data.shards import Notes, Record
 from granvit.data.sources.rows import FolderSource, parse_json
 from granvit.questions.pictures import decode_image
 from granvit.questions.schema import DataFault

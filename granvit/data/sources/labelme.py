@@ -14,8 +14,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from granvit.data.files import MAX_BYTES, local, read_file, rebase
+from granvit.data.records import Notes, Record
 from granvit.data.schema import is_number, is_unicode
-from granvit.data.shards import Notes, Record
 from granvit.data.sources.labels import class_phrase
 from granvit.data.sources.rows import FolderSource, PixelBox, parse_json, picture_row
 from granvit.questions.schema import DataFault

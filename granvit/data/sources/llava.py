@@ -23,8 +23,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from granvit.data.files import is_remote, local
+from granvit.data.records import Notes, Record
 from granvit.data.schema import CHAT_FEATURES, conversation_turns, is_unicode, parse_conversation
-from granvit.data.shards import Notes, Record
 from granvit.data.sources.rows import FolderSource, picture_row
 from granvit.data.sources.stream import elements
 from granvit.questions.prompts import IMAGE

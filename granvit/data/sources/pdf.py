@@ -25,8 +25,8 @@ from tyro.conf import Positional
 
 from granvit.data.files import is_remote, local, parent, read_file, suffix
 from granvit.data.isolated import Isolated
+from granvit.data.records import Notes, Record
 from granvit.data.schema import is_unicode
-from granvit.data.shards import Notes, Record
 from granvit.data.sources.rows import FolderSource, PixelBox, picture_row
 from granvit.questions.schema import DataFault
 

@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from tyro.conf import Positional
 
 from granvit.data.files import inside, list_files, local, open_file, parent, suffix
+from granvit.data.records import Notes, Record
 from granvit.data.schema import is_unicode
-from granvit.data.shards import Notes, Record
 from granvit.data.sources import plain_pickle
 from granvit.data.sources.coco import is_key, read_instances
 from granvit.data.sources.rows import FolderSource, PixelBox, is_box, picture_row

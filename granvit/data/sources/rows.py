@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from granvit.data.files import list_files, read_image
+from granvit.data.records import Notes, Record, Source
 from granvit.data.schema import is_number, is_unicode, parse_region
-from granvit.data.shards import Notes, Record, Source
 from granvit.questions.pictures import decode_image
 from granvit.questions.schema import DataFault
 

@@ -13,8 +13,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from granvit.data.files import local
+from granvit.data.records import Notes, Record
 from granvit.data.schema import is_number, is_unicode
-from granvit.data.shards import Notes, Record
 from granvit.data.sources.coco import is_key
 from granvit.data.sources.rows import FolderSource, PixelBox, picture_row
 from granvit.data.sources.stream import elements

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from tyro.conf import Positional
 
 from granvit.data.files import local, read_file
-from granvit.data.shards import Notes, Record
+from granvit.data.records import Notes, Record
 from granvit.data.sources.labels import class_phrase
 from granvit.data.sources.rows import FolderSource, PixelBox, is_set, picture_row
 from granvit.questions.schema import DataFault
