@@ -39,6 +39,20 @@ def test_going_back_takes_out_the_lines_of_the_stage_past_the_step(tmp_path):
     assert not list(log.evaluations())
 
 
+def test_of_a_long_run_s_steps_only_those_past_the_checkpoint_are_parsed(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    lines = [{"stage": stage, "step": step} for stage in ("pretrain", "adapt") for step in range(1, 5001)]
+    evaluation = {"stage": "pretrain", "step": 5000, "evaluation": "after"}
+    lines.insert(5000, evaluation)
+    log.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parsed, parse = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or parse(text))
+    log.go_back("adapt", 4990)
+    assert list(log.evaluations()) == [evaluation]
+    assert len(parsed) == 12
+    assert [line["step"] for line in log.lines()] == [line["step"] for line in lines[:-10]]
+
+
 def test_a_line_takes_the_place_of_one_that_was_cut_short(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.path.write_text('{"stage": "adapt", "step": 1}\n{"stage": "adapt", "st')
