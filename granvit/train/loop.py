@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from granvit.data.batches import PackLoader, with_all_places
 from granvit.data.collate import Batch
 from granvit.errors import Failed
 from granvit.lora import ADAPTER, adapters
@@ -39,6 +38,7 @@ from granvit.train.step import Share
 from granvit.world import World
 
 if TYPE_CHECKING:
+    from granvit.data.batches import PackLoader
     from granvit.train.heldout import HeldOut
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,8 @@ class Phase:
     def values(self) -> dict[str, Any]:
         """The rest of a checkpoint: the place in the data, and what is remembered of past losses. All ranks ask for it
         together."""
+        from granvit.data.batches import with_all_places  # a step is taken without the package datasets too
+
         states = self.world.gather(self.loader.state_dict(self.step * self.stage.accumulate))
         place = {"stage": self.stage.name, "step": self.step, "loader": with_all_places(states)}
         return place | {"spikes": self.spikes.state(), "streak": self.streak.length}

@@ -93,25 +93,27 @@ class Loader(list):
     dataset = None
 
 
-def phase_of(model, processor, samples, stage: Stage, config: TrainConfig, device: torch.device) -> Phase:
-    """Four steps of a stage on these samples."""
+def phase_of(
+    model, processor, samples, stage: Stage, steps: int, config: TrainConfig, device: torch.device
+) -> Phase:
+    """So many steps of a stage on these samples."""
     asked = [processor.questions(sample, stage.tasks) for sample in samples]
     batch = collate(samples, asked, processor, config.data.capacity, config.crops if stage.distill else None)
-    stage = replace(stage, steps=4, epochs=None, packs=1, images=None)
+    stage = replace(stage, steps=steps, epochs=None, packs=1, images=None)
 
     def losses(model, teacher, step, batch, share):
         return stage_loss(model, teacher, batch, stage, config.distill, share)
 
-    return Phase(config, stage, model.to(device).train(), Loader([batch] * 4), losses, batch, World(), device)
+    return Phase(config, stage, model.to(device).train(), Loader([batch] * steps), losses, batch, World(), device)
 
 
 def train(monkeypatch, tmp_path, model, processor, samples, stage: Stage, config: TrainConfig) -> list[int]:
-    """Four steps of a stage on meta as a run takes them: encoder, teacher, region prompt, LLM, losses, backward,
+    """Three steps of a stage on meta as a run takes them: encoder, teacher, region prompt, LLM, losses, backward,
     clipping, optimiser and averages. Returns the steps after which the device is read, once for each time.
 
     A read anywhere else raises, and so does this, where a step's tensors cross from the host but by pinned memory."""
     config = replace(config, precision="float32", log_every=3)  # autocast doesn't know meta
-    phase = phase_of(model, processor, samples, stage, config, META)
+    phase = phase_of(model, processor, samples, stage, 3, config, META)
     take, reads = Phase.take, []
 
     def watched(phase, given):
@@ -131,8 +133,8 @@ def train(monkeypatch, tmp_path, model, processor, samples, stage: Stage, config
     metrics = MetricsLog(tmp_path / "metrics.jsonl")
     train_phase(phase, nowhere, metrics, Termination(), lambda *_: None, never)
     lines = list(metrics.lines())
-    assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(line["grad_norm"] == 1 for line in lines)
-    assert ["features_std" in line for line in lines] == [True, False, True, True]
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["grad_norm"] == 1 for line in lines)
+    assert ["features_std" in line for line in lines] == [True, False, True]
     assert (phase.teacher is not None) == bool(stage.distill)
     assert all(parameter.grad.is_meta for parameter in phase.trained if parameter.numel())
     return reads
@@ -146,14 +148,14 @@ def test_only_log_steps_read_and_those_once(tiny, samples, monkeypatch, tmp_path
     if attention == "segments":  # as on a GPU in half precision
         monkeypatch.setattr(llm, "why_not_flash", lambda *_: None)
         stage = replace(stage, optimizer="adamw")
-    assert train(monkeypatch, tmp_path, model, processor, samples, stage, SMOKE) == [1, 3, 4]
+    assert train(monkeypatch, tmp_path, model, processor, samples, stage, SMOKE) == [1, 3]
 
 
 @pytest.mark.usefixtures("fused_on_meta")
 @pytest.mark.parametrize("target", ["layer_norm", "cosine", "mse"])
 def test_no_target_of_distillation_reads_anything(tiny, samples, monkeypatch, tmp_path, target):
     config = replace(SMOKE, distill=replace(SMOKE.distill, target=target))
-    assert train(monkeypatch, tmp_path, *tiny(), samples, config.pretrain, config) == [1, 3, 4]
+    assert train(monkeypatch, tmp_path, *tiny(), samples, config.pretrain, config) == [1, 3]
 
 
 @pytest.mark.slow
@@ -166,7 +168,7 @@ def test_steps_of_the_paper_s_size(tiny, samples, monkeypatch, tmp_path, stage):
     config.text_vocab = small.config.text_vocab  # the rest of the table is left unused, as by Qwen's own tokenizer
     processor = GranViTProcessor.from_config(config, processor.tokenizer)
     paper = replace(PAPER, checkpointing=True, micro_packs=0)
-    assert train(monkeypatch, tmp_path, on_meta(config), processor, samples, stage, paper) == [1, 3, 4]
+    assert train(monkeypatch, tmp_path, on_meta(config), processor, samples, stage, paper) == [1, 3]
 
 
 def test_crossings_are_seen_and_reads_raise():
@@ -190,7 +192,8 @@ def test_crossings_are_seen_and_reads_raise():
 def test_a_step_on_a_gpu_never_waits(tiny, samples, stage):
     """What meta can't show: copies and kernels of libraries that wait. Of the two steps between the log steps."""
     config = replace(SMOKE, precision="bfloat16", log_every=100)
-    phase = phase_of(*tiny(pixel_shuffle=2), samples, replace(stage, optimizer="adamw"), config, torch.device("cuda"))
+    stage = replace(stage, optimizer="adamw")
+    phase = phase_of(*tiny(pixel_shuffle=2), samples, stage, 4, config, torch.device("cuda"))
     before = torch.cuda.get_sync_debug_mode()
     for number, given in enumerate(phase.batches(), 1):
         torch.cuda.set_sync_debug_mode("error" if 1 < number < 4 else before)
