@@ -51,9 +51,10 @@ def ray_cluster(address: str, gpus: float = 0) -> Iterator[Over]:
         if colon and "/" not in address:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), SECONDS).close()
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise Failed(
-            f"no Ray cluster answers at {address!r} ({error}); `ray start --head` begins one and says its address"
+            f"no way to a Ray cluster at {address!r}: {error}. `ray start --head` begins one and says its address; one "
+            "that runs wants its own token here, too (`ray get-auth-token`)"
         ) from None
     try:
         yield partial(_make, gpus)

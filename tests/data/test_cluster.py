@@ -105,4 +105,4 @@ class Reader:
     assert main(annotate(pictures, tmp_path / "out", "--ray", address)) == 1
     assert f"granvit annotate: error: no model here (on {platform.node()})\n" in capsys.readouterr().err
     assert main(annotate(pictures, tmp_path / "out", "--ray", "127.0.0.1:1")) == 1
-    assert "no Ray cluster answers at '127.0.0.1:1' ([Errno 111] Connection refused)" in capsys.readouterr().err
+    assert "no way to a Ray cluster at '127.0.0.1:1': [Errno 111] Connection refused. " in capsys.readouterr().err
