@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from granvit.data.filters import normalised
 from granvit.data.loader import open_rows
-from granvit.data.measures import box_iou, words
+from granvit.data.measures import box_iou, normalised, words
 from granvit.data.overlap import DISTANCE, nearest, picture_hash
 from granvit.data.parallel import process_map, progress
 from granvit.data.schema import parse_row

@@ -39,6 +39,11 @@ def tokens(text: str) -> list[str]:
     return words(text) or list(nfc(text).replace(" ", ""))
 
 
+def normalised(text: str) -> str:
+    """A caption as repetitions are counted: its words, or what stands in place of words ("?!")."""
+    return " ".join(words(text)) or nfc(text)
+
+
 def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Intersection over union of xyxy boxes [..., 4], broadcast to [...]; inverted and empty boxes give 0."""
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)

@@ -436,7 +436,7 @@ def test_the_documents_map_over_many_processes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(examples()[1], "data.md", "exec"), names)
-    for row in names["found"]:
+    for row in names["annotated"]:
         assert " ".join(region["caption"] for region in row["regions"]) == "Ticket 4711"
 
 

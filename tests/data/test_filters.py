@@ -12,8 +12,9 @@ from PIL import Image
 from granvit.data import filters
 from granvit.data.__main__ import main
 from granvit.data.build import build_dataset
-from granvit.data.filters import Filter, normalised, repeated
+from granvit.data.filters import Filter, repeated
 from granvit.data.loader import GranDataset
+from granvit.data.measures import normalised
 from granvit.data.schema import FEATURES
 
 OFF = dict(short_side=0, image_aspect=100, box_aspect=1000, box_area=0)
