@@ -153,6 +153,7 @@ class Perfect(TextProcessor, FirstPixel):
     """Stands for a model and its processor that know the right caption of every box, and the box of every caption."""
 
     box_style, box_format, bins, device = "text", "text", 1000, torch.device("cpu")
+    config = SimpleNamespace(parallel_boxes=False)
 
     def __init__(self, samples):
         self.truth = {s.image[0, 0, 0].item(): {region.box: region.caption for region in s.regions} for s in samples}
