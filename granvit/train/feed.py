@@ -30,7 +30,7 @@ class MicroBatch:
     """A part of a batch, on the rank's device.
 
     ids: of its images; none where the batch is a blank, which a rank goes through because others wait for it.
-    answer_image: int64 [A] on the host, the number among `ids` of each answer token's image. counts: as `StepInput`'s.
+    answer_image: int32 [A] on the host, the number among `ids` of each answer token's image. counts: as `StepInput`'s.
     """
 
     batch: Batch
@@ -65,7 +65,7 @@ class Feed:
         self.parts, self.datasets, self.world, self.device = parts, datasets, world, device
         self.blank = blank.to(device)
         self.names = ("targets", "regions", "asked", "images", "tokens", *map(IMAGES_OF.format, datasets))
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._copied = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
 
     def step(self, batches: Sequence[Batch], stop: bool = False) -> StepInput:
         """The input of the step that has these batches on this rank. All ranks call it at once."""
@@ -96,7 +96,7 @@ class Feed:
         return MicroBatch(
             moved,
             [sample.id for sample in host.samples],
-            packed.image_index.flatten()[packed.answer_slots],
+            packed.image_index.flatten()[packed.answer_slots].int(),
             (*counts, *(of[name] for name in self.datasets)),
         )
 

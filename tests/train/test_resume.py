@@ -78,8 +78,9 @@ def test_it_goes_on_in_other_micro_batches_along_the_same_curves(config, undistu
 
 
 def test_momenta_of_muon_go_on_bit_for_bit(small_config, tmp_path, monkeypatch):
+    """Where the numbers of steps 1, 2, 4 and 6 are read: at checkpoints and log steps."""
     pretrain = replace(small_config.pretrain, optimizer="muon")
-    config = replace(small_config, pretrain=pretrain, adapt=replace(small_config.adapt, steps=0))
+    config = replace(small_config, pretrain=pretrain, adapt=replace(small_config.adapt, steps=0), log_every=4)
     undisturbed = lines_of(train(replace(config, output=str(tmp_path / "undisturbed"))))
     config = replace(config, output=str(tmp_path / "run"))
     stopping.cut(monkeypatch, config, "pretrain", 5)
