@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, TypeVar
-from unittest import mock
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from granvit.rehearsal.collectives import Collective, Recorder
+from granvit.train.parallel.meta import as_device
 from granvit.world import World
 
 T = TypeVar("T")
@@ -61,52 +59,11 @@ def lone_rank(rank: int, ranks: int, local: int, heard: tuple[Tensor, ...] = ())
     hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        with _meta_as_device():
+        with as_device():
             yield LoneRank(rank, ranks, heard=heard)
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook  # torch would name the rank before each line of a traceback from now on
-
-
-class _Stream:
-    """A stream or an event, on which everything has happened already."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record_event(self, *_: Any) -> _Stream:
-        return self
-
-    def _nothing(self, *_: Any) -> None:
-        pass
-
-    record = wait = wait_event = wait_stream = synchronize = _nothing
-
-
-_DEVICE = SimpleNamespace(
-    Stream=_Stream, Event=_Stream, current_stream=_Stream, current_device=lambda: 0, device_count=lambda: 1,
-    stream=nullcontext,
-)  # fmt: skip
-"""What torch.cuda is for a GPU, as far as meshes and FSDP ask for it."""
-
-
-@contextmanager
-def _meta_as_device() -> Iterator[None]:
-    """Inside, torch treats meta as a device that can be trained on: FSDP2 and DDP take its tensors, and so do fused
-    optimisers."""
-    optimizer = sys.modules["torch.optim.optimizer"]
-    with ExitStack() as stack:
-        torch._register_device_module("meta", _DEVICE)
-        stack.callback(sys.modules.pop, "torch.meta")
-        stack.callback(delattr, torch, "meta")
-        for owner, name, ours in (
-            (FSDPParamGroup, "_validate_no_meta_params", lambda _: None),
-            (torch.accelerator, "current_stream", _Stream),
-            (ddp, "_verify_param_shape_across_processes", lambda *_, **__: None),
-            (optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"]),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, ours))
-        yield
 
 
 def end_reductions(module: nn.Module) -> None:

@@ -43,9 +43,10 @@ def _kind(name: str, tensor: Tensor) -> tuple:
 
 def _local_plan(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> dcp.SavePlan:
     """What this rank would write, whichever rank the tensors are of."""
-    meshes = {tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)}
+    # By their ids: DTensor keeps results of an equal mesh, and may give a tensor that older one.
+    meshes = {id(tensor.device_mesh): tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)}
     with ExitStack() as stack:
-        for mesh in meshes:
+        for mesh in meshes.values():
             place = tuple((mesh.mesh == rank).nonzero()[0].tolist())
             stack.enter_context(mock.patch.object(mesh, "_coordinate_on_dim", place))
         return create_default_local_save_plan(share(tensors, World(rank, ranks)), is_coordinator=rank == 0)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.nn.parallel import distributed as ddp
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -47,16 +54,16 @@ class OnGPU(TorchFunctionMode):
             wanted = torch.get_autocast_dtype("cuda") if name in LOWER else torch.float32
             args, kwargs = tree_map_only(Tensor, lambda tensor: self._cast(tensor, wanted), (args, kwargs))
         if func is Tensor.backward:
-            return self._backward(*args)
+            return self._backward(*args, gradient=kwargs.get("gradient"))
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+    def _backward(self, loss: Tensor, gradient: Tensor | None) -> None:
         """torch's own leaves the mode, in which blocks are to be computed again."""
+        gradient = torch.ones_like(loss) if gradient is None else gradient
         run = torch.autograd.Variable._execution_engine.run_backward
         with self:
-            gradient = torch.ones_like(loss) if gradient is None else gradient
             run((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
     def _cast(self, tensor: Tensor, wanted: torch.dtype) -> Tensor:
@@ -77,3 +84,43 @@ def _attention(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
+
+
+class _Stream:
+    """A stream or an event, on which everything has happened already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+    def _nothing(self, *_: Any) -> None:
+        pass
+
+    record = wait = wait_event = wait_stream = synchronize = _nothing
+
+
+_DEVICE = SimpleNamespace(
+    Stream=_Stream, Event=_Stream, current_stream=_Stream, current_device=lambda: 0, device_count=lambda: 1,
+    stream=nullcontext,
+)  # fmt: skip
+"""What torch.cuda is for a GPU, as far as meshes and FSDP ask for it."""
+
+
+@contextmanager
+def as_device() -> Iterator[None]:
+    """Inside, torch treats meta as a device that can be trained on: FSDP2 and DDP take its tensors, and so do fused
+    optimisers."""
+    with ExitStack() as stack:
+        torch._register_device_module("meta", _DEVICE)
+        stack.callback(sys.modules.pop, "torch.meta")
+        stack.callback(delattr, torch, "meta")
+        for owner, name, ours in (
+            (FSDPParamGroup, "_validate_no_meta_params", lambda _: None),
+            (torch.accelerator, "current_stream", _Stream),
+            (ddp, "_verify_param_shape_across_processes", lambda *_, **__: None),
+            (sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"]),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, ours))
+        yield
