@@ -26,7 +26,9 @@ class PlanConfig:
     of a GPU with these shapes, which is then used and named."""
     device_tflops: float = 989.0
     """The device's peak in 10^12 operations a second: an H100 SXM's in bfloat16 by its data sheet, dense."""
-    ranks: int = 128
+    ranks: int | None = None
+    """Of the run, at most: so many of them take part as share a stage's sequences evenly. None: one, and 128 of the
+    preset paper."""
     rows: int = 2000
     """Rows of the dataset that are looked at, evenly spread."""
     image_size: tuple[int, int] = (512, 512)
@@ -42,7 +44,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         for name in ("images", "regions", "device_tflops", "ranks", "rows", "samples"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is above 0")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu is {self.mfu}; it is a share above 0, at most 1")

@@ -28,7 +28,6 @@ from granvit.model import GranViT, GranViTProcessor
 from granvit.model.config import cached_fit_grid
 from granvit.questions.prompts import Question
 from granvit.questions.schema import Sample
-from granvit.train.optimizer import hidden_matrices
 from granvit.train.parallel.compiling import blocks
 
 PARTS = ("encoder", "teacher", "projector", "llm", "output")
@@ -42,8 +41,7 @@ class Sizes:
     cells, geometry: what embeds the places of image tokens and of boxes. region_logits: the region prompt's, of every
     patch; region_values: of its queries' means; region: its projector. (Its queries are folded into W_key once a step,
     which is not counted.) output: the LLM's output table; locations: the rows of location tokens. adapters: the
-    LLM's (LoRA), counted apart from its own weights, which never learn under them. matrices: of each group's parameters
-    that can learn, those that Muon takes.
+    LLM's (LoRA), counted apart from its own weights, which never learn under them.
     """
 
     patch: int
@@ -63,7 +61,6 @@ class Sizes:
     parameters: dict[str, int]
     adapters: int = 0
     encoder_prefix: int = 0
-    matrices: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: GranViT) -> Sizes:
@@ -75,8 +72,6 @@ class Sizes:
         added = sum(parameter.numel() for parameter in adapters(llm))
         encoder = sum(map(_weights, blocks(model.encoder)))
         parameters = {name: sum(p.numel() for p in group) for name, group in model.groups().items()}
-        hidden = hidden_matrices(model)
-        matrices = {name: sum(p.numel() for p in group if p in hidden) for name, group in model.groups().items()}
         return cls(
             patch=_weights(model.encoder) - encoder,
             encoder=encoder,
@@ -96,7 +91,6 @@ class Sizes:
             locations=model.locations.output.numel(),
             parameters=parameters | {"llm": sum(p.numel() for p in llm.parameters()) - added},
             adapters=added,
-            matrices=matrices,
         )
 
 

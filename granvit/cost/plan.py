@@ -18,13 +18,15 @@ from rich.text import Text
 
 from granvit.cost.config import ASSUMED, PlanConfig
 from granvit.cost.flops import PARTS, Counts, Sizes, operations
+from granvit.cost.ranks import Rank, rank_of
 from granvit.cost.reading import Reading, assumed_reading, measured_reading, processor_for, seen
-from granvit.cost.recipes import Recipes, activation_bytes, compare, gpu_hours, memory, per_image, repeated
+from granvit.cost.recipes import Recipes, compare, gpu_hours, per_image, repeated
 from granvit.cost.shapes import ALSO, config_of, on_meta
 from granvit.data.loader import GranDataset
 from granvit.data.mixture import open_split
 from granvit.data.sample import cached_sample
 from granvit.model import GranViTConfig
+from granvit.model.linear_cross_entropy import CHUNK
 from granvit.train.stages import Stage
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -68,12 +70,14 @@ def report(plan: PlanConfig, console: Console) -> None:
             reading = replace(reading, images=reading.images * plan.run.data.images / SAMPLE_ROWS)
         readings[stage.name] = reading
         recipes[stage.name] = compare(reading.rows, plan.samples, plan.run.data.capacity)
-    for line in _summary(plan, sizes, stages, readings, recipes, note):
+    with console.status("taking a step of each stage without memory"):
+        ranks = {stage.name: rank_of(plan, config, stage, readings[stage.name]) for stage in stages}
+    for line in _summary(plan, sizes, stages, readings, recipes, ranks, note):
         console.print(line)
     console.print(_seen_table(plan, stages, readings))
     console.print(_model_table(plan, sizes))
     console.print(_recipes_table(plan, sizes, stages, recipes))
-    console.print(_memory_table(plan, config, sizes, stages))
+    console.print(_memory_table(plan, ranks))
     for table in _cost_tables(plan, config, sizes, stages, readings):
         console.print(table)
     rows = [
@@ -121,7 +125,7 @@ def _speed(plan: PlanConfig, stage: Stage) -> tuple[float, float, str]:
 
 def _summary(
     plan: PlanConfig, sizes: Sizes, stages: Sequence[Stage], readings: dict[str, Reading], recipes: dict[str, Recipes],
-    note: str,
+    ranks: dict[str, Rank], note: str,
 ) -> Iterable[str]:
     """The most important first: what the run takes, what it sees, and what that rests on."""
     hours, lines = 0.0, []
@@ -137,6 +141,8 @@ def _summary(
         )
     yield f"{_few(hours)} of training, without evaluations"
     yield from lines
+    fullest = (f"{name} {_gib(rank.peak.total)} GiB in {rank.peak.when}" for name, rank in ranks.items())
+    yield f"peak memory of a rank: {', '.join(fullest)}"
     for source in dict.fromkeys(reading.source for reading in readings.values()):
         yield f"lengths: {source}{note}"
     speeds: dict[str, list[str]] = {}
@@ -220,20 +226,27 @@ def _recipe_column(
     } | {f"share of {part}": f"{100 * spent.share(part):.1f} %" for part in PARTS}
 
 
-def _memory_table(plan: PlanConfig, config: GranViTConfig, sizes: Sizes, stages: Sequence[Stage]) -> Table:
-    capacity = plan.run.data.capacity
-    columns = {}
-    for stage in stages:
-        every, inputs = activation_bytes(config, stage, capacity, capacity * config.pixel_shuffle**2)
-        for label, ranks in (("ddp", 1), (f"fsdp, 1 of {plan.ranks}", plan.ranks)):
-            parts = memory(sizes, stage, ranks, plan.run.precision)
-            columns[f"{stage.name},\n{label}"] = parts | {
-                "sum": sum(parts.values()), "activations": every, "checkpointed": inputs
-            }  # fmt: skip
-    labels = next(iter(columns.values()))
-    rows = ([label, *(f"{column[label] / 2**30:.3g}" for column in columns.values())] for label in labels)
-    title = "Memory of a rank, GiB (estimated: float32 state, bfloat16 activations)"
-    return _table(title, ("", *columns), rows, f"Activations of {capacity} tokens.")
+def _memory_table(plan: PlanConfig, ranks: dict[str, Rank]) -> Table:
+    first = next(iter(ranks.values()))
+    rows = {name: [_gib(rank.peak.parts[name]) for rank in ranks.values()] for name in first.peak.parts}
+    rows |= {
+        "peak": [_gib(rank.peak.total) for rank in ranks.values()],
+        "it is in": [rank.peak.when for rank in ranks.values()],
+        "sequences at once": [f"{rank.sequences}" for rank in ranks.values()],
+        "ranks": [f"{rank.world.ranks}" for rank in ranks.values()],
+        "parallel": [plan.run.parallel] * len(ranks),
+        "host: loader, at most": [_gib(rank.host) for rank in ranks.values()],
+    }
+    title = "Memory of a rank, GiB, when it is fullest"
+    caption = (
+        "Counted in a step on meta, which makes activations, gathered weights, copies in half precision and, "
+        f"{CHUNK >> 20} MiB at once, logits. CUDA's context and its libraries' workspaces come on top."
+    )
+    return _table(title, ("", *ranks), ([label, *columns] for label, columns in rows.items()), caption)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g}"
 
 
 def _cost_tables(
@@ -241,7 +254,7 @@ def _cost_tables(
 ) -> Iterable[Table]:
     a_picture = plan.regions / plan.images
     height, width = plan.image_size
-    names = [stage.name for stage in stages]
+    names, numbers = [stage.name for stage in stages], sorted({8, 32, plan.ranks or 128})
 
     def hours(stage: Stage, regions: float, configuration: GranViTConfig) -> tuple[float, ...]:
         both = per_image(plan, configuration, sizes, stage, readings[stage.name], regions, plan.image_size)
@@ -252,7 +265,7 @@ def _cost_tables(
     rows = [
         ("10^18 operations", *(f"{plan.images * total / 1e18:,.3g}" for total in totals)),
         ("GPU hours", *(f"{ours:,.3g}" for ours, _ in once)),
-        *((f"hours on {n} GPUs", *(f"{ours / n:,.3g}" for ours, _ in once)) for n in sorted({8, 32, plan.ranks})),
+        *((f"hours on {n} GPUs", *(f"{ours / n:,.3g}" for ours, _ in once)) for n in numbers),
         ("one question a sample, GPU hours", *(f"{theirs:,.3g}" for _, theirs in once)),
     ]
     title = f"{plan.images / 1e6:.2f} M images, {plan.regions / 1e6:.2f} M regions, each once, {height}x{width} px"
@@ -273,5 +286,5 @@ def _cost_tables(
         larger.max_image_tokens = budget
         sizes_of_images.append((str(budget), a_picture, larger))
     yield grown(f"By image size, at {a_picture:.2f} regions an image", "patches an image", sizes_of_images)
-    numbers = [(f"{number:.3g}", number, config) for number in sorted({1.0, 3.0, a_picture, 12.0, 24.0})]
-    yield grown(f"By regions, at {config.max_image_tokens} patches an image", "regions an image", numbers)
+    regions = [(f"{number:.3g}", number, config) for number in sorted({1.0, 3.0, a_picture, 12.0, 24.0})]
+    yield grown(f"By regions, at {config.max_image_tokens} patches an image", "regions an image", regions)

@@ -1,4 +1,4 @@
-"""Operations, hours and memory of both recipes: ours, packed, and one question a sample in padded batches."""
+"""Operations and hours of both recipes: ours, packed, and one question a sample in padded batches."""
 
 from __future__ import annotations
 
@@ -66,36 +66,6 @@ def per_image(
 def gpu_hours(total: float, mfu: float, device_tflops: float) -> float:
     """Of one device, for so many operations."""
     return total / (mfu * device_tflops * 1e12) / 3600
-
-
-def memory(sizes: Sizes, stage: Stage, ranks: int = 1, precision: str = "float32") -> dict[str, float]:
-    """Bytes a rank holds between steps, weights and state in float32 as the trainer keeps them, but for an LLM's under
-    adapters, which it keeps in the run's `precision`. `ranks`: 1 for DDP, where each holds all, else FSDP's, where each
-    holds its part. Activations come on top."""
-    learns = sizes.parameters | ({"llm": sizes.adapters} if sizes.adapters else {})
-    under = sizes.parameters["llm"] if sizes.adapters else 0
-    trained = sum(learns[name] for name in stage.train)
-    muon = sum(sizes.matrices.get(name, 0) for name in stage.train) if stage.optimizer == "muon" else 0
-    teacher = sizes.parameters["encoder"] if stage.distill else 0
-    weights = 4 * sum(learns.values()) + (2 if precision == "bfloat16" else 4) * under
-    moments = 4 * (2 * trained - muon)  # AdamW keeps two, Muon one
-    parts = {"weights": weights, "gradients": 4 * trained, "moments": moments, "teacher": 4 * teacher}
-    return {name: number / ranks for name, number in parts.items()}
-
-
-def activation_bytes(config: GranViTConfig, stage: Stage, tokens: int, patches: int) -> tuple[float, float]:
-    """What a backward needs of so many tokens and patches, in bfloat16: everything, or the layers' inputs alone
-    (activation checkpointing). An estimate of 34 bytes a channel and layer (Korthikanti et al. 2022, arXiv 2205.05198,
-    with attention that keeps no square), of gated layers more."""
-    vision, text = config.vision_config, config.text_config
-    gradients = "encoder" in stage.train or "projector" in stage.train
-    llm = tokens * text.num_hidden_layers if gradients or "llm" in stage.train else 0
-    encoder = patches * vision.num_hidden_layers if "encoder" in stage.train else 0
-    gated = 18 * text.hidden_size + 8 * text.intermediate_size
-    # DINOv2 has a ratio where others have a size
-    mlp = getattr(vision, "intermediate_size", None) or vision.mlp_ratio * vision.hidden_size
-    every = llm * gated + encoder * (18 * vision.hidden_size + 4 * mlp)
-    return every, 2 * (llm * text.hidden_size + encoder * vision.hidden_size)
 
 
 def repeated(sizes: Sizes, config: GranViTConfig, stage: Stage, counts: Counts) -> list[tuple[str, float, str]]:

@@ -83,12 +83,13 @@ def config_of(model: Model) -> GranViTConfig:
     )
 
 
-def on_meta(config: GranViTConfig, lora: Lora | None = None) -> GranViT:
-    """A model without memory, to be counted; lora: with these adapters on its LLM."""
+def on_meta(config: GranViTConfig, lora: Lora | None = None, frozen: torch.dtype = torch.float32) -> GranViT:
+    """A model without memory, to be counted, in float32; lora: with these adapters on its LLM, whose own weights are
+    `frozen` then."""
     with torch.device("meta"):
-        model = GranViT(config)
+        model = GranViT(config).float()
         if lora is not None and lora.rank:
-            add_adapters(model.llm, lora)
+            add_adapters(model.llm.to(frozen), lora)
     return model
 
 

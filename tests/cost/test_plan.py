@@ -4,20 +4,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from granvit.cost import plan as planning
 from granvit.cost.command import parse
 from granvit.cost.flops import Asked, Picture, Sizes, count, one_question_each, operations, packed, padded
-from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_reading, measurements, memory, report
+from granvit.cost.plan import PlanConfig, compare, gpu_hours, measured_reading, measurements, report
 from granvit.cost.reading import _looked_at, typical
 from granvit.cost.shapes import config_of, on_meta
 from granvit.data.loader import GranDataset
 from granvit.data.mixture import Mixture
 from granvit.lora import Lora
 from granvit.train.build import build
-from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
 from granvit.train.presets import PRESETS, Model
 
 STAGE_1, STAGE_2 = ("encoder", "projector"), ("projector", "llm")
@@ -129,16 +127,10 @@ def test_a_mixture_is_looked_at_by_its_shares(small_config, sample_set, tmp_path
 
 
 def test_an_llm_under_adapters_is_frozen():
-    stage = PRESETS["paper"].adapt
     model = Model(encoder="siglip2-base", llm="llama3-8b", box_format="text", lora=Lora(16))
     sizes = Sizes.of(on_meta(config_of(model), model.lora))
     whole = Sizes.of(on_meta(config_of(replace(model, lora=Lora()))))
     assert sizes.adapters == 41_943_040 and sizes.parameters == whole.parameters and sizes.llm == whole.llm
-    parts = memory(sizes, stage, precision="bfloat16")
-    ours = sizes.parameters["encoder"] + sizes.parameters["projector"]
-    assert parts["weights"] == 4 * (ours + sizes.adapters) + 2 * sizes.parameters["llm"]
-    assert parts["gradients"] == 4 * (sizes.parameters["projector"] + sizes.adapters)
-    assert memory(sizes, stage)["weights"] == parts["weights"] + 2 * sizes.parameters["llm"]
     without = replace(sizes, llm_attention=0)
     assert operations(without, count([IMAGE]), STAGE_2).parts["llm"] == 4 * sizes.llm * 40 + 6 * sizes.adapters * 40
     assert operations(without, count([IMAGE]), STAGE_2).parts["output"] == 4 * sizes.output * 12
@@ -162,25 +154,8 @@ def test_a_run_that_is_finished_can_be_planned_anew(small_config, tiny, sample_s
         report(PlanConfig(replace(whole, **none)), Console())
 
 
-def test_memory_and_hours():
-    stage = PRESETS["paper"].pretrain
-    assert memory(ROUND, stage) == {"weights": 4 * 170, "gradients": 4 * 110, "moments": 8 * 110, "teacher": 400}
-    assert memory(ROUND, stage, ranks=10)["weights"] == 68
+def test_hours():
     assert gpu_hours(3.6e18, 0.4, 1000) == pytest.approx(2.5)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_moments_are_what_the_optimizer_keeps(tiny, optimizer):
-    model, _ = tiny()
-    stage = replace(PRESETS["smoke"].pretrain, optimizer=optimizer)
-    freeze(model.groups(), stage.train)
-    adam_or_muon = make_optimizer(model.groups(), stage, hidden_matrices(model))
-    for group in adam_or_muon.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
-    adam_or_muon.step()
-    kept = [t for state in adam_or_muon.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
-    assert memory(Sizes.of(model), stage)["moments"] == sum(t.numel() * t.element_size() for t in kept)
 
 
 def test_a_measured_speed_takes_the_place_of_the_assumed_one(tmp_path):
@@ -193,10 +168,11 @@ def test_a_measured_speed_takes_the_place_of_the_assumed_one(tmp_path):
 
 
 def test_the_command_prints_every_table(small_config, sample_set, capsys):
-    report(PlanConfig(PRESETS["paper"]), Console(width=80))
+    report(PlanConfig(PRESETS["paper"], rows=500), Console(width=80))
     said = capsys.readouterr().out
     assert "assumed, not measured" in said and "29.51 M images, 183.55 M regions" in said
-    total, first, second, *rest = said.splitlines()
+    total, first, second, memory, *rest = said.splitlines()
+    assert re.fullmatch(r"peak memory of a rank: pretrain [\d.]+ GiB in \w+, adapt [\d.]+ GiB in \w+", memory)
     assert re.fullmatch(r"[\d,]+ GPU hours of training, without evaluations", total)
     pattern = r"(pretrain|adapt): [\d,e+.]+ GPU hours, (\d\d\d,\d\d\d) steps of (\d+) images, 100.0 % of regions asked"
     for line in (first, second):

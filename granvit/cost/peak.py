@@ -1,0 +1,109 @@
+"""The memory of a rank when it is fullest. A step of the very run is taken on the meta device while its tensors are
+counted, so no formula has to follow what a step does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from granvit.cost.flops import Picture
+from granvit.cost.live import Live
+from granvit.cost.shapes import on_meta
+from granvit.cost.stand_in import batch_of
+from granvit.data.collate import Batch
+from granvit.model import GranViT, GranViTConfig
+from granvit.train.distill import Teacher
+from granvit.train.loop import Phase
+from granvit.train.parallel.meta import OnGPU, as_device
+from granvit.train.presets import TrainConfig
+from granvit.train.stages import Stage
+from granvit.train.step import Share, stage_loss
+from granvit.world import World
+
+META = torch.device("meta")
+KEPT = ("parameters", "teacher", "moments", "gradients")
+PASSING = "made by the step"
+"""The name of the rest: activations and their gradients, logits, gathered weights, copies in half precision."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """when: in which part of a step it is ("forward", "backward", "optimizer"). parts: bytes that are there at that
+    time, by name: KEPT and PASSING."""
+
+    when: str
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def peak(
+    config: TrainConfig, stage: Stage, shapes: GranViTConfig, rows: Sequence[Sequence[Picture]], world: World,
+    several: bool = False,
+) -> Peak:  # fmt: skip
+    """Of a step on micro-batches whose sequences are `rows`, on one of the world's ranks. several: whether there are
+    more than one of them in a step, so that gradients are there when the next begins.
+
+    It is what torch.cuda.max_memory_allocated would say, but for the workspaces of CUDA's libraries.
+    """
+    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    if world.ranks > 1 and config.parallel == "ddp":
+        world, several = World(), True  # to one rank, DDP is gradients that are there from step to step
+    config = replace(config, micro_packs=0, compile=False)
+    stage = replace(stage, packs=len(rows) * world.ranks, images=None, steps=2, epochs=None)
+    batch, live = batch_of(rows, shapes, META), Live("meta")
+
+    def loss_of(model: GranViT, teacher: Teacher | None, _: int, batch: Batch, share: Share) -> dict[str, Tensor]:
+        live.phase = "forward"
+        losses = stage_loss(model, teacher, batch, stage, config.distill, share)
+        live.phase = "backward"
+        return losses
+
+    def optimizing(*_: object) -> None:
+        live.phase = "optimizer"
+
+    def label(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            live.count(parameter.grad, "gradients")
+
+    with as_device(), _ranks(world), OnGPU(precision):
+        model = on_meta(shapes, config.model.lora, precision).train()
+        phase = Phase(config, stage, model, SimpleNamespace(dataset=None), loss_of, batch, world, META)
+        for name, tensors in (
+            ("parameters", [*model.parameters(), *model.buffers()]),
+            ("teacher", phase.teacher.tensors().values() if phase.teacher else ()),
+            ("moments", [value for state in phase.optimizer.state.values() for value in state.values()]),
+        ):
+            for tensor in tensors:
+                live.count(tensor, name)
+        for parameter in phase.trained:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(label)
+        phase.optimizer.register_step_pre_hook(optimizing)
+        given = phase.feed.step([batch] * (1 + several))
+        with live:
+            phase.take(given)
+    parts = {name: live.peak[name] for name in KEPT}
+    return Peak(live.when, parts | {PASSING: live.peak[""]})
+
+
+@contextmanager
+def _ranks(world: World) -> Iterator[None]:
+    """Inside, collectives are as if all of the world's ranks were there, but that nothing comes of them."""
+    if world.ranks == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
