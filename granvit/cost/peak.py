@@ -3,7 +3,7 @@ counted, so no formula has to follow what a step does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -60,38 +60,49 @@ def peak(
         world, several = World(), True  # to one rank, DDP is gradients that are there from step to step
     config = replace(config, micro_packs=0, compile=False)
     stage = replace(stage, packs=len(rows) * world.ranks, images=None, steps=2, epochs=None)
-    batch, live = batch_of(rows, shapes, META), Live("meta")
+    batch = batch_of(rows, shapes, META)
 
     def loss_of(model: GranViT, teacher: Teacher | None, _: int, batch: Batch, share: Share) -> dict[str, Tensor]:
-        live.phase = "forward"
-        losses = stage_loss(model, teacher, batch, stage, config.distill, share)
-        live.phase = "backward"
-        return losses
+        return stage_loss(model, teacher, batch, stage, config.distill, share)
 
-    def optimizing(*_: object) -> None:
-        live.phase = "optimizer"
+    with as_device(), _ranks(world), OnGPU(precision):
+        model = on_meta(shapes, config.model.lora, precision).train()
+        phase = Phase(config, stage, model, SimpleNamespace(dataset=None), loss_of, batch, world, META)
+        given = phase.feed.step([batch] * (1 + several))
+        with watched(phase) as live:
+            phase.take(given)
+    return peak_of(live)
+
+
+def watched(phase: Phase) -> Live:
+    """A context for steps of a phase on meta. What the phase keeps counts under its name in KEPT."""
+    live = Live("meta")
+    for name, tensors in (
+        ("parameters", [*phase.model.parameters(), *phase.model.buffers()]),
+        ("teacher", phase.teacher.tensors().values() if phase.teacher else ()),
+        ("moments", [value for state in phase.optimizer.state.values() for value in state.values()]),
+    ):
+        for tensor in tensors:
+            live.count(tensor, name)
 
     def label(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             live.count(parameter.grad, "gradients")
 
-    with as_device(), _ranks(world), OnGPU(precision):
-        model = on_meta(shapes, config.model.lora, precision).train()
-        phase = Phase(config, stage, model, SimpleNamespace(dataset=None), loss_of, batch, world, META)
-        for name, tensors in (
-            ("parameters", [*model.parameters(), *model.buffers()]),
-            ("teacher", phase.teacher.tensors().values() if phase.teacher else ()),
-            ("moments", [value for state in phase.optimizer.state.values() for value in state.values()]),
-        ):
-            for tensor in tensors:
-                live.count(tensor, name)
-        for parameter in phase.trained:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(label)
-        phase.optimizer.register_step_pre_hook(optimizing)
-        given = phase.feed.step([batch] * (1 + several))
-        with live:
-            phase.take(given)
+    def entering(name: str) -> Callable[..., None]:
+        return lambda *_: setattr(live, "phase", name)
+
+    for parameter in phase.trained:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(label)
+    phase.losses.register_forward_pre_hook(entering("forward"), prepend=True)
+    phase.losses.register_forward_hook(entering("backward"))
+    phase.optimizer.register_step_pre_hook(entering("optimizer"))
+    return live
+
+
+def peak_of(live: Live) -> Peak:
+    """When the steps inside `watched` took most."""
     parts = {name: live.peak[name] for name in KEPT}
     return Peak(live.when, parts | {PASSING: live.peak[""]})
 

@@ -44,6 +44,8 @@ SAMPLE_ROWS = 600
 """Of the sample set so many pictures are drawn, as `plan` does."""
 READ = 16
 """Test images that are read."""
+FITS = 0.92
+"""The share of a GPU's memory that tensors may take: CUDA's context, libraries and fragments take the rest."""
 LEFT_OUT = "weights, numbers (losses, whether they stay finite), the network, speed, evaluations, a warm-up's steps"
 
 
@@ -196,6 +198,14 @@ def _step(asked: RehearsalConfig, run: RankRun, stage: Stage, shapes: GranViTCon
         said.append(f"{len(first.collectives[1])} collectives")
     if first is None:
         return None
+    with found.looking(f"{stage.name}: memory of a GPU") as said:
+        peak, room = first.peak, asked.device_gb * 1e9
+        said.append(
+            f"{shown(peak.total)} of {shown(room)} when it is fullest, in {peak.when}: "
+            + ", ".join(f"{shown(size)} {name}" for name, size in peak.parts.items())
+        )
+        if peak.total > FITS * room:
+            raise ValueError(f"{said[0]}; with CUDA's own and fragments that is too much (micro_packs, checkpointing)")
     with found.looking(f"{stage.name}: all ranks meet in the same collectives") as said:
         last = take_steps(asked, run, stage, shapes, rank=asked.ranks - 1, blank=True, heard=first.said)
         steps = zip(("a step", "a step without an image"), first.collectives, last.collectives, strict=True)

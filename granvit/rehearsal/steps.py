@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from granvit.cost.peak import Peak, peak_of, watched
 from granvit.cost.shapes import on_meta
 from granvit.data.collate import Batch, Read, join
 from granvit.data.loader import GranDataset
@@ -38,11 +39,12 @@ class RankRun(Run):
 @dataclass(frozen=True)
 class Taken:
     """The steps that one rank took. collectives: of each step, in their order. said: see `LoneRank`. tensors: those of
-    its checkpoint."""
+    its checkpoint. peak: when its device's memory is fullest."""
 
     collectives: list[list[Collective]]
     said: tuple[Tensor, ...]
     tensors: Mapping[str, Tensor]
+    peak: Peak
 
 
 def take_steps(
@@ -55,18 +57,18 @@ def take_steps(
     precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with lone_rank(rank, asked.ranks, asked.local, heard) as world, OnGPU(precision):
         run = RankRun(config, run.splits, run.processor, world)
-        phase = run.new_phase(stage, on_meta(shapes, config.model.lora).float())
+        phase = run.new_phase(stage, on_meta(shapes, config.model.lora, precision))
         phase.model.train()
         end_reductions(phase.losses)
         phase.step = 1  # numbers of a first step are read, and meta has none
-        collectives, batches = [], phase.batches()
+        live, collectives, batches = watched(phase), [], phase.batches()
         for number in range(STEPS):
             world.recorder.collectives = []
             given = phase.feed.step([_empty(phase)] * stage.accumulate) if blank and number else next(batches)
-            with world.recorder:
+            with live, world.recorder:
                 phase.take(given)
             collectives.append(world.recorder.collectives)
-        return Taken(collectives, tuple(world.said), phase.tensors())
+        return Taken(collectives, tuple(world.said), phase.tensors(), peak_of(live))
 
 
 def _empty(phase: Phase) -> Batch:

