@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from granvit.questions.packing import IGNORE, PackedBatch
@@ -43,6 +42,7 @@ class Prompted:
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool = False,
         batch: PackedBatch | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits of a processor's output: `model(**processor(image, question)).logits[:, -1]` is what generate chooses
@@ -64,8 +64,10 @@ class Prompted:
             output_hidden_states, output_attentions: also the LLM's hidden states [B, L, D] before the first layer and
                 after each, and its attention, which wants attn_implementation="eager".
             return_dict: False: a tuple of what is not None.
+            skip_logits: return the loss of labels without logits, which then never exist whole (as Liger's models do).
         Returns:
-            CausalLMOutputWithPast: loss; logits [B, L, V], where V counts the text's rows and the location tokens;
+            CausalLMOutputWithPast: loss; logits [B, L, V], where V counts the text's rows and the location tokens (None
+            with skip_logits);
             the cache where use_cache does not forbid it; hidden_states, attentions.
         Raises:
             ValueError: markers with nothing to stand there; a row's picture, or boxes, that no marker asks for; ids,
@@ -76,6 +78,8 @@ class Prompted:
             input_ids, batch = None, input_ids
         if batch is not None:
             return self.forward_packed(batch)
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits: needs labels, whose loss is then all that there is")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give one of the two")
         if input_ids is not None:
@@ -103,8 +107,9 @@ class Prompted:
             **more,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.logits(output.last_hidden_state[:, keep])
-        loss = None if labels is None else self._loss(logits, labels, embeds, num_items_in_batch)
+        hidden = output.last_hidden_state[:, keep]
+        logits = None if skip_logits else self.logits(hidden)
+        loss = None if labels is None else self._loss(hidden, logits, labels, embeds, num_items_in_batch)
         made = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -158,7 +163,7 @@ class Prompted:
         >>> processor.decode_answers(model.generate(**inputs, max_new_tokens=16))
         ['a striped red ball']
         """
-        if unknown := {"labels", "num_items_in_batch", "batch", "inputs_embeds"} & kwargs.keys():
+        if unknown := {"labels", "num_items_in_batch", "skip_logits", "batch", "inputs_embeds"} & kwargs.keys():
             raise TypeError(f"generate takes no {', '.join(sorted(unknown))}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -196,13 +201,14 @@ class Prompted:
         return inputs
 
     def _loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, embeds: torch.Tensor, items: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        rows = logits.shape[-1]
-        if labels.shape != embeds.shape[:2] or logits.shape[:2] != embeds.shape[:2]:
+        self, hidden: torch.Tensor, logits: torch.Tensor | None, labels: torch.Tensor, embeds: torch.Tensor,
+        items: torch.Tensor | int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        rows = self.config.text_vocab + len(self.locations.output)
+        if labels.shape != embeds.shape[:2] or hidden.shape[:2] != embeds.shape[:2]:
             raise ValueError(
                 f"labels: got {list(labels.shape)} for {list(embeds.shape[:2])} tokens and logits of "
-                f"{list(logits.shape[:2])} of them; all are needed (logits_to_keep=0), and a label for each"
+                f"{list(hidden.shape[:2])} of them; all are needed (logits_to_keep=0), and a label for each"
             )
         wrong = labels[((labels < 0) | (labels >= rows)) & (labels != IGNORE)]
         if len(wrong):
@@ -212,9 +218,14 @@ class Prompted:
                 f"labels: got {label}{marker.get(label, '')}, accepted are 0 to {rows - 1}, and {IGNORE} where none is "
                 "scored, as at markers"
             )
-        if not (labels[:, 1:] != IGNORE).any():  # the mean of no losses would be NaN
-            return logits[:0].float().sum()
-        return ForCausalLMLoss(logits, labels, rows, num_items_in_batch=items)
+        after = labels[:, 1:].to(hidden.device)
+        scored = after != IGNORE
+        number = scored.sum() if items is None else torch.as_tensor(items, device=hidden.device)
+        if logits is None:
+            each = self.token_losses(hidden[:, :-1][scored], after[scored])
+        else:
+            each = F.cross_entropy(logits[:, :-1][scored].float(), after[scored], reduction="none")
+        return each.sum() / number.clamp_min(1)  # the mean of no losses would be NaN
 
     def _prompt_embeds(self, input_ids, image_index, boxes, images, features) -> torch.Tensor:
         """Embeddings [B, L, D] of prompts, with image and region tokens in the place of their markers."""

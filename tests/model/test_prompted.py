@@ -89,13 +89,16 @@ def test_labels_give_the_loss_that_packs_give(tiny, samples, name):
     items = 7
     halved = model(**inputs, labels=labels, num_items_in_batch=items).loss
     torch.testing.assert_close(halved, expected * int(scored.sum()) / items, rtol=1e-5, atol=1e-6)
+    short = model(**inputs, labels=labels, num_items_in_batch=items, skip_logits=True)
+    assert short.logits is None
+    torch.testing.assert_close(short.loss, halved, rtol=1e-5, atol=1e-6)
     out.loss.backward()
     assert model.encoder.embeddings.patch_embedding.weight.grad.abs().max() > 0
     model.zero_grad()
     nothing = torch.full_like(labels, -100)
     nothing[:, 0] = labels.max()  # which no token comes before
-    for count in (None, 0):
-        loss = model(**inputs, labels=nothing, num_items_in_batch=count).loss
+    for count, skip in ((None, False), (0, False), (None, True)):
+        loss = model(**inputs, labels=nothing, num_items_in_batch=count, skip_logits=skip).loss
         loss.backward()
         assert loss == 0 and not model.encoder.embeddings.patch_embedding.weight.grad.any()
 
@@ -206,6 +209,7 @@ def test_other_wrong_arguments_are_named(tiny, samples):
         *((lambda name=name: model(**inputs, **{name: ids}), TypeError, name) for name in unknown),
         (lambda: model.generate(**inputs, pixel_values=ids), ValueError, "pixel_values"),
         (lambda: model.generate(**inputs, labels=ids), TypeError, "generate takes no labels"),
+        (lambda: model(**inputs, skip_logits=True), ValueError, "skip_logits: needs labels"),
         (lambda: model(), ValueError, "input_ids, inputs_embeds: give one"),
         (lambda: model(ids, inputs_embeds=embeds), ValueError, "input_ids, inputs_embeds: give one"),
         (lambda: model(inputs_embeds=embeds, images=inputs["images"]), ValueError, "images: need input_ids"),
