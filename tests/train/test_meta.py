@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -93,6 +94,16 @@ class Loader(list):
     dataset = None
 
 
+class Exchanges(World):
+    """Counts what the ranks would tell each other on the host."""
+
+    calls: ClassVar[list[int]] = []
+
+    def total(self, *numbers: float) -> list[float]:
+        self.calls.append(len(numbers))
+        return super().total(*numbers)
+
+
 def phase_of(
     model, processor, samples, stage: Stage, steps: int, config: TrainConfig, device: torch.device
 ) -> Phase:
@@ -104,7 +115,7 @@ def phase_of(
     def losses(model, teacher, step, batch, share):
         return stage_loss(model, teacher, batch, stage, config.distill, share)
 
-    return Phase(config, stage, model.to(device).train(), Loader([batch] * steps), losses, batch, World(), device)
+    return Phase(config, stage, model.to(device).train(), Loader([batch] * steps), losses, batch, Exchanges(), device)
 
 
 def train(monkeypatch, tmp_path, model, processor, samples, stage: Stage, config: TrainConfig) -> list[int]:
@@ -127,6 +138,7 @@ def train(monkeypatch, tmp_path, model, processor, samples, stage: Stage, config
         return [1.0] * len(numbers)
 
     monkeypatch.setattr(Phase, "take", watched)
+    monkeypatch.setattr(Exchanges, "calls", [])
     monkeypatch.setattr(pending, "fetch", fetch)
     nowhere = SimpleNamespace(folder=tmp_path / "checkpoints", failures=0, save=lambda *_, **__: None)
     never = SimpleNamespace(due=False, evaluate=lambda _: None)
@@ -135,6 +147,8 @@ def train(monkeypatch, tmp_path, model, processor, samples, stage: Stage, config
     lines = list(metrics.lines())
     assert [line["step"] for line in lines] == [1, 2, 3] and all(line["grad_norm"] == 1 for line in lines)
     assert ["features_std" in line for line in lines] == [True, False, True]
+    # Each step's counts and wish to stop, losses of one step and of the two read together; at the end the wish.
+    assert Exchanges.calls == [6, 2, 6, 6, 4, 1]
     assert (phase.teacher is not None) == bool(stage.distill)
     assert all(parameter.grad.is_meta for parameter in phase.trained if parameter.numel())
     return reads
