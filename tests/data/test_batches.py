@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from granvit.data import planning
-from granvit.data.batches import PackLoader, with_all_places
+from granvit.data.batches import KEPT_PLACES, PackLoader, with_all_places
 from granvit.data.collate import Read, join
 from granvit.data.faults import FaultBudgetExceeded
 from granvit.data.lengths import _measure, start_worker
@@ -188,6 +188,17 @@ def test_a_state_tells_where_lanes_stood_so_that_nothing_is_planned_again(gran, 
     assert [seen(batch, processor) for batch, _ in zip(first, range(3), strict=False)] == whole[7:10]
     with pytest.raises(ValueError, match="six fields"):
         first.load_state_dict({**state, "places": {"0": [3, "x"]}})
+
+
+def test_a_state_is_told_while_a_thread_reads_ahead(gran, processor):
+    first = loader(GranDataset(gran), processor, epochs=None)
+    thread = threading.Thread(target=lambda: [packs for packs, _ in zip(first.plan(), range(600), strict=False)])
+    thread.start()
+    states = 0
+    while thread.is_alive():
+        first.state_dict(step=0)  # looks at all that it knows
+        states += 1
+    assert states > 10 and len(first._places) == KEPT_PLACES
 
 
 def test_another_seed_or_state_of_another_loader(gran, processor):
