@@ -222,6 +222,7 @@ class TrainConfig:
     nonfinite_limit: int = 5
     """Steps in a row whose loss or gradient is not finite, all skipped, before the run stops and leaves a dump."""
     log_every: int = 10
+    """Steps between those after which the host reads the losses off the device, and writes them down."""
     trackers: tuple[str, ...] = ()
     """Where metrics go besides metrics.jsonl: "tensorboard", "wandb", "mlflow", or "module:function", a function of
     (config, folder) that returns what takes each line (docs/training.md)."""
