@@ -92,12 +92,17 @@ def watched(phase: Phase) -> Live:
     def entering(name: str) -> Callable[..., None]:
         return lambda *_: setattr(live, "phase", name)
 
+    def optimizing(*_: object) -> None:
+        live.phase = "optimizer"
+        for parameter in phase.trained:  # DDP has put gradients into its buckets since
+            label(parameter)
+
     for parameter in phase.trained:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(label)
     phase.losses.register_forward_pre_hook(entering("forward"), prepend=True)
     phase.losses.register_forward_hook(entering("backward"))
-    phase.optimizer.register_step_pre_hook(entering("optimizer"))
+    phase.optimizer.register_step_pre_hook(optimizing)
     return live
 
 

@@ -52,6 +52,8 @@ def test_a_good_run_has_no_fault(config, changes, tmp_path):
     assert status == DONE and "FAULT" not in said, said
     for what in ("data", "steps", "pretrain: batches", "pretrain: a step", "adapt: a checkpoint", "the run's folder"):
         assert f"ok     {what}" in said
+    if changes["parallel"] == "ddp":  # whose buckets are there in all of a step
+        assert " gradients" in said and " 0 B gradients" not in said
     assert ("reduce_scatter" in said) == (changes["parallel"] == "fsdp")
     assert not (tmp_path / "run").exists() and not dist.is_initialized() and not hasattr(torch, "meta")
 
