@@ -39,7 +39,7 @@ class RankRun(Run):
 @dataclass(frozen=True)
 class Taken:
     """The steps that one rank took. collectives: of each step, in their order. said: see `LoneRank`. tensors: those of
-    its checkpoint. peak: when its device's memory is fullest."""
+    its checkpoint. peak: when its device's memory is fullest, in the last step."""
 
     collectives: list[list[Collective]]
     said: tuple[Tensor, ...]
@@ -64,6 +64,7 @@ def take_steps(
         live, collectives, batches = watched(phase), [], phase.batches()
         for number in range(STEPS):
             world.recorder.collectives = []
+            live.peak.clear()  # DDP's buckets count from the first step's end
             given = phase.feed.step([_empty(phase)] * stage.accumulate) if blank and number else next(batches)
             with live, world.recorder:
                 phase.take(given)
