@@ -72,18 +72,29 @@ def _from_checkpoint(checkpoint: Path) -> tuple[GranViT, GranViTProcessor]:
     from granvit.train.build import build
     from granvit.train.checkpoint import load
     from granvit.train.folder import config_folder, config_of, same_data
-    from granvit.train.loop import model_tensors
+    from granvit.train.optimizer import freeze
     from granvit.train.splits import open_splits, with_data
+    from granvit.train.tensors import beginning, learnt_tensors, model_tensors
 
-    run = config_folder(checkpoint.resolve().parent.parent)
+    checkpoint = checkpoint.resolve()  # it may be the link to the best one
+    phase, seed = checkpoint.name.partition("-")[0], checkpoint.parent.parent.name
+    run = config_folder(checkpoint.parent.parent)
     config, texts = config_of(run), None
     if not (config.model.whole or config.model.llm):  # only then is the tokenizer made of the data's text
         splits = open_splits(with_data(config))
         if (run / "data.json").is_file():
             same_data(run / "data.json", splits)
         texts = splits["train"] if "train" in splits else splits["chat"]
+    torch.manual_seed(int(seed.removeprefix("seed-")) if seed.startswith("seed-") else config.seed)
     model, processor = build(config.model, texts, getattr(torch, config.precision))
-    load(checkpoint, model_tensors(model), subset=True)  # it holds a teacher and moments too
+    tensors = model_tensors(model)
+    if not checkpoint.name.endswith("-final"):
+        if (began := beginning(checkpoint.parent, phase)) is not None:
+            load(began, tensors, subset=True)
+        stages = {stage.name: stage for stage in (config.warmup, *config.stages)}
+        freeze(model.groups(), stages[phase].train)
+        tensors = learnt_tensors(model)
+    load(checkpoint, tensors, subset=True)  # it holds a teacher and moments too
     return model.eval(), processor
 
 

@@ -81,11 +81,12 @@ class RollCall:
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that work together. control: their gloo group; None where there is only one.
-    roll_call: says which rank the others wait for."""
+    """This process among those that work together. local: how many of them are on this machine. control: their gloo
+    group; None where there is only one. roll_call: says which rank the others wait for."""
 
     rank: int = 0
     ranks: int = 1
+    local: int = 1
     control: Any = None
     roll_call: RollCall | None = None
 
@@ -183,7 +184,8 @@ def start(device: str) -> tuple[World, torch.device]:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     rank, control = dist.get_rank(), dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(rank, ranks, control, RollCall(dist.distributed_c10d._get_default_store(), rank, ranks)), chosen
+    roll_call = RollCall(dist.distributed_c10d._get_default_store(), rank, ranks)
+    return World(rank, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), control, roll_call), chosen
 
 
 def _record_collectives() -> None:

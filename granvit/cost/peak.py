@@ -22,12 +22,15 @@ from granvit.model import GranViT, GranViTConfig
 from granvit.train.distill import Teacher
 from granvit.train.loop import Phase
 from granvit.train.parallel.meta import OnGPU, as_device
+from granvit.train.parallel.sharing import choose
 from granvit.train.presets import TrainConfig
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss
 from granvit.world import World
 
 META = torch.device("meta")
+DEVICE = 80 * 10**9
+"""Bytes of a device, by which a run with parallel auto chooses."""
 KEPT = ("parameters", "teacher", "moments", "gradients")
 PASSING = "made by the step"
 """The name of the rest: activations and their gradients, logits, gathered weights, copies in half precision."""
@@ -56,7 +59,9 @@ def peak(
     It is what torch.cuda.max_memory_allocated would say, but for the workspaces of CUDA's libraries.
     """
     precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    if world.ranks > 1 and config.parallel == "ddp":
+    model = on_meta(shapes, config.model.lora, precision).train()
+    sharing = choose(config, model, world, DEVICE)
+    if world.ranks > 1 and not sharing.pieces:
         world, several = World(), True  # to one rank, DDP is gradients that are there from step to step
     config = replace(config, micro_packs=0, compile=False)
     stage = replace(stage, packs=len(rows) * world.ranks, images=None, steps=2, epochs=None)
@@ -66,8 +71,7 @@ def peak(
         return stage_loss(model, teacher, batch, stage, config.distill, share)
 
     with as_device(), _ranks(world), OnGPU(precision):
-        model = on_meta(shapes, config.model.lora, precision).train()
-        phase = Phase(config, stage, model, SimpleNamespace(dataset=None), loss_of, batch, world, META)
+        phase = Phase(config, stage, model, SimpleNamespace(dataset=None), loss_of, batch, world, META, sharing)
         given = phase.feed.step([batch] * (1 + several))
         with watched(phase) as live:
             phase.take(given)
@@ -100,8 +104,8 @@ def watched(phase: Phase) -> Live:
     for parameter in phase.trained:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(label)
-    phase.losses.register_forward_pre_hook(entering("forward"), prepend=True)
-    phase.losses.register_forward_hook(entering("backward"))
+    phase.root.register_forward_pre_hook(entering("forward"), prepend=True)
+    phase.root.register_forward_hook(entering("backward"))
     phase.optimizer.register_step_pre_hook(optimizing)
     return live
 

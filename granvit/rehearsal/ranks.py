@@ -60,7 +60,7 @@ def lone_rank(rank: int, ranks: int, local: int, heard: tuple[Tensor, ...] = ())
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         with as_device():
-            yield LoneRank(rank, ranks, heard=heard)
+            yield LoneRank(rank, ranks, local, heard=heard)
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook  # torch would name the rank before each line of a traceback from now on

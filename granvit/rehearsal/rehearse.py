@@ -218,15 +218,16 @@ def _step(asked: RehearsalConfig, run: RankRun, stage: Stage, shapes: GranViTCon
 
 
 def _stored(asked: RehearsalConfig, stage: Stage, taken: Taken, found: Findings) -> int:
-    """Bytes of a checkpoint of a stage."""
-    sizes = [0]
+    """Bytes of the larger of a stage's checkpoints: those on its way, and its final one."""
+    sizes, final = [0], 0
     with found.looking(f"{stage.name}: a checkpoint") as said:
         sizes = bytes_written(taken.tensors, asked.ranks)
+        final = sum(bytes_written(taken.final, asked.ranks))
         said.append(
             f"{shown(sum(sizes))} of {len(taken.tensors):,} tensors, in {sum(map(bool, sizes))} files of "
-            f"{shown(min(sizes))} to {shown(max(sizes))}"
+            f"{shown(min(sizes))} to {shown(max(sizes))}; {shown(final)} at its end"
         )
-    return sum(sizes)
+    return max(sum(sizes), final)
 
 
 def _room(folder: Path, config: TrainConfig, size: int, keep: int) -> str:

@@ -18,9 +18,11 @@ from granvit.rehearsal.config import RehearsalConfig
 from granvit.rehearsal.ranks import LoneRank, end_reductions, lone_rank
 from granvit.train.loop import Phase
 from granvit.train.parallel.meta import OnGPU
+from granvit.train.parallel.sharing import choose
 from granvit.train.presets import TrainConfig
 from granvit.train.run import Run
 from granvit.train.stages import Stage
+from granvit.train.tensors import model_tensors
 
 META = torch.device("meta")
 STEPS = 2
@@ -39,11 +41,13 @@ class RankRun(Run):
 @dataclass(frozen=True)
 class Taken:
     """The steps that one rank took. collectives: of each step, in their order. said: see `LoneRank`. tensors: those of
-    its checkpoint. peak: when its device's memory is fullest, in the last step."""
+    its checkpoint. final: those of the stage's last one. peak: when its device's memory is fullest, in the last step.
+    """
 
     collectives: list[list[Collective]]
     said: tuple[Tensor, ...]
     tensors: Mapping[str, Tensor]
+    final: Mapping[str, Tensor]
     peak: Peak
 
 
@@ -57,9 +61,11 @@ def take_steps(
     precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with lone_rank(rank, asked.ranks, asked.local, heard) as world, OnGPU(precision):
         run = RankRun(config, run.splits, run.processor, world)
-        phase = run.new_phase(stage, on_meta(shapes, config.model.lora, precision))
+        model = on_meta(shapes, config.model.lora, precision)
+        run.sharing = choose(config, model, world, int(1e9 * asked.device_gb))
+        phase = run.new_phase(stage, model)
         phase.model.train()
-        end_reductions(phase.losses)
+        end_reductions(phase.root)
         phase.step = 1  # numbers of a first step are read, and meta has none
         live, collectives, batches = watched(phase), [], phase.batches()
         for number in range(STEPS):
@@ -69,7 +75,8 @@ def take_steps(
             with live, world.recorder:
                 phase.take(given)
             collectives.append(world.recorder.collectives)
-        return Taken(collectives, tuple(world.said), phase.tensors(), peak_of(live))
+        final = model_tensors(phase.model) if stage.cooldown else phase.tensors(whole=True)
+        return Taken(collectives, tuple(world.said), phase.tensors(), final, peak_of(live))
 
 
 def _empty(phase: Phase) -> Batch:

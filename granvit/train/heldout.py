@@ -27,10 +27,11 @@ from granvit.model import GranViT
 from granvit.questions.prompts import TASKS
 from granvit.train.console import FIGURES, figures
 from granvit.train.counting import order_arguments
-from granvit.train.loop import Phase, autocast, model_tensors
+from granvit.train.loop import Phase, autocast
 from granvit.train.parallel.compiling import eager
 from granvit.train.retention import LOSS
 from granvit.train.step import Share
+from granvit.train.tensors import model_tensors
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor

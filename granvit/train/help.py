@@ -29,7 +29,7 @@ COMMON = {
     "pretrain.learning-rate": "of the encoder, and of the projector",
     "adapt.steps": "of stage 2 (captions to boxes); it has all of stage 1's flags",
     "precision": "float32 or bfloat16",
-    "parallel": "ddp or fsdp, under torchrun",
+    "parallel": "auto, ddp, fsdp or hsdp, under torchrun",
     "seed": "of weights and of the order of the data",
     "seeds": "runs with so many seeds; the report shows their mean",
     "trackers": "metrics go there too: tensorboard, wandb, mlflow, module:function",

@@ -18,9 +18,9 @@ from torch.profiler import record_function
 
 from granvit.data.collate import Batch
 from granvit.errors import Failed
-from granvit.lora import ADAPTER, adapters
 from granvit.metrics_log import MetricsLog
 from granvit.model import GranViT
+from granvit.model.adapter import AdaptedEncoder
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.distill import Teacher, feature_moments, feature_statistics
 from granvit.train.feed import Feed, MicroBatch, StepInput
@@ -29,12 +29,14 @@ from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
 from granvit.train.parallel.compiling import compile_blocks
 from granvit.train.parallel.distributed import distribute, synchronise
 from granvit.train.parallel.memory import checkpoint_activations
+from granvit.train.parallel.sharing import COPIES, Sharing
 from granvit.train.pending import Launched, Pending
 from granvit.train.presets import TrainConfig
 from granvit.train.profiling import STEP, profiled
 from granvit.train.retention import LOSS
 from granvit.train.stages import Stage
 from granvit.train.step import Share
+from granvit.train.tensors import learnt_tensors, model_tensors
 from granvit.world import World
 
 if TYPE_CHECKING:
@@ -47,17 +49,6 @@ LossOf = Callable[[GranViT, "Teacher | None", int, Batch, Share], dict[str, Tens
 """(model, teacher, step, batch, share) -> losses, as `stage_loss` gives them."""
 
 
-class Losses(nn.Module):
-    """The losses of a model as a module of their own, because DDP and FSDP2 wrap what is called."""
-
-    def __init__(self, model: GranViT, teacher: Teacher | None, loss_of: LossOf) -> None:
-        super().__init__()
-        self.model, self.teacher, self.loss_of = model, teacher, loss_of
-
-    def forward(self, step: int, batch: Batch, share: Share) -> dict[str, Tensor]:
-        return self.loss_of(self.model, self.teacher, step, batch, share)
-
-
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
     """A context of the run's precision; on meta parallel.meta.OnGPU is that."""
     lower = config.precision == "bfloat16" and device.type != "meta"
@@ -65,11 +56,11 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 
 class Phase:
-    """A stage of a run: model, optimiser, teacher and the place in the data, which are what a checkpoint holds.
+    """A stage of a run: model, optimiser, teacher and the place in the data, of which a checkpoint holds what changes.
 
-    The model is trained in place; with FSDP its parameters become pieces. blank: a batch of an image without meaning,
-    that a rank goes through where it has none, because the others wait for it. parts: micro-batches that a batch is
-    split into, as many on each rank.
+    The model is trained in place; with FSDP its parameters become pieces, and root is what computes with them. blank: a
+    batch of an image without meaning, that a rank goes through where it has none, because the others wait for it.
+    parts: micro-batches that a batch is split into, as many on each rank.
     """
 
     def __init__(
@@ -82,6 +73,7 @@ class Phase:
         blank: Batch,
         world: World,
         device: torch.device,
+        sharing: Sharing = COPIES,
     ) -> None:
         self.config, self.stage, self.model, self.loader = config, stage, model, loader
         self.loss_of, self.world, self.device = loss_of, world, device
@@ -93,8 +85,7 @@ class Phase:
         for module in filter(None, (model, teacher)) if config.compile else ():
             compile_blocks(module)
         precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        losses = Losses(model, self.teacher, loss_of)
-        self.losses = distribute(losses, model, teacher, world, config.parallel, precision)
+        self.root = distribute(model, teacher, world, sharing, precision, device, self._leaves_out())
         groups = model.groups()  # anew: FSDP has put pieces in the parameters' places
         self.trained = [p for name in stage.train for p in groups[name]]
         self.optimizer = make_optimizer(groups, stage, hidden_matrices(model))
@@ -106,11 +97,20 @@ class Phase:
         self.gate = Gate(config.nonfinite_limit, device)
         self.pending = Pending(stage, self.spikes, self.streak, world)
 
+    def _leaves_out(self) -> bool:
+        """Whether there are steps that leave out some of what learns: the warm-up has no features to project, an
+        encoder has no use for positions where there is no picture, and not for every weight of other families."""
+        learns, name = "encoder" in self.stage.train, self.stage.name
+        if name == self.config.warmup.name:
+            return True
+        return learns and (name == self.config.sft.name or isinstance(self.model.encoder, AdaptedEncoder))
+
     # What a checkpoint holds
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint, by name. They are the phase's own: to write to them is to load."""
-        tensors = model_tensors(self.model)
+    def tensors(self, whole: bool = False) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, by name: of what learns, or where `whole` of all. They are the phase's own: to
+        write to them is to load."""
+        tensors = model_tensors(self.model) if whole else learnt_tensors(self.model)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter, state in self.optimizer.state.items():
             tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
@@ -127,9 +127,11 @@ class Phase:
         place = {"stage": self.stage.name, "step": self.step, "loader": with_all_places(states)}
         return place | {"spikes": self.spikes.state(), "streak": self.streak.length}
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises ValueError where it is damaged, or of other data or arguments."""
-        values = load(path, self.tensors(), world=self.world)
+    def resume(self, path: Path, whole: bool = False) -> None:
+        """Go on from a checkpoint of this phase, whose model is what the phase began with (where the checkpoint is
+        `whole`, any). Raises ValueError where it is damaged, or of other data or arguments."""
+        # There may be more in it: before frozen weights were left out, all checkpoints were whole.
+        values = load(path, self.tensors(whole), subset=True, world=self.world)
         try:
             self.loader.load_state_dict(values["loader"])
             self.step, self.streak.length = values["step"], values["streak"]
@@ -171,7 +173,7 @@ class Phase:
         self.optimizer.zero_grad(set_to_none=True)
         learnt = []
         for number, part in enumerate(given.parts):
-            synchronise(self.losses, number == len(given.parts) - 1)
+            synchronise(self.root, number == len(given.parts) - 1)
             learnt.append(self._learn(part, Share(counts["targets"], counts["regions"], weight=float(bool(part.ids)))))
         numbers = self._update(learnt)
         parts = tuple(replace(part, batch=None) for part in given.parts)
@@ -187,12 +189,15 @@ class Phase:
             self.step = lines[-1]["step"] if lines else self.step
         return lines
 
+    def losses(self, step: int, batch: Batch, share: Share) -> dict[str, Tensor]:
+        return self.loss_of(self.model, self.teacher, step, batch, share)
+
     def _learn(self, part: MicroBatch, share: Share) -> dict[str, Tensor]:
         """Add the gradients of a micro-batch to those that are there. Returns its losses, and on the first rank's log
         steps what `feature_statistics` takes of its features as "seen"; a function, so that nothing else of it is kept.
         """
         with autocast(self.config, self.device):
-            losses = self.losses(self.step, part.batch, share)
+            losses = self.root(self.losses, self.step, part.batch, share)
         # The ranks' gradients are averaged, but their losses are parts of a sum. NaN where the loss is not finite,
         # which a gradient can be all the same: so every rank gets to know.
         loss = losses["loss"]
@@ -227,14 +232,6 @@ class Phase:
         if seen:  # conversations without a picture have no features
             numbers |= {f"features_{name}": value for name, value in feature_statistics(sum(seen)).items()}
         return numbers
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors under the names that they have in a checkpoint. The weights under an LLM's adapters are left
-    out: they never change, and are read where the LLM is."""
-    under = {f"llm.{name}" for name, _ in model.llm.named_parameters()} if adapters(model.llm) else set()
-    under -= {name for name in under if ADAPTER in name}
-    return {f"model.{name}": value for name, value in model.state_dict().items() if name not in under}
 
 
 def train_phase(
@@ -308,7 +305,7 @@ def train_phase(
                 began = time.perf_counter()
         tensors, values = model_tensors(phase.model), {"step": phase.step}
         if not stage.cooldown:  # it may be given more steps
-            tensors, values = phase.tensors(), phase.values()
+            tensors, values = phase.tensors(whole=True), phase.values()
         checkpoints.save(stage.name, phase.step, tensors, values | _known(best), final=True)
         if checkpoints.failures:
             raise Failed(f"the final checkpoint of {stage.name} could not be written to {checkpoints.folder}")
@@ -337,7 +334,8 @@ def _give_up(phase: Phase, checkpoints: Checkpoints) -> None:
     checkpoints.wait()  # it may be the last good one
     phase.step -= 1  # nothing has changed since but the place in the data
     dumps = Checkpoints(checkpoints.folder.parent / "faults", keep=1, world=phase.world)
-    dumps.save(phase.stage.name, phase.step, phase.tensors(), phase.values() | {"config": asdict(phase.config)})
+    values = phase.values() | {"config": asdict(phase.config)}
+    dumps.save(phase.stage.name, phase.step, phase.tensors(whole=True), values)
     dumps.wait()
     advice = f"no dump of it could be written to {dumps.folder}"
     if not dumps.failures:

@@ -18,10 +18,11 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def freeze(groups: dict[str, list[nn.Parameter]], train: Iterable[str]) -> None:
-    """Let the groups in `train` learn and no others."""
+    """Let the groups in `train` learn and no others; nor parameters without elements, as those of no location tokens,
+    for which DDP would wait."""
     for name in GROUPS:
         for parameter in groups[name]:
-            parameter.requires_grad_(name in train)
+            parameter.requires_grad_(name in train and parameter.numel() > 0)
             if name not in train:
                 parameter.grad = None
 

@@ -198,8 +198,9 @@ class TrainConfig:
     control: bool = True
     """Also run stage 2 on a frozen encoder with random weights: what stage 1 adds is the distance to it."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several ranks (torchrun) share the model: ddp, each has a copy; fsdp, each a piece (FSDP2)."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several ranks (torchrun) share the model: ddp, each has a copy; fsdp, each a piece (FSDP2); hsdp, the ranks
+    of a node a piece each of their node's copy. auto: the first of ddp, hsdp and fsdp that fits the devices' memory."""
     compile: bool = False
     """torch.compile of the transformer blocks: about a minute, and then for batches of any size."""
     micro_packs: int = 0
@@ -234,10 +235,10 @@ class TrainConfig:
             stage = getattr(self, name)
             if stage.name != name:
                 raise ValueError(f"{name}.name is {stage.name!r}; checkpoints and report know it as {name!r}")
-            if stage.runs and stage.optimizer == "muon" and self.parallel == "fsdp":
+            if stage.runs and stage.optimizer == "muon" and self.parallel in ("fsdp", "hsdp"):
                 raise ValueError(
-                    f"{name}.optimizer is 'muon'; parallel fsdp keeps pieces of the matrices that it takes whole: "
-                    "use parallel ddp, or adamw"
+                    f"{name}.optimizer is 'muon'; parallel {self.parallel} keeps pieces of the matrices that it takes "
+                    "whole: use parallel ddp, or adamw"
                 )
         if self.crops.tokens > self.crops.capacity and any(stage.distill for stage in self.stages):
             raise ValueError(
@@ -364,7 +365,6 @@ PRESETS: dict[str, TrainConfig] = {
         distill=Distill(target="mse", alpha=0.9, crop_tokens=256, region_grid=(7, 7)),
         control=False,
         precision="bfloat16",
-        parallel="fsdp",
         checkpointing=True,
         checkpoint_every=2000,
     ),

@@ -35,7 +35,7 @@ def replay(dump: Path, device: str = "auto") -> bool:
     _, chosen = start(device)
     run = Run(config, dump.resolve().parents[1], World(), chosen, Termination())
     phase = run.new_phase(stage, run.model)
-    phase.resume(dump)
+    phase.resume(dump, whole=True)
     watch = Watch(run.model)
     phase.take(next(phase.batches()))
     (line,) = phase.read()

@@ -40,14 +40,16 @@ from granvit.train.distill import feature_moments, feature_statistics
 from granvit.train.folder import adopt, check_room, locked, resumes, same_data
 from granvit.train.guard import Termination, termination
 from granvit.train.heldout import HeldOut
-from granvit.train.loop import Phase, autocast, model_tensors, train_phase
+from granvit.train.loop import Phase, autocast, train_phase
 from granvit.train.parallel.compiling import eager
+from granvit.train.parallel.sharing import choose, device_memory
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.retention import step_of
 from granvit.train.splits import open_splits, with_data
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss, warmup_loss
 from granvit.train.summary import known_floors, write_summary
+from granvit.train.tensors import beginning, model_tensors
 from granvit.train.trackers import Trackers
 from granvit.world import World, start, stop
 
@@ -158,6 +160,9 @@ class Run:
         torch.manual_seed(config.seed)
         texts = self.splits["train"] if "train" in self.splits else self.splits["chat"]
         self.model, self.processor = build(config.model, texts, self._precision)
+        self.sharing = choose(config, self.model, world, device_memory(device, world))
+        if world.ranks > 1:
+            self.console.say(self.sharing.why)
         self._need_room()
         self.model.to(device)
         self.trackers = Trackers()  # the first rank's; they can't be sent
@@ -182,7 +187,7 @@ class Run:
             self.trackers.close(done)
 
     def _checkpoint_bytes(self) -> int:
-        """Of the largest checkpoint: the model, two moments of what is trained, and a teacher."""
+        """Of the largest checkpoint, the final one: the model, two moments of what is trained, and a teacher."""
         groups = {name: sum(p.nbytes for p in group) for name, group in self.model.groups().items()}
         stages = (self.config.warmup, *self.config.stages)
         most = max(2 * sum(groups[g] for g in s.train) + bool(s.distill) * groups["encoder"] for s in stages)
@@ -285,8 +290,14 @@ class Run:
         """Fill a model from the checkpoint with which a stage of this run ended."""
         load(self.checkpoints.final(stage.name), model_tensors(model), subset=not stage.cooldown, world=self.world)
 
+    def begin(self, stage: Stage) -> None:
+        """Bring the model, which is as it was built, to where `stage` begins."""
+        path = self.world.first(lambda: beginning(self.checkpoints.folder, stage.name))
+        if path is not None:
+            load(path, model_tensors(self.model), subset=True, world=self.world)
+
     def _train(self, stage: Stage, title: str) -> None:
-        sharded = self.world.ranks > 1 and self.config.parallel == "fsdp"
+        sharded = self.sharing.pieces
         if sharded:  # what is evaluated stays whole, and out of the way
             self.model.to("cpu")
         phase = self.new_phase(stage, copy.deepcopy(self.model).to(self.device) if sharded else self.model)
@@ -319,7 +330,7 @@ class Run:
         )  # fmt: skip
         if stage.passes is not None:
             loader.steps = stage.steps * stage.accumulate
-        return Phase(config, stage, model, loader, loss_of, self._blank(stage), world, self.device)
+        return Phase(config, stage, model, loader, loss_of, self._blank(stage), world, self.device, self.sharing)
 
     def held_out(self, phase: Phase) -> HeldOut:
         """What evaluates a phase on its way."""
@@ -437,11 +448,16 @@ class Run:
         beat. It lies in control/, and goes on where it was as the run does."""
         adapt = dataclasses.replace(self.config.adapt, eval_every=0)
         run = Run(self.config, self.folder / "control", self.world, self.device, self.request, self.console)
-        if self.config.model.encoder or self.config.model.whole:  # else it was drawn at random
-            torch.manual_seed(self.config.seed)
-            run.model.encoder.reset_parameters()
-        if self.config.warmup.runs:
-            self._load_end(self.config.warmup, run.model)
+        warmup = self.config.warmup
+        if run.checkpoints.final(warmup.name) is None:
+            if warmup.runs:
+                self._load_end(warmup, run.model)
+            if self.config.model.encoder or self.config.model.whole:  # else it was drawn at random
+                torch.manual_seed(self.config.seed)
+                run.model.encoder.reset_parameters()
+            # No other phase ends with this model, and the checkpoints of one on its way lack what it does not train.
+            run.checkpoints.save(warmup.name, warmup.steps or 0, model_tensors(run.model), {}, final=True)
+        run.begin(adapt)
         with run.tracked():
             run.phase(adapt, title=CONTROL)
             return run.evaluation(adapt, adapt.steps, "after", title="control: adapt on a random encoder")

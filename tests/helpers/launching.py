@@ -94,7 +94,8 @@ def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: f
 
 def _rank(rank: int, work: Callable[..., None], ranks: int, folder: Path, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    local = ranks // 2 if ranks > 2 else ranks  # four are two nodes of two
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local)}
     with open(folder / f"stack-{rank}", "w") as stack:
         faulthandler.enable(stack)
         dist.init_process_group(

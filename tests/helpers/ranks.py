@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -17,12 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from granvit.data.batches import Batch, Read, collate, join
 from granvit.eval import __main__ as measuring
+from granvit.lora import Lora
 from granvit.questions.prompts import GLOBAL_CAPTION
 from granvit.rehearsal.collectives import Collective, Recorder
 from granvit.train import __main__
 from granvit.train.feed import StepInput
 from granvit.train.guard import Termination
-from granvit.train.loop import Losses, Phase
+from granvit.train.loop import Phase
 from granvit.train.presets import TrainConfig, load_config
 from granvit.train.run import Run
 from granvit.train.step import Share
@@ -93,15 +94,14 @@ def accumulated(run: Run, stage, world: World, target: str) -> dict:
 def not_finite(run: Run, stage, world: World) -> dict:
     """Four steps. In the second the last rank's loss is infinite, though its gradient is finite."""
     phase = run.new_phase(replace(stage, steps=4), copy.deepcopy(run.model))
-    losses = next(module for module in phase.losses.modules() if isinstance(module, Losses))
-    given = losses.loss_of
+    given = phase.loss_of
 
     def spoilt(model, teacher, step: int, batch: Batch, share: Share) -> dict:
         values, more = given(model, teacher, step, batch, share), math.inf if step == 2 else 0.0
         wrong = ("loss", "loss_caption") if world.rank == world.ranks - 1 else ()
         return values | {name: values[name] + more for name in wrong}
 
-    losses.loss_of = spoilt
+    phase.loss_of = spoilt
     lines, kept = [], []
     for step in phase.batches():
         lines += taken(phase, [step])
@@ -112,9 +112,8 @@ def not_finite(run: Run, stage, world: World) -> dict:
 
 
 def outcome(phase, lines: list[dict]) -> dict:
-    weights = {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in phase.tensors().items()
-    }
+    tensors = phase.tensors(whole=True)
+    weights = {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
     return {"lines": lines, "weights": weights}
 
 
@@ -152,14 +151,64 @@ def outcomes(config: TrainConfig, folder: Path, world: World, parallel: str) -> 
         cases[f"{stage.name} with boxes as text"] = through_loader(run, stage, world, 3)
     run = run_of(replace(whole, precision="bfloat16"), "bfloat16")
     cases["in bfloat16"] = through_loader(run, whole.pretrain, world, 2)
+    return cases | with_adapters(whole, folder, world, parallel)
+
+
+def with_adapters(config: TrainConfig, folder: Path, world: World, parallel: str) -> dict[str, dict]:
+    """{case: lines and weights} of an LLM that learns by adapters, and is frozen in stage 1."""
+    cases, path = {}, Path(config.data.path).parent
+    for precision in ("float32", "bfloat16"):
+        model = replace(config.model, llm=str(path / "llm"), lora=Lora(4))
+        case = replace(config, parallel=parallel, precision=precision, model=model)
+        name = folder / f"lora-{precision}-{parallel}-{world.ranks}"
+        run = Run(case, name, world, torch.device("cpu"), Termination())
+        for stage in (case.pretrain, case.adapt):
+            cases[f"{stage.name} with adapters in {precision}"] = through_loader(run, stage, world, 2)
+    return cases
+
+
+def in_a_table(config: TrainConfig, folder: Path, world: World) -> dict[str, dict]:
+    """{case: lines and weights} of nodes that each share a copy; in "pretrain resumed as P" the last of three steps, of
+    which the first two were taken as "hsdp" or, before "hsdp", as "ddp"."""
+    config = replace(config, data=replace(config.data, path=f"{config.data.path}/whole"))
+    cases = with_adapters(config, folder, world, "hsdp")
+
+    def run_of(parallel: str) -> Run:
+        name = folder / f"table-{parallel}-{world.ranks}"
+        return Run(replace(config, parallel=parallel), name, world, torch.device("cpu"), Termination())
+
+    run = run_of("hsdp")
+    assert run.sharing.parallel == "hsdp" and run.sharing.gathered
+    for gathered, stage in ((True, config.pretrain), (False, config.warmup), (False, config.adapt)):
+        run.sharing = replace(run.sharing, gathered=gathered)
+        cases[f"{stage.name} steps"] = through_loader(run, stage, world, STEPS[stage.name])
+        cases[f"{stage.name} splits"] = through_splits(run, stage, world)
+    runs = {parallel: run_of(parallel) for parallel in ("ddp", "fsdp", "hsdp")}
+
+    def phase_of(parallel: str):
+        run = runs[parallel]
+        return run.new_phase(replace(config.pretrain, steps=STEPS["pretrain"]), copy.deepcopy(run.model))
+
+    for first, others in (("hsdp", ("ddp", "fsdp")), ("ddp", ("hsdp",))):
+        phase = phase_of(first)
+        taken(phase, islice(phase.batches(), 2))
+        assert not [name for name in phase.tensors() if "model.llm" in name], "it is frozen"
+        runs[first].checkpoints.save("pretrain", 2, phase.tensors(), phase.values())
+        runs[first].checkpoints.wait()
+        for parallel in others:
+            phase = phase_of(parallel)
+            phase.resume(runs[first].checkpoints.newest("pretrain"))
+            cases[f"pretrain resumed as {parallel}"] = outcome(phase, taken(phase, islice(phase.batches(), 1)))
     return cases
 
 
 def keep_outcomes(world: World, folder: Path) -> None:
-    """For every case the lines of its steps and the tensors after them, in FOLDER/ddp.pt and FOLDER/fsdp.pt."""
+    """For every case the lines of its steps and the tensors after them, in FOLDER/ddp.pt, FOLDER/fsdp.pt and, of 2 x 2
+    ranks, FOLDER/hsdp.pt."""
     config = load_config(folder / "config.yaml")
-    for parallel in ("ddp", "fsdp"):
-        cases = outcomes(config, folder, world, parallel)
+    for parallel in ("ddp", "fsdp", *(["hsdp"] if world.local < world.ranks else [])):
+        of_table = parallel == "hsdp"
+        cases = in_a_table(config, folder, world) if of_table else outcomes(config, folder, world, parallel)
         if world.leads:
             torch.save(cases, folder / f"{parallel}.pt")
 

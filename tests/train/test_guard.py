@@ -120,16 +120,16 @@ def phase(config, tmp_path):
 
 def spoil(monkeypatch, steps, what) -> None:
     """In those steps of every stage, what(losses) in place of its losses; the first image's answers are NaN."""
-    forward = loop.Losses.forward
+    losses_of = loop.Phase.losses
 
     def spoilt(self, step, batch, share):
-        losses = forward(self, step, batch, share)
+        losses = losses_of(self, step, batch, share)
         if step in steps:
             owner = batch.packed.image_index.flatten()[batch.packed.answer_slots]
             losses = what(losses | {"answers": losses["answers"].masked_fill(owner == 0, math.nan)})
         return losses
 
-    monkeypatch.setattr(loop.Losses, "forward", spoilt)
+    monkeypatch.setattr(loop.Phase, "losses", spoilt)
 
 
 def scaled(losses: dict, factor: float, *names: str) -> dict:

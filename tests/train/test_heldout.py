@@ -80,8 +80,12 @@ def test_the_best_checkpoint_is_kept_and_can_be_exported(finished):
         assert read_values(path)["held_out_loss"] == best["held_out_loss"]
     best = finished / "checkpoints" / "pretrain-best"
     stored = load_file(best / "rank-00000.safetensors")
+    began = load_file(finished / "checkpoints" / "warmup-0000003-final" / "rank-00000.safetensors")
     model = find_source(best).load()[0].state_dict()
-    assert all(torch.equal(value, stored[f"model.{name}"]) for name, value in model.items())
+    for name, value in model.items():
+        frozen = name.startswith("llm.")  # it stands where the stage began
+        assert (f"model.{name}" in stored) != frozen
+        assert torch.equal(value, (began if frozen else stored)[f"model.{name}"])
 
 
 def test_a_killed_run_evaluates_nothing_twice(config, finished, tmp_path, monkeypatch):

@@ -77,5 +77,5 @@ def test_muon_takes_linear_layers_and_no_table():
 
 def test_muon_on_pieces_is_refused():
     with pytest.raises(ValueError, match="pretrain.optimizer is 'muon'; parallel fsdp .* adamw"):
-        replace(PRESETS["paper"], pretrain=replace(PRESETS["paper"].pretrain, optimizer="muon"))
+        replace(PRESETS["paper"], parallel="fsdp", pretrain=replace(PRESETS["paper"].pretrain, optimizer="muon"))
     replace(PRESETS["paper"], sft=replace(PRESETS["paper"].sft, optimizer="muon"))  # it has no steps

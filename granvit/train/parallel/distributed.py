@@ -2,49 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from granvit.lora import adapters
 from granvit.model import GranViT
 from granvit.model.adapter import AdaptedEncoder
 from granvit.train.parallel.compiling import blocks
+from granvit.train.parallel.sharing import Sharing
 from granvit.world import World
+
+T = TypeVar("T")
+
+
+class Root(nn.Module):
+    """A model as what DDP and FSDP2 wrap: root(work, ...) is work(...). A model in pieces computes inside such a call,
+    and nowhere else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[..., T], *arguments: object) -> T:
+        return work(*arguments)
 
 
 def distribute(
-    losses: nn.Module,
     model: GranViT,
     teacher: nn.Module | None,
     world: World,
-    parallel: Literal["ddp", "fsdp"],
+    sharing: Sharing,
     precision: torch.dtype,
+    device: torch.device,
+    unused: bool,
 ) -> nn.Module:
-    """What is called in place of `losses` (a module around `model`), so that its gradients become the ranks' mean.
+    """The model's `Root`, in whose calls gradients become the ranks' mean.
 
-    "ddp": copies; "fsdp": the parameters of model and teacher (an encoder outside of it) become pieces, in place, and
-    so do the gradients and what an optimiser makes of them. precision: in which FSDP gathers weights.
+    With copies the model is as it was. In pieces its parameters and those of the teacher (an encoder outside of it)
+    are DTensors, put in their place, and so are the gradients and what an optimiser makes of them; which of them learn
+    is settled before. precision: in which FSDP gathers weights. unused: whether there are steps that leave out some of
+    what learns.
     """
+    root = Root(model)
     if world.ranks == 1:
-        return losses
-    if parallel == "ddp":
-        # Not every stage uses every module: the warm-up has no features to project.
-        return DistributedDataParallel(losses, find_unused_parameters=True, gradient_as_bucket_view=True)
-    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.ranks,))
+        return root
+    if not sharing.pieces:
+        return DistributedDataParallel(root, find_unused_parameters=unused, gradient_as_bucket_view=True)
     # Autocast casts what layers take. FSDP would cast whatever is given to a module, the boxes of a batch too.
     policy = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    cut = partial(fully_shard, mesh=mesh_of(world, sharing, device), mp_policy=policy)
+    kept: list[FSDPModule] = []
+    if sharing.gathered:
+        # The weights under adapters share their blocks with what learns: they are no one's pieces, but whole.
+        own = set(adapters(model.llm))
+        under = {parameter for parameter in model.llm.parameters() if parameter not in own} if own else set()
+        cut = partial(cut, ignored_params=under)
+        for part in (model.encoder, model.llm):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                kept += [cut(unit, reshard_after_forward=False) for unit in dict.fromkeys([*units(part), part])]
     for module in (model, teacher):
         for unit in units(module) if module is not None else ():
-            if unit is not teacher:
-                fully_shard(unit, mesh=mesh, mp_policy=policy)
+            if unit is not teacher and unit not in kept:
+                cut(unit)
     if teacher is not None:  # no backward puts it back into pieces
-        fully_shard(teacher, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(losses, mesh=mesh, mp_policy=policy)
-    return losses
+        cut(teacher, reshard_after_forward=True)
+    cut(root)
+
+    def gather(*_: object) -> None:
+        for unit in kept:  # nothing happens where it is whole already: before a checkpoint it is put into pieces
+            unit.unshard()
+
+    for unit in kept:
+        unit.set_reshard_after_backward(False)
+    root.register_forward_pre_hook(gather)
+    return root
+
+
+def mesh_of(world: World, sharing: Sharing, device: torch.device) -> DeviceMesh:
+    """The ranks in a line, or with "hsdp" as a table with a row for each node."""
+    if sharing.parallel == "fsdp":
+        return dist.init_device_mesh(device.type, (world.ranks,))
+    shape = (world.ranks // world.local, world.local)
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def units(model: nn.Module) -> list[nn.Module]:

@@ -108,6 +108,15 @@ _DEVICE = SimpleNamespace(
 """What torch.cuda is for a GPU, as far as meshes and FSDP ask for it."""
 
 
+_INIT = ddp.DistributedDataParallel.__init__
+
+
+def _search_unused(self: ddp.DistributedDataParallel, *arguments: Any, **options: Any) -> None:
+    """As DDP's own, which without a search orders its buckets anew after a step, by numbers that it reads from the
+    device."""
+    _INIT(self, *arguments, **options | {"find_unused_parameters": True})
+
+
 @contextmanager
 def as_device() -> Iterator[None]:
     """Inside, torch treats meta as a device that can be trained on: FSDP2 and DDP take its tensors, and so do fused
@@ -120,6 +129,7 @@ def as_device() -> Iterator[None]:
             (FSDPParamGroup, "_validate_no_meta_params", lambda _: None),
             (torch.accelerator, "current_stream", _Stream),
             (ddp, "_verify_param_shape_across_processes", lambda *_, **__: None),
+            (ddp.DistributedDataParallel, "__init__", _search_unused),
             (sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"]),
         ):
             stack.enter_context(mock.patch.object(owner, name, ours))
