@@ -29,6 +29,10 @@ class PlanConfig:
     ranks: int | None = None
     """Of the run, at most: so many of them take part as share a stage's sequences evenly. None: one, and 128 of the
     preset paper."""
+    node: int = 8
+    """Ranks of a machine, at most."""
+    device_gb: float = 80.0
+    """A device's memory in GB, by which parallel "auto" chooses: an H100 SXM's by its data sheet."""
     rows: int = 2000
     """Rows of the dataset that are looked at, evenly spread."""
     image_size: tuple[int, int] = (512, 512)
@@ -43,7 +47,7 @@ class PlanConfig:
     """Of a global caption, where no dataset says it."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "regions", "device_tflops", "ranks", "rows", "samples"):
+        for name in ("images", "regions", "device_tflops", "ranks", "node", "device_gb", "rows", "samples"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is above 0")
         if not 0 < self.mfu <= 1:

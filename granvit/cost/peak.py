@@ -22,15 +22,13 @@ from granvit.model import GranViT, GranViTConfig
 from granvit.train.distill import Teacher
 from granvit.train.loop import Phase
 from granvit.train.parallel.meta import OnGPU, as_device
-from granvit.train.parallel.sharing import choose
+from granvit.train.parallel.sharing import Sharing
 from granvit.train.presets import TrainConfig
 from granvit.train.stages import Stage
 from granvit.train.step import Share, stage_loss
 from granvit.world import World
 
 META = torch.device("meta")
-DEVICE = 80 * 10**9
-"""Bytes of a device, by which a run with parallel auto chooses."""
 KEPT = ("parameters", "teacher", "moments", "gradients")
 PASSING = "made by the step"
 """The name of the rest: activations and their gradients, logits, gathered weights, copies in half precision."""
@@ -51,7 +49,7 @@ class Peak:
 
 def peak(
     config: TrainConfig, stage: Stage, shapes: GranViTConfig, rows: Sequence[Sequence[Picture]], world: World,
-    several: bool = False,
+    sharing: Sharing, several: bool = False,
 ) -> Peak:  # fmt: skip
     """Of a step on micro-batches whose sequences are `rows`, on one of the world's ranks. several: whether there are
     more than one of them in a step, so that gradients are there when the next begins.
@@ -60,7 +58,6 @@ def peak(
     """
     precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     model = on_meta(shapes, config.model.lora, precision).train()
-    sharing = choose(config, model, world, DEVICE)
     if world.ranks > 1 and not sharing.pieces:
         world, several = World(), True  # to one rank, DDP is gradients that are there from step to step
     config = replace(config, micro_packs=0, compile=False)

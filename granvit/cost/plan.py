@@ -77,7 +77,7 @@ def report(plan: PlanConfig, console: Console) -> None:
     console.print(_seen_table(plan, stages, readings))
     console.print(_model_table(plan, sizes))
     console.print(_recipes_table(plan, sizes, stages, recipes))
-    console.print(_memory_table(plan, ranks))
+    console.print(_memory_table(ranks))
     for table in _cost_tables(plan, config, sizes, stages, readings):
         console.print(table)
     rows = [
@@ -226,7 +226,7 @@ def _recipe_column(
     } | {f"share of {part}": f"{100 * spent.share(part):.1f} %" for part in PARTS}
 
 
-def _memory_table(plan: PlanConfig, ranks: dict[str, Rank]) -> Table:
+def _memory_table(ranks: dict[str, Rank]) -> Table:
     first = next(iter(ranks.values()))
     rows = {name: [_gib(rank.peak.parts[name]) for rank in ranks.values()] for name in first.peak.parts}
     rows |= {
@@ -234,7 +234,7 @@ def _memory_table(plan: PlanConfig, ranks: dict[str, Rank]) -> Table:
         "it is in": [rank.peak.when for rank in ranks.values()],
         "sequences at once": [f"{rank.sequences}" for rank in ranks.values()],
         "ranks": [f"{rank.world.ranks}" for rank in ranks.values()],
-        "parallel": [plan.run.parallel] * len(ranks),
+        "parallel": [rank.sharing.parallel for rank in ranks.values()],
         "host: loader, at most": [_gib(rank.host) for rank in ranks.values()],
     }
     title = "Memory of a rank, GiB, when it is fullest"

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from granvit.cost.config import PlanConfig
 from granvit.cost.flops import Picture
 from granvit.cost.peak import Peak, peak
 from granvit.cost.reading import Reading
+from granvit.cost.shapes import on_meta
 from granvit.data.batches import LANE_BYTES, PREFETCH_BYTES
 from granvit.model import GranViTConfig
+from granvit.train.parallel.sharing import Sharing, choose
 from granvit.train.stages import Stage
 from granvit.world import World
 
@@ -21,6 +25,7 @@ class Rank:
     memory that its loader takes, at most."""
 
     world: World
+    sharing: Sharing
     sequences: int
     peak: Peak
     host: int
@@ -30,14 +35,16 @@ def rank_of(plan: PlanConfig, config: GranViTConfig, stage: Stage, reading: Read
     """A rank of the planned run in this stage. Its micro-batch is the fullest of those that `reading` holds."""
     run = plan.run
     ranks = _divisor(reading.packs, plan.ranks or (128 if run.preset == "paper" else 1))
-    world = World(0, ranks)
+    world = World(0, ranks, _divisor(ranks, plan.node))
+    precision = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
+    sharing = choose(run, on_meta(config, run.model.lora, precision), world, int(plan.device_gb * 1e9))
     packs = reading.packs // ranks
     parts = -(-packs // run.micro_packs) if run.micro_packs else 1
     sequences = -(-packs // parts)
     several = parts * stage.accumulate > 1
-    fullest = peak(run, stage, config, _fullest(reading.rows, sequences), world, several)
+    fullest = peak(run, stage, config, _fullest(reading.rows, sequences), world, sharing, several)
     datasets = max(1, len(run.data.paths))
-    return Rank(world, sequences, fullest, packs * datasets * LANE_BYTES + PREFETCH_BYTES)
+    return Rank(world, sharing, sequences, fullest, packs * datasets * LANE_BYTES + PREFETCH_BYTES)
 
 
 def _divisor(number: int, most: int) -> int:

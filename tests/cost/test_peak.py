@@ -18,6 +18,7 @@ from granvit.model import GranViT, llm
 from granvit.train.distill import Teacher
 from granvit.train.optimizer import freeze, hidden_matrices, make_optimizer
 from granvit.train.parallel.memory import checkpoint_activations
+from granvit.train.parallel.sharing import Sharing
 from granvit.train.presets import PRESETS, Model, TrainConfig
 from granvit.train.stages import Stage
 from granvit.train.step import stage_loss
@@ -92,7 +93,7 @@ def test_a_step_takes_what_the_plan_states(monkeypatch, config, stage, sequences
     monkeypatch.setattr(llm, "find_grids", lambda *_: None)
     monkeypatch.setattr(llm, "why_not_flash", lambda *_: None if segments else "not here")
     shapes, rows = rows_of(config, stage, sequences)
-    stated = peak(config, stage, shapes, rows, World(), several)
+    stated = peak(config, stage, shapes, rows, World(), Sharing(), several)
     taken = on_cpu(config, stage, shapes, rows, several)
     assert stated.total == pytest.approx(taken, rel=0.05)
     assert stated.when == when
@@ -103,14 +104,15 @@ def test_ranks_hold_copies_or_pieces():
     config = replace(SMOKE, **stages)
     shapes, rows = rows_of(config, config.adapt, 2)
 
-    def held(config: TrainConfig, ranks: int) -> Peak:
-        return peak(config, config.adapt, shapes, rows, World(0, ranks))
+    def held(ranks: int, parallel: str) -> Peak:
+        return peak(config, config.adapt, shapes, rows, World(0, ranks, 2), Sharing(parallel))
 
-    one, copy, pieces = held(config, 1), held(config, 4), held(replace(config, parallel="fsdp"), 4)
+    one, copy, pieces, halves = held(1, "ddp"), held(4, "ddp"), held(4, "fsdp"), held(4, "hsdp")
     assert copy.parts["gradients"] > one.parts["gradients"]  # they stay in DDP's buckets
     assert copy.parts["made by the step"] == pytest.approx(one.parts["made by the step"], rel=0.02)
     for name in ("parameters", "moments"):
         assert pieces.parts[name] == pytest.approx(one.parts[name] / 4, rel=0.05)
+        assert halves.parts[name] == pytest.approx(one.parts[name] / 2, rel=0.05)
     assert not torch.distributed.is_initialized() and not hasattr(torch, "meta")
 
 
