@@ -195,7 +195,7 @@ def _step(asked: RehearsalConfig, run: RankRun, stage: Stage, shapes: GranViTCon
     first = None
     with found.looking(f"{stage.name}: a step") as said:
         first = take_steps(asked, run, stage, shapes, rank=0)
-        said.append(f"{len(first.collectives[1])} collectives")
+        said += [f"{len(first.collectives[1])} collectives", first.why]
     if first is None:
         return None
     with found.looking(f"{stage.name}: memory of a GPU") as said:

@@ -42,13 +42,14 @@ class RankRun(Run):
 class Taken:
     """The steps that one rank took. collectives: of each step, in their order. said: see `LoneRank`. tensors: those of
     its checkpoint. final: those of the stage's last one. peak: when its device's memory is fullest, in the last step.
-    """
+    why: the ranks share the model so."""
 
     collectives: list[list[Collective]]
     said: tuple[Tensor, ...]
     tensors: Mapping[str, Tensor]
     final: Mapping[str, Tensor]
     peak: Peak
+    why: str
 
 
 def take_steps(
@@ -76,7 +77,7 @@ def take_steps(
                 phase.take(given)
             collectives.append(world.recorder.collectives)
         final = model_tensors(phase.model) if stage.cooldown else phase.tensors(whole=True)
-        return Taken(collectives, tuple(world.said), phase.tensors(), final, peak_of(live))
+        return Taken(collectives, tuple(world.said), phase.tensors(), final, peak_of(live), run.sharing.why)
 
 
 def _empty(phase: Phase) -> Batch:

@@ -46,15 +46,16 @@ def rehearsed(config, **changes) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"parallel": "ddp"}, {"parallel": "fsdp", "micro_packs": 1}])
+@pytest.mark.parametrize("changes", [{"parallel": "ddp"}, {"parallel": "fsdp", "micro_packs": 1}, {"parallel": "hsdp"}])
 def test_a_good_run_has_no_fault(config, changes, tmp_path):
-    status, said = rehearsed(replace(config, precision="bfloat16", checkpointing=True, **changes))
+    status, said = rehearsed(replace(config, precision="bfloat16", checkpointing=True, **changes), node=2)
     assert status == DONE and "FAULT" not in said, said
     for what in ("data", "steps", "pretrain: batches", "pretrain: a step", "adapt: a checkpoint", "the run's folder"):
         assert f"ok     {what}" in said
     if changes["parallel"] == "ddp":  # whose buckets are there in all of a step
         assert " gradients" in said and " 0 B gradients" not in said
-    assert ("reduce_scatter" in said) == (changes["parallel"] == "fsdp")
+    assert ("reduce_scatter" in said) == (changes["parallel"] != "ddp")
+    assert ("over replicate" in said) == ("over shard" in said) == (changes["parallel"] == "hsdp")
     assert not (tmp_path / "run").exists() and not dist.is_initialized() and not hasattr(torch, "meta")
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import distributed as ddp
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -125,6 +126,7 @@ def as_device() -> Iterator[None]:
         torch._register_device_module("meta", _DEVICE)
         stack.callback(sys.modules.pop, "torch.meta")
         stack.callback(delattr, torch, "meta")
+        stack.callback(_clear_sharding_prop_cache)  # it holds groups of ranks, by names that are given again
         for owner, name, ours in (
             (FSDPParamGroup, "_validate_no_meta_params", lambda _: None),
             (torch.accelerator, "current_stream", _Stream),
