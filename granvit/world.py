@@ -82,13 +82,15 @@ class RollCall:
 @dataclass(frozen=True)
 class World:
     """This process among those that work together. local: how many of them are on this machine. control: their gloo
-    group; None where there is only one. roll_call: says which rank the others wait for."""
+    group; None where there is only one. roll_call: says which rank the others wait for. finish: what a rank does that
+    is at the end of its work in `each`, before it says so."""
 
     rank: int = 0
     ranks: int = 1
     local: int = 1
     control: Any = None
     roll_call: RollCall | None = None
+    finish: Callable[[], None] | None = None
 
     def _waiting(self) -> AbstractContextManager[None]:
         return nullcontext() if self.roll_call is None else self.roll_call.waiting()
@@ -156,6 +158,8 @@ class World:
             value = work()
         except Exception as error:
             fault = error
+        if self.finish is not None:
+            self.finish()
         outcomes = self.gather((value, None if fault is None else f"{type(fault).__name__}: {fault}"))
         for rank, (_, said) in enumerate(outcomes):
             if said is not None:

@@ -146,6 +146,22 @@ def sample_set(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def chats(sample_set, tmp_path_factory):
+    """The sample set's pictures with conversations in place of regions."""
+    import datasets
+
+    from granvit.data.schema import CHAT_FEATURES
+
+    turns = (("user", "What is it?"), ("assistant", "A picture."), ("user", "Sure?"), ("assistant", "Yes."))
+    talk = [{"role": role, "content": text} for role, text in turns]
+    changed = {"regions": [], "caption": None, "conversations": [talk, talk[:2]]}
+    path = tmp_path_factory.mktemp("chats") / "chats"
+    rows = datasets.load_from_disk(str(sample_set))
+    rows.map(lambda row: changed, features=CHAT_FEATURES).save_to_disk(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def small_config(sample_set):
     """The smoke preset at a size that runs in seconds; tests choose the output folder."""
     from granvit.train.presets import PRESETS, Data, Model

@@ -26,6 +26,7 @@ from . import question_attention
 from .asking import Asking
 from .config import GranViTConfig
 from .encoders import Encoder, load_encoder, random_encoder
+from .files import is_mapped, own
 from .images import read_images
 from .linear_cross_entropy import linear_cross_entropy, logits_of
 from .llm import (
@@ -182,11 +183,12 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
         )
         processor = GranViTProcessor.from_config(made, tokenizer)
         whole = cls(made, encoder, model)
-        if lora is None or not lora.rank:
-            whole.to(model.dtype)
-        else:
-            for name, part in whole.named_children():
-                part.float() if name != "llm" else add_adapters(part, lora)
+        adapted = lora is not None and lora.rank > 0
+        for name, part in whole.named_children() if not is_mapped() else ():
+            if name != "llm":
+                part.to(torch.float32 if adapted else model.dtype)
+        if adapted:
+            add_adapters(model, lora)
         use_question_attention(whole.llm)
         whole.match_llm_scale(reset_locations=True)
         whole.processor = processor
@@ -223,7 +225,7 @@ class GranViT(Asking, Prompted, PreTrainedModel, GenerationMixin):
             # otherwise: where it is not aligned as torch's own are, a loaded model's logits would differ from
             # the saved one's by 1e-6.
             if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
+                parameter.data = own(parameter.data)
         model._source = str(name), hub
         return (model, info) if wanted else model
 

@@ -262,6 +262,8 @@ def load_llm(name_or_path: str | Path, **kwargs) -> tuple[PreTrainedModel, AutoT
     source = str(folder) if gguf or path.is_dir() else str(name_or_path)
     if gguf:
         kwargs["gguf_file"] = gguf.name
+        if kwargs.get("dtype") == "auto":  # what these weights become has no dtype of its own
+            kwargs["dtype"] = torch.float32
     kwargs.setdefault("attn_implementation", "sdpa")
     llm = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     picked = {key: kwargs[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in kwargs}

@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 
 from granvit_kernels import PackedLayout
 
+from .files import own
 from .packed_attention import packed_attention
 from .preprocessor import write_preprocessor
 
@@ -182,14 +183,16 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_transformers(cls, source: Siglip2VisionModel | SiglipVisionModel) -> VisionEncoder:
-        """The encoder with a vision model's weights (copied)."""
+        """The encoder with a vision model's weights (copied, but inside `files.mapped`)."""
         state = {key.removeprefix("vision_model."): value for key, value in source.state_dict().items()}
         config = source.config
         if isinstance(config, SiglipVisionConfig):  # patches are embedded by a convolution: [C, 3, p, p]
             convolution = state["embeddings.patch_embedding.weight"]
             state["embeddings.patch_embedding.weight"] = convolution.permute(0, 2, 3, 1).flatten(1)
-        encoder = cls(_headless(config)).to(source.dtype)
-        encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith("head.")})
+        with torch.device("meta"):
+            encoder = cls(_headless(config))
+        weights = {key: own(value) for key, value in state.items() if not key.startswith("head.")}
+        encoder.load_state_dict(weights, assign=True)
         return encoder
 
     def to_transformers(self) -> Siglip2VisionModel:

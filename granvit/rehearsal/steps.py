@@ -62,9 +62,9 @@ def take_steps(
     precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with lone_rank(rank, asked.ranks, asked.local, heard) as world, OnGPU(precision):
         run = RankRun(config, run.splits, run.processor, world)
-        model = on_meta(shapes, config.model.lora, precision)
-        run.sharing = choose(config, model, world, int(1e9 * asked.device_gb))
-        phase = run.new_phase(stage, model)
+        run.hollow = run.model = on_meta(shapes, config.model.lora, precision)
+        run.sharing = choose(config, run.model, world, int(1e9 * asked.device_gb))
+        phase = run.new_phase(stage)
         phase.model.train()
         end_reductions(phase.root)
         phase.step = 1  # numbers of a first step are read, and meta has none

@@ -17,12 +17,12 @@ class Teacher:
     """An exponential moving average of an encoder: always in eval mode, never with gradients. statistics: of what it
     and the student see in regions."""
 
-    def __init__(self, student: nn.Module, alpha: float) -> None:
+    def __init__(self, student: nn.Module, alpha: float, device: torch.device | None = None) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"distill.alpha is {alpha}; it takes a number from 0 to 1")
         self.alpha = alpha
         self.encoder = copy.deepcopy(student).eval().requires_grad_(False)
-        self.statistics = Statistics(student.config.hidden_size, next(student.parameters()).device)
+        self.statistics = Statistics(student.config.hidden_size, device or next(student.parameters()).device)
 
     @torch.no_grad()
     def update(self, student: nn.Module, taken: Tensor | None = None) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch
@@ -29,9 +28,9 @@ from granvit.train.console import FIGURES, figures
 from granvit.train.counting import order_arguments
 from granvit.train.loop import Phase, autocast
 from granvit.train.parallel.compiling import eager
+from granvit.train.parallel.in_step import compute, in_step
 from granvit.train.retention import LOSS
 from granvit.train.step import Share
-from granvit.train.tensors import model_tensors
 
 if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
@@ -50,23 +49,21 @@ def never() -> bool:
 class HeldOut:
     """The evaluations of a stage on its way, every `stage.eval_every` steps, before the first and after the last too.
 
-    whole: the model to evaluate; the phase's own, or where that is in pieces (FSDP) one as it was, into which the
-    pieces are gathered each time. splits: of the run (`splits.open_splits`); the stage's loss is of "test",
-    that of sft of "chat_test". Without the split there is no loss, nor a best checkpoint. test_rows: gives those of the
-    images of "test" that can be asked about, on all ranks at once.
+    A model in pieces (FSDP) stays in them: the ranks go through it in step. splits: of the run (`splits.open_splits`);
+    the stage's loss is of "test", that of sft of "chat_test". Without the split there is no loss, nor a best
+    checkpoint. test_rows: gives those of the images of "test" that can be asked about, on all ranks at once.
     """
 
     def __init__(
         self,
         phase: Phase,
-        whole: GranViT,
         processor: GranViTProcessor,
         splits: Mapping[str, GranDataset],
         test_rows: Callable[[], Sequence[int]],
         metrics: MetricsLog,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.phase, self.whole, self.processor, self.metrics, self.say = phase, whole, processor, metrics, say
+        self.phase, self.processor, self.metrics, self.say = phase, processor, metrics, say
         self.test, self.test_rows, self.chats, self.loader = splits.get("test"), test_rows, None, None
         self.every, self.best = 0, math.inf
         self._done: set[int] = set()
@@ -100,14 +97,12 @@ class HeldOut:
             return None
         if step == phase.stage.steps:  # there is no going on from it
             stopping = never
-        began, model = time.perf_counter(), self._gathered()
+        began, model = time.perf_counter(), phase.model
         model.eval()
         with torch.no_grad(), autocast(phase.config, phase.device), eager():
-            values = self.losses(model, stopping)
+            values = compute(phase.root, lambda: self.losses(model, stopping))
             values = None if values is None or stopping() else values | self._answers(model)
-        phase.model.train()
-        if model is not phase.model:
-            model.to("cpu")
+        model.train()
         if values is None:
             return None
         self._done.add(step)
@@ -131,7 +126,11 @@ class HeldOut:
         for batch in self.loader:
             if stopping():
                 return None
-            for part in filter(lambda part: part.samples, batch.split(phase.parts)):
+            for part in batch.split(phase.parts):
+                if not part.samples:
+                    if phase.pieces:  # the others wait
+                        phase.loss_of(model, None, 0, phase.feed.blank, Share.whole(phase.feed.blank))
+                    continue
                 task, part = _tasks(part), part.to(phase.device)
                 answers = phase.loss_of(model, None, 0, part, Share.whole(part))["answers"].double().cpu()
                 sums[0].index_add_(0, task, answers)
@@ -145,13 +144,16 @@ class HeldOut:
         has none: its model has not seen a picture."""
         phase, world, values = self.phase, self.phase.world, {}
         if self.test is not None and phase.stage.name != phase.config.warmup.name:
-            metrics = evaluate(
-                model, self.processor, self.test, rows=self.test_rows(), questions=QUESTIONS, world=world,
-            ).metrics  # fmt: skip
+            rows = self.test_rows()
+            metrics = in_step(phase.root, model, world, lambda world: evaluate(
+                model, self.processor, self.test, rows=rows, questions=QUESTIONS, world=world,
+            )).metrics  # fmt: skip
             values = {name: value for name, value in metrics.items() if "/" not in name}
         if self.chats is not None:
             capacity = phase.config.data.capacity
-            values |= score_chat(model, self.processor, self.chats, capacity, limit=QUESTIONS, world=world)
+            values |= in_step(phase.root, model, world, lambda world: score_chat(
+                model, self.processor, self.chats, capacity, limit=QUESTIONS, world=world,
+            ))  # fmt: skip
         return values
 
     def _open(self, data: GranDataset) -> PackLoader | None:
@@ -175,16 +177,6 @@ class HeldOut:
             steps, images = steps + 1, images + sum(map(len, packs))
         loader.steps = steps
         return loader
-
-    def _gathered(self) -> GranViT:
-        """The model as it is at this step, whole, on the phase's device."""
-        if self.whole is self.phase.model:
-            return self.whole
-        pieces = model_tensors(self.phase.model)
-        for name, tensor in model_tensors(self.whole).items():
-            piece = pieces[name]
-            tensor.copy_(piece.full_tensor() if isinstance(piece, DTensor) else piece)
-        return self.whole.to(self.phase.device)
 
     def _lines(self) -> list[dict]:
         lines, stage = self.metrics.evaluations(), self.phase.stage.name

@@ -58,9 +58,9 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 class Phase:
     """A stage of a run: model, optimiser, teacher and the place in the data, of which a checkpoint holds what changes.
 
-    The model is trained in place; with FSDP its parameters become pieces, and root is what computes with them. blank: a
-    batch of an image without meaning, that a rank goes through where it has none, because the others wait for it.
-    parts: micro-batches that a batch is split into, as many on each rank.
+    The model is trained in place; in pieces it is on meta at first, and filled from `weights` (see `distribute`). root
+    is what computes with it. blank: a batch of an image without meaning, that a rank goes through where it has none,
+    because the others wait for it. parts: micro-batches that a batch is split into, as many on each rank.
     """
 
     def __init__(
@@ -74,18 +74,20 @@ class Phase:
         world: World,
         device: torch.device,
         sharing: Sharing = COPIES,
+        weights: GranViT | None = None,
     ) -> None:
         self.config, self.stage, self.model, self.loader = config, stage, model, loader
         self.loss_of, self.world, self.device = loss_of, world, device
+        self.pieces = sharing.pieces
         freeze(model.groups(), stage.train)
-        self.teacher = Teacher(model.encoder, config.distill.alpha) if stage.distill > 0 else None
+        self.teacher = Teacher(model.encoder, config.distill.alpha, device) if stage.distill > 0 else None
         teacher = self.teacher.encoder if self.teacher else None
         if config.checkpointing:
             checkpoint_activations(model)
         for module in filter(None, (model, teacher)) if config.compile else ():
             compile_blocks(module)
         precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self.root = distribute(model, teacher, world, sharing, precision, device, self._leaves_out())
+        self.root = distribute(model, teacher, world, sharing, precision, device, self._leaves_out(), weights)
         groups = model.groups()  # anew: FSDP has put pieces in the parameters' places
         self.trained = [p for name in stage.train for p in groups[name]]
         self.optimizer = make_optimizer(groups, stage, hidden_matrices(model))

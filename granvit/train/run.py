@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch, collate
@@ -31,7 +32,7 @@ from granvit.metrics_log import MetricsLog, write_aside
 from granvit.model import GranViT
 from granvit.model.formats import save
 from granvit.questions.schema import Region, Sample
-from granvit.train.build import build
+from granvit.train.build import hollow, read, settle
 from granvit.train.card import write_card
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.console import CONTROL, RunConsole, closing_words, hush
@@ -42,6 +43,8 @@ from granvit.train.guard import Termination, termination
 from granvit.train.heldout import HeldOut
 from granvit.train.loop import Phase, autocast, train_phase
 from granvit.train.parallel.compiling import eager
+from granvit.train.parallel.distributed import distribute, gathered
+from granvit.train.parallel.in_step import compute, in_step
 from granvit.train.parallel.sharing import choose, device_memory
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.retention import step_of
@@ -140,7 +143,10 @@ class Run:
     """One seed of a run: its model, its data, and the phases that are done or still to do.
 
     `folder` holds checkpoints/, metrics.jsonl, export/ and result.json. A phase that ended, and an evaluation that was
-    written down, is not done again.
+    written down, is not done again. fresh_encoder: draw an encoder at random in place of a trained one.
+
+    root: what computes with the model where it is in pieces (see `compute`). It has others in each phase, and is in no
+    memory whole.
     """
 
     def __init__(
@@ -151,6 +157,7 @@ class Run:
         device: torch.device,
         request: Termination,
         console: RunConsole | None = None,
+        fresh_encoder: bool = False,
     ) -> None:
         self.config, self.folder, self.world, self.device = config, folder, world, device
         self.request, self.console = request, console or RunConsole(config, world.leads)
@@ -159,18 +166,34 @@ class Run:
         self.splits = open_splits(config)
         torch.manual_seed(config.seed)
         texts = self.splits["train"] if "train" in self.splits else self.splits["chat"]
-        self.model, self.processor = build(config.model, texts, self._precision)
+        self.model, self.processor = read(config.model, texts, self._precision)
+        if fresh_encoder and (config.model.encoder or config.model.whole):  # else it is drawn at random
+            torch.manual_seed(config.seed)
+            for parameter in self.model.encoder.parameters():  # those of a file can't be written to
+                parameter.data = torch.empty_like(parameter, dtype=torch.float32)
+            self.model.encoder.reset_parameters()
         self.sharing = choose(config, self.model, world, device_memory(device, world))
         if world.ranks > 1:
             self.console.say(self.sharing.why)
         self._need_room()
-        self.model.to(device)
+        self.root: nn.Module | None = None
+        if self.sharing.pieces:
+            self.hollow = hollow(self.model, self._precision)
+            self._cut()
+        else:
+            settle(self.model, device, self._precision)
         self.trackers = Trackers()  # the first rank's; they can't be sent
         world.first(self._make_trackers)
         kept = config.keep_checkpoints + any(stage.eval_every for stage in config.stages)  # the best one, too
         world.first(lambda: check_room(folder / "checkpoints", self._checkpoint_bytes(), kept))
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.keep_every, world)
         self.metrics = MetricsLog(folder / "metrics.jsonl", self.trackers.write)
+
+    def _cut(self) -> None:
+        """Put the model, which was read, into pieces of which none learns."""
+        whole, self.model = self.model, copy.deepcopy(self.hollow).requires_grad_(False)
+        sharing = dataclasses.replace(self.sharing, gathered=False)
+        self.root = distribute(self.model, None, self.world, sharing, self._precision, self.device, weights=whole)
 
     def _make_trackers(self) -> None:
         self.trackers = Trackers(self.config.trackers, self.folder)
@@ -247,12 +270,12 @@ class Run:
             if learns and "test" in self.splits:
                 features[stage.name] |= self._features("after")
             if learns:
-                self.world.first(self._export_encoder)
+                self._export_encoder()
             for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
                 if blind != "text" or "test" in self.splits:  # else there is nothing that it would measure
                     metrics[when] = self.evaluation(stage, stage.steps, when, blind)
             last = metrics["after"]
-        self.world.first(self._export)
+        self._export()
         controlled = config.control and config.adapt.runs
         if controlled:
             stages[config.adapt.name]["control"] = self._control()
@@ -297,10 +320,9 @@ class Run:
             load(path, model_tensors(self.model), subset=True, world=self.world)
 
     def _train(self, stage: Stage, title: str) -> None:
-        sharded = self.sharing.pieces
-        if sharded:  # what is evaluated stays whole, and out of the way
-            self.model.to("cpu")
-        phase = self.new_phase(stage, copy.deepcopy(self.model).to(self.device) if sharded else self.model)
+        phase = self.new_phase(stage)
+        if phase.pieces:
+            self.model, self.root = phase.model, phase.root
         newest = self.checkpoints.newest(stage.name)
         if newest is not None:
             phase.resume(newest)
@@ -311,10 +333,13 @@ class Run:
                 train_phase(phase, self.checkpoints, self.metrics, self.request, stepped, self.held_out(phase))
         finally:
             self.checkpoints.wait()  # whoever catches what was raised may go on in this folder
-        self.model.to(self.device)
 
-    def new_phase(self, stage: Stage, model: GranViT) -> Phase:
-        """The stage before its first step, of this model."""
+    def new_phase(self, stage: Stage, model: GranViT | None = None) -> Phase:
+        """The stage before its first step, of the run's model (which stays as it is where it is in pieces), or of this
+        one."""
+        weights = None
+        if self.sharing.pieces:
+            model, weights = copy.deepcopy(self.hollow), model or self.model
         config, processor, world = self.config, self.processor, self.world
         warming = stage.name == config.warmup.name
 
@@ -330,12 +355,15 @@ class Run:
         )  # fmt: skip
         if stage.passes is not None:
             loader.steps = stage.steps * stage.accumulate
-        return Phase(config, stage, model, loader, loss_of, self._blank(stage), world, self.device, self.sharing)
+        return Phase(
+            config, stage, model or self.model, loader, loss_of, self._blank(stage), world, self.device, self.sharing,
+            weights,
+        )  # fmt: skip
 
     def held_out(self, phase: Phase) -> HeldOut:
         """What evaluates a phase on its way."""
         splits, rows = self.splits, (lambda: self.test_rows)
-        return HeldOut(phase, self.model, self.processor, splits, rows, self.metrics, self.console.say)
+        return HeldOut(phase, self.processor, splits, rows, self.metrics, self.console.say)
 
     def _blank(self, stage: Stage) -> Batch:
         image = torch.zeros(32, 32, 3, dtype=torch.uint8)
@@ -376,18 +404,19 @@ class Run:
         metrics, predictions = dict(known or {}), None
         with autocast(self.config, self.device), eager():
             if known is None and "test" in self.splits:
+                rows = self.test_rows
                 with self.console.evaluation(title) as answered:
-                    evaluated = evaluate(
+                    evaluated = in_step(self.root, self.model, world, lambda world: evaluate(
                         self.model, self.processor, self.splits["test"], blind=blind, world=world, progress=answered,
-                        rows=self.test_rows,
-                    )  # fmt: skip
+                        rows=rows,
+                    ))  # fmt: skip
                 metrics, predictions = evaluated.metrics, evaluated.predictions
             if stage is self.config.sft and "chat_test" in self.splits and blind != "text":
                 with self.console.evaluation(f"{title}, conversations"):
-                    metrics |= score_chat(
+                    metrics |= in_step(self.root, self.model, world, lambda world: score_chat(
                         self.model, self.processor, self.splits["chat_test"], self.config.data.capacity, blind, limit,
                         world,
-                    )  # fmt: skip
+                    ))  # fmt: skip
         seconds = time.perf_counter() - began
         if world.leads:
             if predictions is not None:  # first, as what has its line is not done again
@@ -422,7 +451,7 @@ class Run:
         samples = [test[i] for i in range(min(64, len(test)))]
         images = [s.image.to(self.device) for s in samples if s is not None and s.image.numel()]
         with eager():
-            features, _ = self.model.encode(images)
+            features, _ = compute(self.root, lambda: self.model.encode(images))
         statistics = feature_statistics(feature_moments(features))
         return {f"{name}_{when}": float(value) for name, value in statistics.items()}
 
@@ -431,30 +460,44 @@ class Run:
         return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
     def _export(self) -> None:
-        folder = self.folder / "export"
-        save(self.model, self.processor, folder)
-        if adapters(self.model.llm):
-            save_adapters(self.model.llm, folder / "lora")
-        write_card(folder, "granvit", self.folder)
+        folder, model = self.folder / "export", self._whole()
+
+        def write() -> None:
+            save(model, self.processor, folder)
+            if adapters(model.llm):
+                save_adapters(model.llm, folder / "lora")
+            write_card(folder, "granvit", self.folder)
+
+        self.world.first(write)
 
     def _export_encoder(self) -> None:
         """Written when the encoder has learnt, so that it is there however the run ends."""
-        folder = self.folder / "export" / "encoder"
-        self.model.save_encoder(folder)
-        write_card(folder, "encoder", self.folder)
+        folder, model = self.folder / "export" / "encoder", self._whole("encoder.")
+
+        def write() -> None:
+            model.save_encoder(folder)
+            write_card(folder, "encoder", self.folder)
+
+        self.world.first(write)
+
+    def _whole(self, prefix: str = "") -> GranViT:
+        """The model as the first rank writes it down: out of its pieces, in host memory, the parameters of that prefix.
+        """
+        if not self.sharing.pieces:
+            return self.model
+        return gathered(copy.deepcopy(self.hollow), self.model, self.world, prefix)
 
     def _control(self) -> dict[str, float]:
         """Metrics of stage 2 alone, from this run's warm LLM and an encoder with random weights: what stage 1 has to
         beat. It lies in control/, and goes on where it was as the run does."""
         adapt = dataclasses.replace(self.config.adapt, eval_every=0)
-        run = Run(self.config, self.folder / "control", self.world, self.device, self.request, self.console)
+        run = Run(self.config, self.folder / "control", self.world, self.device, self.request, self.console, True)
         warmup = self.config.warmup
         if run.checkpoints.final(warmup.name) is None:
             if warmup.runs:
-                self._load_end(warmup, run.model)
-            if self.config.model.encoder or self.config.model.whole:  # else it was drawn at random
-                torch.manual_seed(self.config.seed)
-                run.model.encoder.reset_parameters()
+                tensors = model_tensors(run.model)
+                rest = {name: t for name, t in tensors.items() if not name.startswith("model.encoder.")}
+                load(self.checkpoints.final(warmup.name), rest, subset=True, world=self.world)
             # No other phase ends with this model, and the checkpoints of one on its way lack what it does not train.
             run.checkpoints.save(warmup.name, warmup.steps or 0, model_tensors(run.model), {}, final=True)
         run.begin(adapt)

@@ -1,12 +1,17 @@
 """What the tests of training on several ranks run on each of them."""
 
 import copy
+import ctypes
+import gc
+import json
 import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -18,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from granvit.data.batches import Batch, Read, collate, join
 from granvit.eval import __main__ as measuring
 from granvit.lora import Lora
+from granvit.model import GranViT
 from granvit.questions.prompts import GLOBAL_CAPTION
 from granvit.rehearsal.collectives import Collective, Recorder
 from granvit.train import __main__
@@ -72,28 +78,33 @@ def taken(phase: Phase, steps: Iterable[StepInput]) -> list[dict]:
     return phase.read()
 
 
+def fresh(run: Run) -> GranViT:
+    """The model that the run began with; a phase in pieces copies it itself."""
+    return run.model if run.sharing.pieces else copy.deepcopy(run.model)
+
+
 def through_loader(run: Run, stage, world: World, steps: int) -> dict:
     """The stage's own steps."""
-    phase = run.new_phase(replace(stage, steps=steps), copy.deepcopy(run.model))
+    phase = run.new_phase(replace(stage, steps=steps), fresh(run))
     return outcome(phase, taken(phase, phase.batches()))
 
 
 def through_splits(run: Run, stage, world: World, packs: int = 4) -> dict:
-    phase = run.new_phase(replace(stage, packs=packs), copy.deepcopy(run.model))
+    phase = run.new_phase(replace(stage, packs=packs), fresh(run))
     return outcome(phase, taken(phase, (phase.feed.step([batch]) for batch in portion_batches(run, stage, world))))
 
 
 def accumulated(run: Run, stage, world: World, target: str) -> dict:
     """Steps of two batches each, from the splits."""
     run.config = replace(run.config, distill=replace(run.config.distill, target=target))
-    phase = run.new_phase(replace(stage, packs=4, accumulate=2), copy.deepcopy(run.model))
+    phase = run.new_phase(replace(stage, packs=4, accumulate=2), fresh(run))
     batches = list(portion_batches(run, stage, world))
     return outcome(phase, taken(phase, (phase.feed.step(batches[i : i + 2]) for i in (0, 2, 5))))
 
 
 def not_finite(run: Run, stage, world: World) -> dict:
     """Four steps. In the second the last rank's loss is infinite, though its gradient is finite."""
-    phase = run.new_phase(replace(stage, steps=4), copy.deepcopy(run.model))
+    phase = run.new_phase(replace(stage, steps=4), fresh(run))
     given = phase.loss_of
 
     def spoilt(model, teacher, step: int, batch: Batch, share: Share) -> dict:
@@ -187,7 +198,7 @@ def in_a_table(config: TrainConfig, folder: Path, world: World) -> dict[str, dic
 
     def phase_of(parallel: str):
         run = runs[parallel]
-        return run.new_phase(replace(config.pretrain, steps=STEPS["pretrain"]), copy.deepcopy(run.model))
+        return run.new_phase(replace(config.pretrain, steps=STEPS["pretrain"]), fresh(run))
 
     for first, others in (("hsdp", ("ddp", "fsdp")), ("ddp", ("hsdp",))):
         phase = phase_of(first)
@@ -293,7 +304,7 @@ def keep_collectives(world: World, folder: Path) -> None:
     for stage in config.stages:
         world = ListeningRank(world.rank, world.ranks, control=world.control)
         run.world = world
-        phase = run.new_phase(stage, copy.deepcopy(run.model))
+        phase = run.new_phase(stage, fresh(run))
         phase.step, steps, batches = 1, [], phase.batches()
         for _ in range(2):
             world.recorder.collectives = []
@@ -303,3 +314,52 @@ def keep_collectives(world: World, folder: Path) -> None:
             steps.append(list(map(str, world.recorder.collectives)))
         if world.leads:
             torch.save(steps, folder / f"collectives-{stage.name}.pt")
+
+
+def keep_peaks(world: World, folder: Path) -> None:
+    """Bytes of memory of its own that this rank has at most while it builds a model, in FOLDER/peaks-RANK.json."""
+    config, peaks = load_config(folder / "config.yaml"), {}
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is larger is given back when it is freed
+
+    def run_of(parallel: str) -> Run:
+        return Run(
+            replace(config, parallel=parallel), folder / parallel, world, torch.device("cpu"), Termination()
+        )  # fmt: skip
+
+    run_of("fsdp")  # imports, and what libraries keep
+    for parallel in ("fsdp", "hsdp", "ddp"):
+        with peak_memory() as peak:
+            run = run_of(parallel)
+        peaks[parallel] = peak[0]
+        if parallel == "fsdp":
+            with peak_memory() as peak:
+                phase = run.new_phase(replace(config.pretrain, distill=0.0, packs=4))
+            peaks["a phase in pieces"] = peak[0]
+            del phase
+        del run
+        gc.collect()
+    (folder / f"peaks-{world.rank}.json").write_text(json.dumps(peaks))
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Of memory that is no file's, what this process has more of inside, at most; its only member, at the end."""
+    gc.collect()
+    before, peak, over = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            peak[0] = max(peak[0], anonymous() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+def anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from granvit.lora import adapters
@@ -42,14 +43,16 @@ def distribute(
     sharing: Sharing,
     precision: torch.dtype,
     device: torch.device,
-    unused: bool,
+    unused: bool = False,
+    weights: GranViT | None = None,
 ) -> nn.Module:
     """The model's `Root`, in whose calls gradients become the ranks' mean.
 
     With copies the model is as it was. In pieces its parameters and those of the teacher (an encoder outside of it)
     are DTensors, put in their place, and so are the gradients and what an optimiser makes of them; which of them learn
     is settled before. precision: in which FSDP gathers weights. unused: whether there are steps that leave out some of
-    what learns.
+    what learns. weights: of a model on meta that comes to lie in pieces, whole or in pieces itself; it is filled a unit
+    at a time, so that no more than one is ever whole. None: it stays on meta, or is none.
     """
     root = Root(model)
     if world.ranks == 1:
@@ -58,13 +61,19 @@ def distribute(
         return DistributedDataParallel(root, find_unused_parameters=unused, gradient_as_bucket_view=True)
     # Autocast casts what layers take. FSDP would cast whatever is given to a module, the boxes of a batch too.
     policy = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    cut = partial(fully_shard, mesh=mesh_of(world, sharing, device), mp_policy=policy)
+    filling = Filling(model, teacher, weights, device)
+    shard = partial(fully_shard, mesh=mesh_of(world, sharing, device), mp_policy=policy)
+
+    def cut(unit: nn.Module, **options: bool) -> FSDPModule:
+        filling.fill(unit)
+        return shard(unit, **options)
+
     kept: list[FSDPModule] = []
     if sharing.gathered:
         # The weights under adapters share their blocks with what learns: they are no one's pieces, but whole.
         own = set(adapters(model.llm))
         under = {parameter for parameter in model.llm.parameters() if parameter not in own} if own else set()
-        cut = partial(cut, ignored_params=under)
+        shard = partial(shard, ignored_params=under)
         for part in (model.encoder, model.llm):
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 kept += [cut(unit, reshard_after_forward=False) for unit in dict.fromkeys([*units(part), part])]
@@ -84,6 +93,52 @@ def distribute(
         unit.set_reshard_after_backward(False)
     root.register_forward_pre_hook(gather)
     return root
+
+
+class Filling:
+    """Takes the weights of a model on meta, and of its teacher, from another model: whole, or in other pieces."""
+
+    def __init__(
+        self, model: GranViT, teacher: nn.Module | None, weights: GranViT | None, device: torch.device
+    ) -> None:
+        self.device, self.sources = device, {}
+        if weights is None:
+            return
+        state = weights.state_dict()  # what is gathered goes into pieces again, and has its own precision
+        for name, parameter in model.named_parameters():
+            self.sources[parameter] = state[name]
+        for name, parameter in teacher.named_parameters() if teacher is not None else ():
+            self.sources[parameter] = state[f"encoder.{name}"]
+        theirs = dict(weights.named_buffers())
+        for name, buffer in model.named_buffers():
+            buffer.copy_(theirs[name])
+
+    @torch.no_grad()
+    def fill(self, unit: nn.Module) -> None:
+        """Give the parameters of a unit that are still on meta their values, on the device. All ranks do it together.
+        """
+        for parameter in list(unit.parameters()):
+            if parameter in self.sources:
+                value = whole(self.sources.pop(parameter)).to(self.device, parameter.dtype, copy=True)
+                torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
+
+
+@torch.no_grad()
+def gathered(hollow: GranViT, model: GranViT, world: World, prefix: str) -> GranViT:
+    """`hollow`, a model on meta, with the parameters of that prefix of one in pieces, in host memory: on the first
+    rank, while the others give it their pieces."""
+    state = model.state_dict()
+    for name, parameter in hollow.named_parameters():
+        if name.startswith(prefix):
+            value = whole(state[name])
+            if world.leads:
+                torch.utils.swap_tensors(parameter, nn.Parameter(value.to("cpu", copy=True), parameter.requires_grad))
+    return hollow
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, out of its pieces if it is in some; all ranks ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mesh_of(world: World, sharing: Sharing, device: torch.device) -> DeviceMesh:
