@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +38,7 @@ from granvit.train.profiling import STEP, profiled
 from granvit.train.retention import LOSS
 from granvit.train.stages import Stage
 from granvit.train.step import Share
-from granvit.train.tensors import learnt_tensors, model_tensors
+from granvit.train.tensors import frozen_norm, learnt_tensors, model_tensors
 from granvit.world import World
 
 if TYPE_CHECKING:
@@ -127,7 +129,12 @@ class Phase:
 
         states = self.world.gather(self.loader.state_dict(self.step * self.stage.accumulate))
         place = {"stage": self.stage.name, "step": self.step, "loader": with_all_places(states)}
-        return place | {"spikes": self.spikes.state(), "streak": self.streak.length}
+        return place | {"spikes": self.spikes.state(), "streak": self.streak.length, "frozen": self.frozen}
+
+    @cached_property
+    def frozen(self) -> float:
+        """`frozen_norm` of the model, which never changes. All ranks ask for it together."""
+        return frozen_norm(self.model)
 
     def resume(self, path: Path, whole: bool = False) -> None:
         """Go on from a checkpoint of this phase, whose model is what the phase began with (where the checkpoint is
@@ -139,8 +146,14 @@ class Phase:
             self.step, self.streak.length = values["step"], values["streak"]
             self.spikes.restore(values["spikes"])
             self.gate.restore(self.streak.length)
+            frozen = float(values.get("frozen", self.frozen))  # older checkpoints were whole
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no checkpoint of a stage on its way: {error!r} in its values") from error
+        if not whole and not math.isclose(frozen, self.frozen, rel_tol=1e-6):
+            raise ValueError(
+                f"{path}: what {self.stage.name} does not train is no longer what it began with (norm {frozen:.9g} "
+                f"then, {self.frozen:.9g} now); have the files behind --encoder or --llm changed?"
+            )
 
     # Steps
 

@@ -7,8 +7,10 @@ the phase before it or where the model was loaded from.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from granvit.lora import ADAPTER, adapters
@@ -27,9 +29,21 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def learnt_tensors(model: nn.Module) -> dict[str, Tensor]:
     """`model_tensors` without the parameters that do not learn now (see `optimizer.freeze`)."""
     tensors = model_tensors(model)
-    named = model.named_parameters(remove_duplicate=False)
-    frozen = {f"model.{name}" for name, parameter in named if not parameter.requires_grad}
+    frozen = {f"model.{name}" for name in _frozen(model)}
     return {name: value for name, value in tensors.items() if name not in frozen}
+
+
+def frozen_norm(model: nn.Module) -> float:
+    """The norm, in float64, of the parameters that do not learn now, those under adapters too. It tells whether what a
+    checkpoint leaves out is still the same. All ranks ask for it together."""
+    state, names = model.state_dict(), _frozen(model)
+    norms = [torch.linalg.vector_norm(state[name].detach(), dtype=torch.float64) for name in names]
+    return math.hypot(*(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) for norm in norms))
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if not parameter.requires_grad]
 
 
 def beginning(checkpoints: Path, phase: str) -> Path | None:

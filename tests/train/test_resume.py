@@ -13,6 +13,7 @@ import datasets
 import pytest
 import stopping
 from launching import environment, output_of, torchrun
+from safetensors.torch import load_file, save_file
 
 from granvit.train import loop, run
 from granvit.train.checkpoint import Checkpoints
@@ -211,6 +212,19 @@ def test_a_changed_dataset_is_refused_with_the_difference(config, tmp_path, monk
     rows["train"] = rows["train"].select(range(1, len(rows["train"])))
     rows.save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match=r"train: \{'rows': 67, .* there, \{'rows': 66, .* now"):
+        train(config)
+
+
+def test_a_frozen_llm_that_was_changed_meanwhile_is_refused(config, llm_folder, tmp_path, monkeypatch):
+    """Checkpoints on their way leave out what is frozen, which is read where it was."""
+    llm = shutil.copytree(llm_folder("llama"), tmp_path / "llm")
+    model = replace(config.model, llm=str(llm))
+    config = replace(config, output=str(tmp_path / "run"), model=model, warmup=replace(config.warmup, steps=0))
+    stopping.cut(monkeypatch, config, "pretrain", 4)
+    tensors = load_file(llm / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, llm / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="what pretrain does not train is no longer what it began with"):
         train(config)
 
 
