@@ -91,6 +91,10 @@ class Streak:
     def add(self, finite: bool) -> None:
         self.length = 0 if finite else self.length + 1
 
+    def restore(self, length: int) -> None:
+        """Go on after a streak of this length, by another step at least: the limit may have been lowered since."""
+        self.length = min(length, self.limit - 1)
+
 
 class Gate:
     """A streak as the device knows it, which says there whether a step is taken: where its gradient is finite, but none
@@ -107,8 +111,8 @@ class Gate:
         return taken
 
     def restore(self, length: int) -> None:
-        """Go on after a streak of this length, by another step at least."""
-        self.length.fill_(min(length, self.limit - 1))
+        """Go on after a streak of this length, which is below the limit (`Streak.restore`)."""
+        self.length.fill_(length)
 
 
 class Spikes:

@@ -143,7 +143,8 @@ class Phase:
         values = load(path, self.tensors(whole), subset=True, world=self.world)
         try:
             self.loader.load_state_dict(values["loader"])
-            self.step, self.streak.length = values["step"], values["streak"]
+            self.step = values["step"]
+            self.streak.restore(values["streak"])
             self.spikes.restore(values["spikes"])
             self.gate.restore(self.streak.length)
             frozen = float(values.get("frozen", self.frozen))  # older checkpoints were whole

@@ -63,6 +63,11 @@ def test_a_streak_is_broken_by_one_finite_step():
         assert not streak.over
     streak.add(False)
     assert streak.over and streak.length == 3
+    lowered = Streak(2)
+    lowered.restore(streak.length)
+    assert not lowered.over  # before another step
+    lowered.add(False)
+    assert lowered.over
 
 
 def test_sigterm_ends_at_once_where_nobody_waits_for_it_and_is_noted_where_somebody_does():
