@@ -112,6 +112,11 @@ class Model:
         sizes = ("width", "layers", "heads")
         at_least("model", self, **{f"{part}_{size}": 1 for part in ("encoder", "llm") for size in sizes})
         at_least("model", self, patch_size=1, vocabulary=300, max_image_tokens=1, region_tokens=1, bins=2)
+        if self.parallel_boxes and (self.box_style, self.box_format) != ("tokens", "bins"):
+            raise ValueError(
+                f"model.parallel_boxes takes box_style tokens and box_format bins; got {self.box_style} and "
+                f"{self.box_format} (--model.box-style tokens --model.box-format bins)"
+            )
         if self.lora.rank and self.llm is None and self.whole is None:
             raise ValueError(f"model.lora.rank is {self.lora.rank}; an LLM made from scratch has to learn whole")
         for part in ("encoder", "llm"):

@@ -106,6 +106,7 @@ def test_a_faulty_file_is_refused_with_the_field(tmp_path, text, message):
         ("--pretrain.clip", "0", "pretrain.clip is 0.0"),
         ("--llm.lora", "-1", "lora: rank is -1"),
         ("--llm.lora", "8", "model.lora.rank is 8; an LLM made from scratch"),
+        ("--model.parallel-boxes", "--model.box-style both", "model.parallel_boxes takes box_style tokens"),
         ("--sft.steps", "-1", "sft.steps is -1"),
         ("--data.weights", "1 2", "data.weights is (1.0, 2.0); it takes"),
         ("--pretrain.epochs", "2", "pretrain.epochs is 2; exactly"),
