@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -47,8 +48,12 @@ class PlanConfig:
     """Of a global caption, where no dataset says it."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "regions", "device_tflops", "ranks", "node", "device_gb", "rows", "samples"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is above 0")
+        for name in ("images", "regions", "device_tflops", "ranks", "node", "device_gb", "rows", "samples",
+                     "prompt_tokens", "answer_tokens", "caption_tokens"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it is above 0, and finite")
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size is {self.image_size}; height and width are at least 1")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu is {self.mfu}; it is a share above 0, at most 1")

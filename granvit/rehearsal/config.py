@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -31,8 +32,8 @@ class RehearsalConfig:
 
     def __post_init__(self) -> None:
         for name in ("ranks", "node", "device_gb", "batches", "images", "regions"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is above 0, and finite")
         if self.ranks > self.node and self.ranks % self.node:
             raise ValueError(f"ranks is {self.ranks}; it is a multiple of node, {self.node}, or below it")
 

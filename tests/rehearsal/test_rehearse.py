@@ -174,6 +174,6 @@ def test_lists_of_collectives():
 def test_what_is_asked():
     asked = parse(["paper", "--ranks", "64", "--parallel", "ddp"])
     assert (asked.ranks, asked.local, asked.run.preset, asked.run.parallel) == (64, 8, "paper", "ddp")
-    for wrong in ({"ranks": 0}, {"ranks": 12}):
-        with pytest.raises(ValueError, match="ranks is"):
+    for wrong in ({"ranks": 0}, {"ranks": 12}, {"device_gb": float("inf")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
             RehearsalConfig(PRESETS["paper"], **wrong)
