@@ -131,7 +131,7 @@ def main() -> int:
     word = arguments[0] if arguments else ""
     work = partial(COMMANDS[word], arguments[1:]) if word in COMMANDS else partial(run_preset, arguments)
     if word in COMMANDS:
-        return run("granvit plan" if word == "plan" else NAME, work)
+        return run("granvit plan" if word == "plan" else f"{NAME} {word}", work)
     return run(NAME, work, "stopped at once; the same command goes on from the last checkpoint, if there is one")
 
 
