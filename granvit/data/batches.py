@@ -155,15 +155,12 @@ class PackLoader:
         return {"step": step, **self._known, "places": places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a loader of the same arguments stood."""
+        """Go on where a loader of the same arguments stood. Raises ValueError for another's state, or a damaged one."""
         differing = [key for key in self._known if state.get(key) != self._known[key]]
         if differing:
             shown = "; ".join(f"{key}: {state.get(key)!r} there, {self._known[key]!r} here" for key in differing)
             raise ValueError(f"the state is that of another loader ({shown})")
-        places = {
-            int(lane): (at, Place.parse(place))
-            for lane, (at, *place) in state.get("places", {}).items()  # states had none once
-        }
+        places = _places_of(state, self.packs)
         self.step = state["step"]
         self._places.clear()
         self._places.append((self.step, places))
@@ -231,6 +228,25 @@ def with_all_places(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The states of all ranks' loaders at one step as one, from which any number of ranks goes on at once."""
     places = {lane: place for state in states for lane, place in state["places"].items()}
     return {**states[0], "places": places}
+
+
+def _places_of(state: Mapping[str, Any], lanes: int) -> dict[int, tuple[int, Place]]:
+    """Of each lane whose place a state tells, the step at which it stood there, and the place. Raises ValueError for
+    what no loader of so many lanes has written."""
+    step, told = state.get("step"), state.get("places", {})  # states had no places once
+    if type(step) is not int or step < 0 or not isinstance(told, Mapping):
+        raise ValueError(f"a state has a step >= 0 and its lanes' places, got {step!r:.80} and {told!r:.80}")
+    numbers, places = {str(lane): lane for lane in range(lanes)}, {}
+    for lane, values in told.items():
+        match values:
+            case [int(at), *place] if lane in numbers and 0 <= at <= step:
+                places[numbers[lane]] = at, Place.parse(place)
+            case _:
+                raise ValueError(
+                    f"places must be of lanes 0 to {lanes - 1}, each with a step from 0 to {step} first, got "
+                    f"{values!r:.80} for lane {lane!r:.80}"
+                )
+    return places
 
 
 def _order(

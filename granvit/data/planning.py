@@ -75,11 +75,11 @@ class Place(NamedTuple):
             *numbers, waiting = values
             place = cls(*numbers, waiting=[(row, number, waited) for row, number, waited in waiting])
             numbers += [number for image in place.waiting for number in image]
-            if len(place) == len(values) and all(type(number) is int and number >= 0 for number in numbers):
+            if len(place) == len(values) and all(type(number) is int and number in range(2**63) for number in numbers):
                 return place
         except (TypeError, ValueError):
             pass
-        raise ValueError(f"the place of a lane must be six fields of integers >= 0, got {values!r:.80}")
+        raise ValueError(f"the place of a lane must be six fields of integers >= 0 (int64), got {values!r:.80}")
 
 
 def fill(candidates: Sequence[Candidate], capacity: int, wanted: int | None) -> tuple[list[Pack], list[Candidate]]:

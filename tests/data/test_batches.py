@@ -186,8 +186,21 @@ def test_a_state_tells_where_lanes_stood_so_that_nothing_is_planned_again(gran, 
         assert len(fills) in most
     first.step = 7  # also the same loader goes on elsewhere
     assert [seen(batch, processor) for batch, _ in zip(first, range(3), strict=False)] == whole[7:10]
-    with pytest.raises(ValueError, match="six fields"):
-        first.load_state_dict({**state, "places": {"0": [3, "x"]}})
+    stood, place = first.step, state["places"]["0"]
+    for wrong, message in (
+        ({"places": {"0": [3, "x"]}}, "six fields"),
+        ({"places": {"0": [*place[:-1], [[0, 0, 2**63]]]}}, "six fields"),
+        ({"places": {"0": ["3", *place[1:]]}}, "lanes 0 to 3, each with a step from 0 to 50"),
+        ({"places": {"0": [51, *place[1:]]}}, "lanes 0 to 3, each with a step from 0 to 50"),
+        ({"places": {"4": place}}, "for lane '4'"),
+        ({"places": {"0": None}}, "got None for lane '0'"),
+        ({"places": [place]}, "a step >= 0 and its lanes' places"),
+        ({"step": -1}, "a step >= 0"),
+        ({"step": "50"}, "a step >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            first.load_state_dict(state | wrong)
+    assert first.step == stood
 
 
 def test_a_state_is_told_while_a_thread_reads_ahead(gran, processor):
