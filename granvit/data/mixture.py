@@ -135,7 +135,7 @@ class Mixed:
                     continue
                 if streams is None:
                     streams = [
-                        _Stream(order, lane, self._before(part, lane, epoch) + int(first))
+                        _Stream(order, lane, *self._place(part, lane, epoch, int(first)))
                         for part, (order, first) in enumerate(zip(self.orders, firsts, strict=True))
                     ]
                 part = np.repeat(np.arange(len(streams)), ends - firsts)
@@ -153,18 +153,24 @@ class Mixed:
             return self.orders[part].count(lane, epoch)
         return self._before(part, lane, epoch + 1) - self._before(part, lane, epoch)
 
-    def _before(self, part: int, lane: int, epoch: int) -> int:
-        """Rows of a dataset that the lane sees before an epoch; of all lanes, what is drawn."""
+    def _place(self, part: int, lane: int, epoch: int, row: int) -> tuple[int, int]:
+        """Where in a dataset the lane's row number `row` of an epoch is: its pass, and how many come before it there.
+        Without weights an epoch is a pass, so that nothing is counted."""
         if self._drawn is None:
-            return sum(self.orders[part].count(lane, earlier) for earlier in range(epoch))
+            return epoch, row
+        return self.orders[part].place(lane, self._before(part, lane, epoch) + row)
+
+    def _before(self, part: int, lane: int, epoch: int) -> int:
+        """Rows of a dataset that the lane sees before an epoch, where there are weights; of all lanes, what is
+        drawn."""
         return (self._drawn[part] * epoch + lane) // self.lanes
 
 
 class _Stream:
-    """A lane's rows of a dataset but the first `skipped`, pass after pass, in any portions."""
+    """A lane's rows of a dataset from a place on (see Order.place), pass after pass, in any portions."""
 
-    def __init__(self, order: Order, lane: int, skipped: int) -> None:
-        self._chunks = order.stream(lane, None, *order.place(lane, skipped))
+    def __init__(self, order: Order, lane: int, epoch: int, before: int) -> None:
+        self._chunks = order.stream(lane, None, epoch, before)
         self._rows = self._passes = np.empty(0, np.int64)
 
     def take(self, number: int) -> tuple[np.ndarray, np.ndarray]:
