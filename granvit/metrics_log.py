@@ -52,7 +52,6 @@ class MetricsLog:
     def go_back(self, stage: str, step: int) -> None:
         """Take out the lines of a stage past the step of the checkpoint that it goes on from. Its steps rise from line
         to line, so only those past it are parsed, from the last."""
-        self._waiting = ""
         if not self.path.exists() or not self.path.stat().st_size:
             return
         name, tail = f'"stage": {json.dumps(stage)}'.encode(), []

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from granvit.metrics_log import write_aside
+from granvit.metrics_log import MetricsLog, write_aside
 from granvit.train.changes import differences, refused
-from granvit.train.presets import TrainConfig, load_config, save_config
+from granvit.train.presets import PHASES, TrainConfig, load_config, save_config
 
 if TYPE_CHECKING:
     from granvit.data.loader import GranDataset
@@ -89,7 +89,8 @@ def finished(folder: Path, config: TrainConfig) -> bool:
 
 def adopt(folder: Path, config: TrainConfig) -> None:
     """Let the run in `folder` go on under this configuration, which `resumes` takes. What said that it is finished goes
-    where there is more to do now: the results are gathered anew, of evaluations that stand in its metrics."""
+    where there is more to do now: the results are gathered anew, of evaluations that stand in its metrics. So do lines
+    of steps that a stage no longer has, whose checkpoint a kill prevented."""
     path = folder / "config.yaml"
     changed = {name.partition(".")[0] for name in differences(load_config(path), config)}
     for pattern in ("report/index.html", "result.json", "seed-*/result.json") if changed else ():
@@ -99,6 +100,10 @@ def adopt(folder: Path, config: TrainConfig) -> None:
         for file in folder.glob(pattern):
             counts = json.loads(file.read_text())
             write_aside(file, json.dumps({name: counts[name] for name in counts.keys() - changed}, indent=1))
+    for run in (folder, *folder.glob("control"), *folder.glob("seed-*"), *folder.glob("seed-*/control")):
+        for stage in (getattr(config, name) for name in changed & set(PHASES)):
+            if stage.steps is not None:
+                MetricsLog(run / "metrics.jsonl").go_back(stage.name, stage.steps)
     save_config(config, path)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import stopping
 
-from granvit.train.folder import finished, resumes, same_data
+from granvit.metrics_log import MetricsLog
+from granvit.train.folder import adopt, finished, resumes, same_data
 from granvit.train.loop import Phase
 from granvit.train.presets import load_config, save_config
 from granvit.train.run import train
@@ -142,3 +143,18 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_stage_bit_for_bit(co
     assert json.loads(page)["mean"] == json.loads(other)["mean"]
     weights = [(of / "export" / "model.safetensors").read_bytes() for of in (folder, undisturbed)]
     assert weights[0] == weights[1]
+
+
+def test_lines_of_steps_that_a_stage_no_longer_has_go(config, tmp_path):
+    """It was given more, killed before a checkpoint of them, and is to end where it had."""
+    save_config(replace(config, pretrain=replace(config.pretrain, steps=9)), tmp_path / "config.yaml")
+    for run in (tmp_path, tmp_path / "seed-1"):
+        metrics = MetricsLog(run / "metrics.jsonl")
+        for step in range(1, 7):
+            metrics.write(stage="pretrain", step=step)
+        metrics.write(stage="adapt", step=0, evaluation="before")
+    adopt(tmp_path, config)
+    for run in (tmp_path, tmp_path / "seed-1"):
+        lines = [(line["stage"], line["step"]) for line in MetricsLog(run / "metrics.jsonl").lines()]
+        assert lines == [("pretrain", step) for step in range(1, 5)] + [("adapt", 0)]
+    assert load_config(tmp_path / "config.yaml") == config
