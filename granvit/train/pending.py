@@ -69,11 +69,13 @@ class Pending:
         loss = numbers["loss_caption"] + self.stage.distill * numbers["loss_distill"]
         self.streak.add(bool(taken))
         if not taken:
-            log.warning("%s: loss %.4g, gradient norm %.4g; the step is skipped, its images: %s",
-                        name, loss, norm, ", ".join(self._suspects(step)))  # fmt: skip
+            suspects = self._suspects(step)
+            if self.world.leads:  # all ranks have the same to say
+                log.warning("%s: loss %.4g, gradient norm %.4g; the step is skipped, its images: %s",
+                            name, loss, norm, ", ".join(suspects))  # fmt: skip
             return {"skipped": True}
-        if self.spikes.add(loss):
-            ids = [image for part in step.parts for image in part.ids]
+        if self.spikes.add(loss):  # each rank names its own images
+            ids = dict.fromkeys(image for part in step.parts for image in part.ids)
             log.warning("%s: the loss jumped to %.4g; images: %s", name, loss, ", ".join(ids))
         return {"loss": loss} | numbers
 
@@ -82,7 +84,8 @@ class Pending:
         pairs = [(part, finite) for part, finite in zip(step.parts, step.finite, strict=True) if part.ids]
         blamed = [image for part, finite in pairs for image in part.non_finite(finite)]
         ranks = self.world.gather((blamed, [image for part, _ in pairs for image in part.ids]))
-        return [i for some, _ in ranks for i in some] or [i for _, every in ranks for i in every]
+        ids = [i for some, _ in ranks for i in some] or [i for _, every in ranks for i in every]
+        return list(dict.fromkeys(ids))  # small data comes up several times in a step
 
 
 def fetch(numbers: Tensor) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 
 from granvit.train import __main__, checkpoint, loop
 from granvit.train.checkpoint import Checkpoints, read_values
+from granvit.train.feed import MicroBatch
 from granvit.train.guard import (
     INTERRUPTED,
     STOPPED,
@@ -27,6 +28,7 @@ from granvit.train.guard import (
     Termination,
     termination,
 )
+from granvit.train.pending import Launched, Pending
 from granvit.train.presets import save_config
 from granvit.train.replay import replay
 from granvit.train.run import Run, train
@@ -167,6 +169,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_image(phase, mo
     assert caplog.messages[-1].partition("its images: ")[2] == two.parts[0].ids[0]
     assert "loss" in ranks.taken(phase, [next(batches)])[0] and phase.streak.length == 0
     assert not all(torch.equal(tensor, phase.tensors()[name]) for name, tensor in before.items())
+
+
+def test_of_the_ranks_one_says_which_images_a_skipped_step_had_each_once(phase, caplog):
+    part = MicroBatch(None, ["a", "b", "a"], torch.tensor([0, 1, 2]), ())
+    numbers = {name: torch.tensor(math.nan) for name in ("loss_caption", "loss_distill", "grad_norm")}
+    step = Launched({"step": 1}, {"taken": torch.tensor(False)} | numbers, (part,), (torch.tensor([False] * 3),))
+    for rank, said in ((1, []), (0, ["a, b"])):
+        pending = Pending(phase.stage, Spikes(), Streak(3), World(rank=rank))
+        pending.add(step)
+        assert pending.read() == [{"step": 1, "skipped": True}]
+        assert [message.partition("its images: ")[2] for message in caplog.messages] == said
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
