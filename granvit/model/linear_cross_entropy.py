@@ -1,4 +1,4 @@
-"""Cross entropy of hidden states without their logits: these exist for a slice of the vocabulary at a time.
+"""Cross entropy from hidden states, with logits that exist for a slice of the vocabulary at a time.
 
 Of 3,000 answer tokens and 152,000 rows the logits are 1.8 GB in float32, and PyTorch's cross entropy holds several
 tensors of that size. In slices, each at most CHUNK bytes, the forward pass keeps two numbers a token, and the backward
@@ -35,17 +35,22 @@ def linear_cross_entropy(hidden: Tensor, table: nn.Module, rows: int, more: Tens
     """Cross entropy [A] of targets [A] (int64, in 0 to rows + M - 1) under `logits_of` hidden states [A, D], in float32
     or, of float64, in float64.
 
-    Logits of at most CHUNK bytes are made whole, which is fastest. So they are where the table is not a plain linear
-    layer: its weight is in shards just now, or something was put around it.
+    Logits of at most CHUNK bytes are made whole, which is fastest. So are those of a table that is not a plain linear
+    layer, because its weight is sharded at that moment or the layer is wrapped.
     """
     if can_fuse(hidden, table) and not len(more):  # Liger takes one table; to put two together would copy both
         return _liger(hidden, table, rows, targets)
     dtype = compute_dtype(hidden)
-    wide = torch.promote_types(dtype, torch.float32)
-    step = CHUNK // (wide.itemsize * max(1, len(hidden)))
+    itemsize = torch.promote_types(dtype, torch.float32).itemsize
+    step = CHUNK // (itemsize * max(1, len(hidden)))
     if step >= rows + len(more) or not _plain(table):
-        return F.cross_entropy(logits_of(hidden, table, rows, more).to(wide), targets, reduction="none")
+        return F.cross_entropy(widened(logits_of(hidden, table, rows, more)), targets, reduction="none")
     return _Sliced.apply(hidden.to(dtype), targets, table.weight, table.bias, more, rows, max(1, step))
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits as losses are computed from them: float64 stays, anything narrower becomes float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def can_fuse(hidden: Tensor, table: nn.Module) -> bool:
@@ -75,9 +80,9 @@ class _Sliced(torch.autograd.Function):
         for first, table, where in _slices(rows, len(more), step):
             logits = _logits(hidden, (weight, more)[table][where], None if table else bias, where)
             place, inside = _place(targets, first, logits)
-            its, mine = logits.logsumexp(1, keepdim=True), logits.gather(1, place).where(inside, 0)
-            total = its if total is None else torch.logaddexp(total, its)
-            picked = mine if picked is None else picked + mine
+            part_total, part_picked = logits.logsumexp(1, keepdim=True), logits.gather(1, place).where(inside, 0)
+            total = part_total if total is None else torch.logaddexp(total, part_total)
+            picked = part_picked if picked is None else picked + part_picked
         ctx.save_for_backward(hidden, targets, weight, bias, more, total)
         ctx.rows, ctx.step = rows, step
         return (total - picked).squeeze(1)
@@ -115,14 +120,14 @@ def _slices(rows: int, more: int, step: int) -> Iterator[tuple[int, int, slice]]
 
 
 def _logits(hidden: Tensor, part: Tensor, bias: Tensor | None, where: slice) -> Tensor:
-    """Logits [A, N] of a slice [N, D], float32 or wider, whatever autocast would make of them."""
+    """Logits [A, N] of a slice [N, D] of a table, in float32 or float64."""
     shift = None if bias is None else bias[where].to(hidden.dtype)
-    logits = F.linear(hidden, part.to(hidden.dtype), shift)
-    return logits.to(torch.promote_types(hidden.dtype, torch.float32))
+    return widened(F.linear(hidden, part.to(hidden.dtype), shift))
 
 
 def _place(targets: Tensor, first: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of targets [A] the columns [A, 1] in a slice's logits that begin with row `first`, and whether they are there."""
+    """In the logits of a slice that begins with row `first`: the columns [A, 1] of targets [A], and which of the
+    targets are there, bool [A, 1]; of the others the column is 0."""
     place = targets[:, None] - first
     inside = (place >= 0) & (place < logits.shape[1])
     return place.where(inside, 0), inside

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from granvit.questions.packing import IGNORE, PackedBatch
 from granvit_kernels import PackedLayout
 
+from .linear_cross_entropy import widened
 from .projector import shuffle_pixels
 
 # transformers 5.24 calls a model's cache `cache`, earlier ones `past_key_values`.
@@ -66,9 +67,9 @@ class Prompted:
             return_dict: False: a tuple of what is not None.
             skip_logits: return the loss of labels without logits, which then never exist whole (as Liger's models do).
         Returns:
-            CausalLMOutputWithPast: loss; logits [B, L, V], where V counts the text's rows and the location tokens (None
-            with skip_logits);
-            the cache where use_cache does not forbid it; hidden_states, attentions.
+            CausalLMOutputWithPast: loss, in float32 or, of float64, in float64; logits [B, L, V], where V counts the
+            text's rows and the location tokens (None with skip_logits); the cache where use_cache does not forbid it;
+            hidden_states, attentions.
         Raises:
             ValueError: markers with nothing to stand there; a row's picture, or boxes, that no marker asks for; ids,
                 labels, boxes and indices out of range; arguments that exclude each other.
@@ -126,7 +127,7 @@ class Prompted:
         regions = self.region_embeds(features, layout, batch.boxes, batch.box_image_index)
         logits, targets = self.answer_logits(batch, self.image_embeds(features, layout), regions)
         # Of no answers, which is what a rank's batch has whose pictures are all faulty, the mean would be NaN.
-        loss = F.cross_entropy(logits.float(), targets) if len(targets) else logits.float().sum()
+        loss = F.cross_entropy(widened(logits), targets) if len(targets) else widened(logits).sum()
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     @torch.no_grad()
@@ -224,7 +225,7 @@ class Prompted:
         if logits is None:
             each = self.token_losses(hidden[:, :-1][scored], after[scored])
         else:
-            each = F.cross_entropy(logits[:, :-1][scored].float(), after[scored], reduction="none")
+            each = F.cross_entropy(widened(logits[:, :-1][scored]), after[scored], reduction="none")
         return each.sum() / number.clamp_min(1)  # the mean of no losses would be NaN
 
     def _prompt_embeds(self, input_ids, image_index, boxes, images, features) -> torch.Tensor:

@@ -101,6 +101,10 @@ def test_labels_give_the_loss_that_packs_give(tiny, samples, name):
         loss = model(**inputs, labels=nothing, num_items_in_batch=count, skip_logits=skip).loss
         loss.backward()
         assert loss == 0 and not model.encoder.embeddings.patch_embedding.weight.grad.any()
+    model.double()
+    wide, skipped = (model(**inputs, labels=labels, skip_logits=skip).loss for skip in (False, True))
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide, skipped)
 
 
 @torch.no_grad()
