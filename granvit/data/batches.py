@@ -40,14 +40,15 @@ if TYPE_CHECKING:
 
 
 LANE_BYTES = 384 << 20
-"""Of row groups that are kept for each lane, by the process that reads it, of each dataset of a mixture: those of a
-window, and those that are mixed for the next."""
+"""A process keeps row groups of so many bytes for each lane that it reads, and of each dataset of a mixture: those of
+the lane's window, and those that are mixed for the next one."""
 PREFETCH_BYTES = 1 << 30
-"""Of pictures that a loader's processes read ahead of training, in shared memory; those in use come on top."""
+"""Pictures that a loader's processes read ahead of training take at most so much shared memory; those in use come on
+top."""
 PROCESS_ROWS = 20_000
 """Rows whose sequences are worth a process more to count."""
 KEPT_PLACES = 256
-"""So many of the steps planned last have their lanes' places kept: more than are read ahead of training."""
+"""The lanes' places are kept for so many of the steps planned last: more than are read ahead of training."""
 NAMED_FAULTS = 1000
 """Faulty rows over the budget that are named before a loader gives up."""
 

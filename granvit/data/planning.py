@@ -54,11 +54,12 @@ Pack = list[tuple[int, list[int]]]
 
 
 class Place(NamedTuple):
-    """Where a lane stands between two packs: all that packing what follows depends on.
+    """Where a lane stands between two packs. The packs that follow depend on nothing else of its past.
 
-    window: how many windows it has packed. epoch, before: where the Rows begin of which its next image was when this
-    window began; used: how many of their images had been taken. handed: how many packs of this window are over.
-    waiting: row, pass and times left over of each image that the windows before left over.
+    window: number of the window whose packs are handed out, from 0. epoch, before, used: where the window's new images
+    begin: in the Rows of this `epoch` and `before`, behind the first `used` images. handed: how many packs of the
+    window were handed out. waiting: of each image that earlier windows left over, its row, its pass and how often it
+    was left over.
     """
 
     window: int = 0

@@ -1,4 +1,4 @@
-"""How much smaller than it is a photograph is decoded, so that student and teacher see the same."""
+"""By how much a photograph can be decoded smaller without student or teacher seeing less."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ if TYPE_CHECKING:
     from granvit.model import GranViTProcessor
 
 SPARE = 3
-"""So many pixels a decoded picture keeps, along each side, for one that is made of it. A decoder's way to make it
-smaller is not ours; from three pixels on what comes of it differs by about the rounding to 8 bits, from one by the
-sharpness of edges (bench/results/loader-memory.json)."""
+"""Pixels along each side that a decoded picture keeps for every pixel of the patches made from it. A decoder averages
+pixels in its own way: with three left the patches differ by about the rounding to 8 bits, with one by the sharpness of
+edges (bench/results/loader-memory.json)."""
 
 
 def divisor(
     sample: Sample, questions: Callable[[], Sequence[Question]], crops: Crops | None, processor: GranViTProcessor
 ) -> int:
-    """8, 4, 2 or 1: by how much the picture may be smaller than it is along each side, SPARE pixels being kept of the
-    whole picture and of each crop that a teacher may look at. All grids stay what they are.
+    """By how much the picture can be decoded smaller along each side: 8, 4, 2 or 1 (whole). The whole picture and each
+    crop that a teacher may look at keep their grids, and SPARE pixels for each pixel of a grid.
 
-    sample: with a blank of the picture's size. questions: what is asked of it; asked for where it matters.
+    sample: its image is a blank of the picture's size. questions: returns what is asked of the sample; called only
+    where the answer depends on it.
     """
     from granvit.model.config import cached_fit_grid  # seconds to import, and datasets need none of it
 
