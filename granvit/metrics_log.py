@@ -71,10 +71,14 @@ class MetricsLog:
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file such that, whenever a process is killed, it holds what it held or what it is to hold."""
+    """Write a file such that, whenever a process is killed, it holds what it held or what it is to hold. Raises OSError
+    that names it."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        aside.replace(path)
+    except OSError as error:  # of a full disk the system does not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _append(path: Path, text: str) -> None:

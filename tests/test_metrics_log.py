@@ -1,6 +1,8 @@
 import json
 
-from granvit.metrics_log import MetricsLog
+import pytest
+
+from granvit.metrics_log import MetricsLog, write_aside
 
 
 def test_lines_come_back_in_full_precision(tmp_path):
@@ -74,3 +76,12 @@ def test_on_a_full_disk_lines_wait(tmp_path, caplog):
     assert [line["step"] for line in log.lines()] == [1, 2, 3]
     log.write(stage="adapt", step=4)
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_file_for_which_there_is_no_room_stays_and_is_named(tmp_path):
+    path = tmp_path / "result.json"
+    write_aside(path, "1")
+    (tmp_path / "result.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_aside(path, "2")
+    assert path.read_text() == "1"
