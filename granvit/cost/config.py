@@ -11,6 +11,8 @@ import tyro
 from granvit.train.presets import TrainConfig
 
 ASSUMED = "assumed, not measured"
+SAMPLE_ROWS = 600
+"""Of the sample set, where a run makes its own, so many pictures are drawn and looked at."""
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,12 @@ counted, so no formula has to follow what a step does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from granvit.cost.flops import Picture
 from granvit.cost.live import Live
@@ -21,7 +18,7 @@ from granvit.data.collate import Batch
 from granvit.model import GranViT, GranViTConfig
 from granvit.train.distill import Teacher
 from granvit.train.loop import Phase
-from granvit.train.parallel.meta import OnGPU, as_device
+from granvit.train.parallel.meta import OnGPU, as_device, fake_group
 from granvit.train.parallel.sharing import Sharing
 from granvit.train.presets import TrainConfig
 from granvit.train.stages import Stage
@@ -56,8 +53,7 @@ def peak(
 
     It is what torch.cuda.max_memory_allocated would say, but for the workspaces of CUDA's libraries.
     """
-    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    model = on_meta(shapes, config.model.lora, precision).train()
+    model = on_meta(shapes, config.model.lora, config.dtype).train()
     if world.ranks > 1 and not sharing.pieces:
         world, several = World(), True  # to one rank, DDP is gradients that are there from step to step
     config = replace(config, micro_packs=0, compile=False)
@@ -67,7 +63,7 @@ def peak(
     def loss_of(model: GranViT, teacher: Teacher | None, _: int, batch: Batch, share: Share) -> dict[str, Tensor]:
         return stage_loss(model, teacher, batch, stage, config.distill, share)
 
-    with as_device(), _ranks(world), OnGPU(precision):
+    with as_device(), fake_group(world.rank, world.ranks), OnGPU(config.dtype):
         phase = Phase(config, stage, model, SimpleNamespace(dataset=None), loss_of, batch, world, META, sharing)
         given = phase.feed.step([batch] * (1 + several))
         with watched(phase) as live:
@@ -111,16 +107,3 @@ def peak_of(live: Live) -> Peak:
     """When the steps inside `watched` took most."""
     parts = {name: live.peak[name] for name in KEPT}
     return Peak(live.when, parts | {PASSING: live.peak[""]})
-
-
-@contextmanager
-def _ranks(world: World) -> Iterator[None]:
-    """Inside, collectives are as if all of the world's ranks were there, but that nothing comes of them."""
-    if world.ranks == 1:
-        yield
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

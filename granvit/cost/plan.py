@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from granvit.cost.config import ASSUMED, PlanConfig
+from granvit.cost.config import ASSUMED, SAMPLE_ROWS, PlanConfig
 from granvit.cost.flops import PARTS, Counts, Sizes, operations
 from granvit.cost.ranks import Rank, rank_of
 from granvit.cost.reading import Reading, assumed_reading, measured_reading, processor_for, seen
@@ -30,7 +30,6 @@ from granvit.model.linear_cross_entropy import CHUNK
 from granvit.train.stages import Stage
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-SAMPLE_ROWS = 600
 
 
 def measurements(plan: PlanConfig, stage: Stage, results: Path = RESULTS) -> dict[str, Any] | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from granvit.cost.config import PlanConfig
 from granvit.cost.flops import Picture
 from granvit.cost.peak import Peak, peak
@@ -36,8 +34,7 @@ def rank_of(plan: PlanConfig, config: GranViTConfig, stage: Stage, reading: Read
     run = plan.run
     ranks = _divisor(reading.packs, plan.ranks or (128 if run.preset == "paper" else 1))
     world = World(0, ranks, _divisor(ranks, plan.node))
-    precision = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
-    sharing = choose(run, on_meta(config, run.model.lora, precision), world, int(plan.device_gb * 1e9))
+    sharing = choose(run, on_meta(config, run.model.lora, run.dtype), world, int(plan.device_gb * 1e9))
     packs = reading.packs // ranks
     parts = -(-packs // run.micro_packs) if run.micro_packs else 1
     sequences = -(-packs // parts)

@@ -1,0 +1,1 @@
+"""A run of many ranks gone through on one CPU, without weights: `granvit train rehearse`."""

@@ -12,6 +12,8 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from granvit.errors import byte_size
+
 KINDS = {
     "_allgather_base_": "all_gather", "all_gather_into_tensor": "all_gather", "allgather_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter", "reduce_scatter_tensor": "reduce_scatter",
@@ -37,7 +39,7 @@ class Collective:
         return self.size * {"all_reduce": 2 * share, "broadcast": 1.0}.get(self.kind, share)
 
     def __str__(self) -> str:
-        return f"{self.kind} of {shown(self.size)} over {self.axis}"
+        return f"{self.kind} of {byte_size(self.size)} over {self.axis}"
 
 
 class Recorder(TorchDispatchMode):
@@ -87,24 +89,16 @@ def totals(collectives: Sequence[Collective]) -> Iterator[tuple[str, str, int, i
     def key(collective: Collective) -> tuple[str, str]:
         return collective.axis, collective.kind
 
-    for (axis, kind), several in groupby(sorted(collectives, key=key), key):
-        some = list(several)
-        yield kind, axis, len(some), sum(c.size for c in some), sum(c.received for c in some)
+    for (axis, kind), group in groupby(sorted(collectives, key=key), key):
+        alike = list(group)
+        yield kind, axis, len(alike), sum(c.size for c in alike), sum(c.received for c in alike)
 
 
 def difference(ours: Sequence[Collective], theirs: Sequence[Collective]) -> str | None:
     """Where two ranks' collectives part, which would hang them; None where they are the same."""
-    for number, (one, other) in enumerate(zip(ours, theirs, strict=False), start=1):
-        if one != other:
-            return f"collective {number} is {one} on the one and {other} on the other"
+    for number, (mine, yours) in enumerate(zip(ours, theirs, strict=False), start=1):
+        if mine != yours:
+            return f"collective {number} is {mine} on the one and {yours} on the other"
     if len(ours) != len(theirs):
         return f"{len(ours)} collectives on the one and {len(theirs)} on the other"
     return None
-
-
-def shown(size: float) -> str:
-    """Bytes in a few characters."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size:.0f} B"

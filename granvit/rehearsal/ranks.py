@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import distributed as ddp
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from granvit.rehearsal.collectives import Collective, Recorder
-from granvit.train.parallel.meta import as_device
+from granvit.train.parallel.meta import as_device, fake_group
 from granvit.world import World
 
 T = TypeVar("T")
@@ -56,14 +54,8 @@ class LoneRank(World):
 def lone_rank(rank: int, ranks: int, local: int, heard: tuple[Tensor, ...] = ()) -> Iterator[LoneRank]:
     """Inside, this process is rank `rank` of `ranks`, `local` of them on a machine; collectives of tensors on meta end
     at once. heard: see `LoneRank`."""
-    hook = sys.excepthook
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        with as_device():
-            yield LoneRank(rank, ranks, local, heard=heard)
-    finally:
-        dist.destroy_process_group()
-        sys.excepthook = hook  # torch would name the rank before each line of a traceback from now on
+    with fake_group(rank, ranks), as_device():
+        yield LoneRank(rank, ranks, local, heard=heard)
 
 
 def end_reductions(module: nn.Module) -> None:

@@ -59,10 +59,9 @@ def take_steps(
     """STEPS steps of a stage on this rank, by the run's own code. blank: no image is left in its second one, as where
     all of its pictures are faulty."""
     config = run.config
-    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    with lone_rank(rank, asked.ranks, asked.local, heard) as world, OnGPU(precision):
+    with lone_rank(rank, asked.ranks, asked.local, heard) as world, OnGPU(config.dtype):
         run = RankRun(config, run.splits, run.processor, world)
-        run.hollow = run.model = on_meta(shapes, config.model.lora, precision)
+        run.hollow = run.model = on_meta(shapes, config.model.lora, config.dtype)
         run.sharing = choose(config, run.model, world, int(1e9 * asked.device_gb))
         phase = run.new_phase(stage)
         phase.model.train()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from granvit.errors import byte_size
 from granvit.metrics_log import MetricsLog, write_aside
 from granvit.train.changes import differences, refused
 from granvit.train.presets import PHASES, TrainConfig, load_config, save_config
@@ -146,13 +147,9 @@ def check_room(folder: Path, bytes_needed: int, keep: int) -> None:
     except OSError as error:
         raise ValueError(f"{folder} can't be written to ({error}), and the checkpoints belong there") from error
     if free < bytes_needed:
-        raise ValueError(f"{folder}: a checkpoint takes {_gb(bytes_needed)}, and only {_gb(free)} are free")
+        raise ValueError(f"{folder}: a checkpoint takes {byte_size(bytes_needed)}, and only {byte_size(free)} are free")
     if free + held < bytes_needed * (keep + 1):
         log.warning(
             "%s: keeping %d checkpoints takes %s while another is written, and %s are free or held by checkpoints",
-            folder, keep, _gb(bytes_needed * (keep + 1)), _gb(free + held),
+            folder, keep, byte_size(bytes_needed * (keep + 1)), byte_size(free + held),
         )  # fmt: skip
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

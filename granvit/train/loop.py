@@ -88,8 +88,7 @@ class Phase:
             checkpoint_activations(model)
         for module in filter(None, (model, teacher)) if config.compile else ():
             compile_blocks(module)
-        precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self.root = distribute(model, teacher, world, sharing, precision, device, self._leaves_out(), weights)
+        self.root = distribute(model, teacher, world, sharing, config.dtype, device, self._leaves_out(), weights)
         groups = model.groups()  # anew: FSDP has put pieces in the parameters' places
         self.trained = [p for name in stage.train for p in groups[name]]
         self.optimizer = make_optimizer(groups, stage, hidden_matrices(model))

@@ -17,6 +17,7 @@ from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT, GLOBAL_C
 from granvit.train.stages import Stage
 
 if TYPE_CHECKING:
+    import torch
     from pydantic import ValidationError
 
 
@@ -256,6 +257,13 @@ class TrainConfig:
         """Which regions a teacher looks at."""
         distill, patches = self.distill, self.data.capacity * self.model.pixel_shuffle**2
         return Crops(distill.crop_tokens, patches, distill.regions, distill.ocr)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in, of `precision`."""
+        import torch  # --help needs none
+
+        return getattr(torch, self.precision)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

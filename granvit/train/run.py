@@ -166,7 +166,7 @@ class Run:
         self.splits = open_splits(config)
         torch.manual_seed(config.seed)
         texts = self.splits["train"] if "train" in self.splits else self.splits["chat"]
-        self.model, self.processor = read(config.model, texts, self._precision)
+        self.model, self.processor = read(config.model, texts, self.config.dtype)
         if fresh_encoder and (config.model.encoder or config.model.whole):  # else it is drawn at random
             torch.manual_seed(config.seed)
             for parameter in self.model.encoder.parameters():  # those of a file can't be written to
@@ -178,10 +178,10 @@ class Run:
         self._need_room()
         self.root: nn.Module | None = None
         if self.sharing.pieces:
-            self.hollow = hollow(self.model, self._precision)
+            self.hollow = hollow(self.model, self.config.dtype)
             self._cut()
         else:
-            settle(self.model, device, self._precision)
+            settle(self.model, device, self.config.dtype)
         self.trackers = Trackers()  # the first rank's; they can't be sent
         world.first(self._make_trackers)
         kept = config.keep_checkpoints + any(stage.eval_every for stage in config.stages)  # the best one, too
@@ -193,7 +193,7 @@ class Run:
         """Put the model, which was read, into pieces of which none learns."""
         whole, self.model = self.model, copy.deepcopy(self.hollow).requires_grad_(False)
         sharing = dataclasses.replace(self.sharing, gathered=False)
-        self.root = distribute(self.model, None, self.world, sharing, self._precision, self.device, weights=whole)
+        self.root = distribute(self.model, None, self.world, sharing, self.config.dtype, self.device, weights=whole)
 
     def _make_trackers(self) -> None:
         self.trackers = Trackers(self.config.trackers, self.folder)
@@ -454,10 +454,6 @@ class Run:
             features, _ = compute(self.root, lambda: self.model.encode(images))
         statistics = feature_statistics(feature_moments(features))
         return {f"{name}_{when}": float(value) for name, value in statistics.items()}
-
-    @property
-    def _precision(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
     def _export(self) -> None:
         folder, model = self.folder / "export", self._whole()

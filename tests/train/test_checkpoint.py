@@ -323,7 +323,7 @@ def test_room_is_looked_at_before_training(tmp_path, monkeypatch, caplog):
     assert caplog.text == "" and names(folder) == []
     check_room(folder, 400, keep=2)
     assert "keeping 2 checkpoints" in caplog.text
-    with pytest.raises(ValueError, match="only 0.00 GB are free"):
+    with pytest.raises(ValueError, match="only 1 kB are free"):
         check_room(folder, 1001, keep=2)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be written to"):

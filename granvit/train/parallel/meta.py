@@ -10,12 +10,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import distributed as ddp
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 
 LOWER = {"linear", "conv2d", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
@@ -136,3 +138,19 @@ def as_device() -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, ours))
         yield
+
+
+@contextmanager
+def fake_group(rank: int, ranks: int) -> Iterator[None]:
+    """Inside, this process is rank `rank` of `ranks`, by torch's fake process group: collectives of tensors on meta end
+    at once, and nothing comes of them. One rank has no group."""
+    if ranks == 1:
+        yield
+        return
+    hook = sys.excepthook
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook  # torch would name the rank before each line of a traceback from now on

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from granvit.errors import byte_size
 from granvit.lora import adapters
 from granvit.model import GranViT
 from granvit.train.presets import TrainConfig
@@ -48,7 +49,7 @@ def choose(config: TrainConfig, model: GranViT, world: World, memory: int) -> Sh
         return COPIES
     number = {"ddp": 1, "hsdp": world.local, "fsdp": world.ranks}
     stages = [stage for stage in (config.warmup, *config.stages) if stage.runs]
-    width = 2 if config.precision == "bfloat16" else 4
+    width = config.dtype.itemsize
 
     def most(parallel: str, gathered: bool) -> int:
         return max(state_bytes(model, stage, number[parallel], width if gathered else None) for stage in stages)
@@ -64,11 +65,11 @@ def choose(config: TrainConfig, model: GranViT, world: World, memory: int) -> Sh
     gathered = parallel != "ddp" and most(parallel, True) <= room
     why = (
         f"parallel {config.parallel}: {parallel}. Parameters, gradients, moments and teacher take "
-        f"{_gb(most('ddp', False))} of a device's {_gb(memory)} as a copy"
+        f"{byte_size(most('ddp', False))} of a device's {byte_size(memory)} as a copy"
     )
     if parallel != "ddp":
         frozen = "gathered once" if gathered else "gathered each time"
-        why += f", {_gb(most(parallel, gathered))} in pieces of {number[parallel]}, what is frozen {frozen}"
+        why += f", {byte_size(most(parallel, gathered))} in pieces of {number[parallel]}, what is frozen {frozen}"
     return Sharing(parallel, gathered, why)
 
 
@@ -97,7 +98,3 @@ def device_memory(device: torch.device, world: World) -> int:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local
     return min(world.gather(memory))
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -42,7 +42,7 @@ def test_what_fits_is_chosen(paper, asked, gigabytes, world, chosen, gathered):
     sharing = choose(replace(PAPER, parallel=asked), paper, world, int(gigabytes * 1e9))
     assert (sharing.parallel, sharing.gathered) == (chosen, gathered), sharing.why
     if world.ranks > 1:
-        assert sharing.why.startswith(f"parallel {asked}: {chosen}. ") and f"{gigabytes:.1f} GB" in sharing.why
+        assert sharing.why.startswith(f"parallel {asked}: {chosen}. ") and f"{gigabytes:g} GB" in sharing.why
 
 
 def test_muon_has_copies(paper):
