@@ -56,3 +56,8 @@ def gran(many_rows) -> datasets.Dataset:
 def own_cache(tmp_path_factory, monkeypatch):
     """Lengths of this session's datasets stay in it."""
     monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return tiny()[1]

@@ -3,9 +3,7 @@
 import errno
 import io
 import json
-import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,58 +14,22 @@ from itertools import pairwise
 from pathlib import Path
 
 import datasets
-import numpy as np
 import psutil
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from granvit.data import planning
 from granvit.data.batches import KEPT_PLACES, PackLoader, with_all_places
 from granvit.data.collate import Read, join
 from granvit.data.faults import FaultBudgetExceeded
-from granvit.data.lengths import _measure, start_worker
 from granvit.data.loader import GranDataset
-from granvit.data.parallel import begun
-from granvit.data.parquet import ParquetRows
 from granvit.data.sample import build_sample
 from granvit.data.schema import FEATURES
-from granvit.data.shards import RowWriter
 from granvit.questions.packing import write_parts
 from granvit.questions.schema import Sample
 from tests.data.conftest import gran_rows
-
-TASKS = {"bbox2caption": 1.0, "caption2bbox": 1.0, "global_caption": 2.0}
-
-
-@pytest.fixture(scope="module")
-def processor(tiny):
-    return tiny()[1]
-
-
-def loader(data, processor, **options) -> PackLoader:
-    options = {"capacity": 400, "packs": 4, "questions": 3, "workers": 0, "window": 24, "epochs": 1} | options
-    return PackLoader(data, processor, TASKS, **options)
-
-
-def seen(batch, processor) -> list[list[tuple[str, list[str]]]]:
-    """Each sequence as its images' ids with the questions' texts, in the order in which they stand."""
-    packed, rows = batch.packed, []
-    for r in range(packed.input_ids.shape[0]):
-        row = []
-        for i in dict.fromkeys(packed.image_index[r][packed.image_index[r] >= 0].tolist()):
-            own = packed.image_index[r] == i
-            numbers = range(1, int(packed.question_index[r][own].max()) + 1)
-            texts = [packed.input_ids[r][own & (packed.question_index[r] == n)].tolist() for n in numbers]
-            row.append((batch.samples[i].id, [processor.tokenizer.decode(ids) for ids in texts]))
-        rows.append(row)
-    return rows
-
-
-def joined(parts: list[list]) -> list:
-    """Sequences of all ranks in the batch's order."""
-    return [one for several in zip(*parts, strict=True) for one in several]
+from tests.helpers.loading import TASKS, joined, loader, seen, write_parquet
 
 
 def test_a_batch_is_split_into_batches_of_its_sequences(gran, processor):
@@ -311,53 +273,6 @@ def test_a_faulty_image_is_not_replaced(processor):
     assert after == without
 
 
-def write_parquet(folder: Path, rows: list[dict], files: int = 3) -> None:
-    folder.mkdir(parents=True)
-    for index in range(files):
-        with RowWriter(folder / f"train-{index:05d}-of-{files:05d}.parquet") as writer:
-            for row in rows[index::files]:
-                writer.write(row)
-
-
-def test_parquet_is_read_by_row_groups_here_and_remotely(tmp_path, many_rows, processor, monkeypatch):
-    monkeypatch.setattr("granvit.data.shards.ROW_GROUP_ROWS", 16)
-    write_parquet(tmp_path / "set", many_rows)
-    data = GranDataset(tmp_path / "set")
-    assert data.groups.tolist() == [16, 16, 16, 16, 16] * 3 and len(data) == 240
-    assert sorted(data.rows["id"]) == sorted(row["id"] for row in many_rows)
-    assert data[100].id == data.annotations(100).id
-    here = [seen(batch, processor) for batch in loader(data, processor, epochs=2)]
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    memory.put(str(tmp_path / "set"), "/loading/set", recursive=True)
-    remote = GranDataset("memory://loading/set")
-    assert [remote[i].id for i in (0, 239)] == [data[i].id for i in (0, 239)]
-    there = loader(remote, processor, epochs=2)
-    assert [seen(batch, processor) for batch in there] == here
-    half = loader(data, processor, epochs=2, workers=2)
-    half.step = len(here) // 2
-    assert [seen(batch, processor) for batch in half] == here[len(here) // 2 :]
-
-
-def test_lengths_are_measured_once_and_anew_for_other_data(gran, processor, monkeypatch, tmp_path):
-    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path))
-
-    def no_locks(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)  # as on some network file systems
-    first = loader(GranDataset(gran), processor).lengths
-    monkeypatch.setattr("granvit.data.lengths._measure", lambda *_: pytest.fail("measured again"))
-    again = loader(GranDataset(gran), processor).lengths
-    for name in ("image", "starts", "question", "task"):
-        assert (getattr(first, name) == getattr(again, name)).all()
-    monkeypatch.undo()
-    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path))
-    loader(GranDataset(gran.select(range(100))), processor)
-    assert len(list(tmp_path.glob("lengths-*/about.json"))) == 2
-
-
 @pytest.mark.parametrize(
     ("place", "error"),
     [
@@ -485,107 +400,6 @@ def test_iterating_leaves_the_random_numbers_of_training_alone(gran, processor):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_lengths_are_measured_anew_where_the_cache_is_of_no_use(gran, processor, monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "cache"))
-    first = loader(GranDataset(gran), processor).lengths
-    assert isinstance(first.question.base, np.memmap)  # ranks of a machine share its memory
-
-    def again() -> int:
-        """Their checksum; what the cache holds afterwards is read."""
-        lengths = loader(GranDataset(gran), processor).lengths
-        with monkeypatch.context() as patch:
-            patch.setattr("granvit.data.lengths._measure", lambda *_: pytest.fail("measured again"))
-            loader(GranDataset(gran), processor)
-        return lengths.checksum()
-
-    (folder,) = (tmp_path / "cache").glob("lengths-*/")
-    about = json.loads((folder / "about.json").read_text())
-    other_shape = io.BytesIO()
-    np.save(other_shape, first.image[None])
-    damages = {
-        "question.npy": [None, b"", b"broken", b"\x93NUMPY\1\0\2\0((", (folder / "question.npy").read_bytes()[:-9]],
-        "image.npy": [other_shape.getvalue()],
-        "about.json": [None, b"[" * 9999, json.dumps(about | {"faults": [["x"]]}).encode(), b"{}"],
-    }
-    for name, contents in damages.items():
-        for damaged in contents:
-            (folder / name).unlink()  # what is mapped stays as it is
-            if damaged is not None:
-                (folder / name).write_bytes(damaged)
-            caplog.clear()
-            assert again() == first.checksum() and caplog.text.count("measured anew") == 1
-    shutil.rmtree(folder)
-    folder.write_bytes(b"")
-    assert again() == first.checksum()
-    (tmp_path / "a file").write_bytes(b"")
-    monkeypatch.setenv("GRANVIT_CACHE", str(tmp_path / "a file"))
-    assert loader(GranDataset(gran), processor).lengths.checksum() == first.checksum()
-    assert "can't be locked" in caplog.text and "can't be written" in caplog.text
-
-
-class Bystander(Dataset):
-    """Is sent SIGTERM again and again, and not by its parent, as by whoever sends it to a group of processes."""
-
-    def __getitem__(self, item):
-        for _ in range(50):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.002)
-        return item
-
-
-def test_a_reading_process_outlives_sigterm():
-    """Which `timeout` and schedulers send to all of a run: with its readers gone it could not be saved. Libraries start
-    threads in a process as soon as it is forked, as here."""
-    library = []
-
-    def start_thread():
-        if library:
-            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-
-    os.register_at_fork(after_in_child=start_thread)  # for good: nothing takes it back
-    library.append("is there")
-    reads = DataLoader(Bystander(), batch_size=None, sampler=[7], num_workers=1, worker_init_fn=start_worker)
-    try:
-        assert list(begun(reads)) == [7]
-    finally:
-        library.clear()
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # it is this process's own again
-
-
-def test_a_file_that_changes_or_goes_is_named(tmp_path, many_rows, processor):
-    write_parquet(tmp_path / "set", many_rows, files=2)
-    data = GranDataset(tmp_path / "set")
-    one, two = loader(data, processor), loader(data, processor)
-    changed = tmp_path / "set" / "train-00001-of-00002.parquet"
-    data.rows._forget()  # nothing is open, as in another process
-    changed.write_bytes(changed.read_bytes() + b"PAR1")
-    with pytest.raises(ValueError, match="train-00001-of-00002.parquet has changed"):
-        list(one)
-    changed.unlink()
-    with pytest.raises(ValueError, match="no file or folder at .*train-00001-of-00002.parquet"):
-        list(two)
-
-
-def test_a_fingerprint_is_of_the_rows_wherever_they_lie(tmp_path, many_rows):
-    import fsspec
-
-    write_parquet(tmp_path / "set", many_rows[:5], files=1)
-    write_parquet(tmp_path / "other", [many_rows[0] | {"caption": "another"}, *many_rows[1:5]], files=1)
-    content = next((tmp_path / "set").iterdir()).read_bytes()
-    fsspec.filesystem("memory").pipe("/written/train.parquet", content)
-    here, there = GranDataset(tmp_path / "set").fingerprint, GranDataset("memory://written").fingerprint
-    assert here == there != GranDataset(tmp_path / "other").fingerprint
-    rows = datasets.Dataset.from_list(many_rows[:5], features=FEATURES)
-    datasets.DatasetDict({"train": rows, "test": rows.select([1, 2])}).save_to_disk(tmp_path / "arrow")
-    known = [GranDataset(tmp_path / "arrow", split).fingerprint for split in ("train", "test")]
-    for name in ("set", "arrow"):  # a path may change with every job, and the files' dates with it
-        shutil.copytree(tmp_path / name, tmp_path / "node 7" / name, copy_function=shutil.copyfile)
-        shutil.rmtree(tmp_path / name)
-    assert GranDataset(tmp_path / "node 7" / "set").fingerprint == here
-    assert [GranDataset(tmp_path / "node 7" / "arrow", split).fingerprint for split in ("train", "test")] == known
-    assert known[0] != known[1]
-
-
 def test_rows_that_are_all_faulty_are_said_to_be(processor):
     rows = [row | {"width": 0} for row in gran_rows(5)]
     with pytest.raises(ValueError, match="no image with a question .*faults: {'size': 5}"):
@@ -604,33 +418,3 @@ def test_a_batch_that_lost_every_image_trains_nothing(tiny):
             loss.backward()
             assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-
-
-def test_lengths_are_measured_by_several_processes_alike(gran, processor, monkeypatch):
-    alone = _measure(GranDataset(gran), processor, ("bbox2caption", "global_caption"))
-    monkeypatch.setattr("granvit.data.lengths._WORTH", 60)
-    monkeypatch.setattr("granvit.data.lengths._CHUNK", 50)
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
-    several = _measure(GranDataset(gran), processor, ("bbox2caption", "global_caption"))
-    assert several.checksum() == alone.checksum() and len(several.image) == len(gran)
-
-
-@pytest.mark.parametrize("workers", [0, 3, 8])
-def test_row_groups_are_kept_for_lanes_not_for_workers(tmp_path, many_rows, processor, monkeypatch, workers):
-    monkeypatch.setattr("granvit.data.shards.ROW_GROUP_ROWS", 4)
-    write_parquet(tmp_path / "set", many_rows)
-    data = GranDataset(tmp_path / "set")
-    read, lane_bytes = ParquetRows._group, 4 * data.rows._group(0).nbytes
-    monkeypatch.setattr("granvit.data.batches.LANE_BYTES", lane_bytes)
-    most = multiprocessing.RawArray("q", max(workers, 1))
-
-    def watched(rows: ParquetRows, group: int):
-        table, worker = read(rows, group), torch.utils.data.get_worker_info()
-        number = 0 if worker is None else worker.id
-        most[number] = max(most[number], rows._kept)
-        return table
-
-    monkeypatch.setattr(ParquetRows, "_group", watched)
-    for _ in loader(data, processor, packs=8, ranks=2, workers=workers):
-        pass
-    assert 0.6 * 4 * lane_bytes < sum(most) <= 4 * lane_bytes

@@ -12,15 +12,10 @@ from granvit.data.mixture import Mixed, Mixture, dataset_name, described, open_s
 from granvit.data.order import Order
 from granvit.data.schema import FEATURES
 from tests.data.conftest import gran_rows
-from tests.data.test_batches import joined, seen, write_parquet
+from tests.helpers import loading
+from tests.helpers.loading import joined, seen, write_parquet
 
-TASKS = {"bbox2caption": 1.0, "caption2bbox": 1.0, "global_caption": 2.0}
 SIZES = (120, 40, 60)
-
-
-@pytest.fixture(scope="module")
-def processor(tiny):
-    return tiny()[1]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +32,7 @@ def paths(tmp_path_factory):
 
 
 def loader(paths, processor, **options) -> PackLoader:
-    options = {"capacity": 400, "packs": 4, "questions": 3, "workers": 0, "window": 24, "epochs": 2} | options
-    return PackLoader(open_split(paths), processor, TASKS, **options)
+    return loading.loader(open_split(paths), processor, **{"epochs": 2} | options)
 
 
 def test_rows_are_the_datasets_one_behind_the_other(paths):
