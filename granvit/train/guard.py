@@ -51,8 +51,8 @@ class Termination:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Inside, `asked` is looked at, and nothing is interrupted. What nobody has looked at is made good at the end.
-        """
+        """Inside, `asked` is looked at, and nothing is interrupted. A request that nobody has looked at ends the
+        process when this is over."""
         self.patient = True
         try:
             yield

@@ -52,7 +52,7 @@ LossOf = Callable[[GranViT, "Teacher | None", int, Batch, Share], dict[str, Tens
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """A context of the run's precision; on meta parallel.meta.OnGPU is that."""
+    """The autocast of the run's precision. On meta there is none: parallel.meta.OnGPU stands for it."""
     lower = config.precision == "bfloat16" and device.type != "meta"
     return torch.autocast(device.type, torch.bfloat16) if lower else nullcontext()
 

@@ -44,7 +44,7 @@ class Pending:
         self._steps.append(step)
 
     def read(self) -> list[dict[str, Any]]:
-        """The lines of the steps, in their order; with that by which the streak is over they end. Waits for the device.
+        """The lines of the steps, in their order, up to the one that makes the streak too long. Waits for the device.
         All ranks call it at the same step."""
         steps, self._steps = self._steps, []
         flat = [number.double() for step in steps for number in step.numbers.values()]

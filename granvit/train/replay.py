@@ -40,18 +40,18 @@ def replay(dump: Path, device: str = "auto") -> bool:
     phase.take(next(phase.batches()))
     (line,) = phase.read()
     table = Table("module", "what is not finite", title=f"{stage.name} step {phase.step}")
-    for row in watch.found:
+    for row in watch.causes:
         table.add_row(*row)
     finite = f"{stage.name} step {phase.step}: every number is finite: {line}"
-    Console(markup=False, emoji=False).print(table if watch.found else finite)
-    return bool(watch.found)
+    Console(markup=False, emoji=False).print(table if watch.causes else finite)
+    return bool(watch.causes)
 
 
 class Watch:
     """Which modules turn finite inputs into outputs that are not, and which parameters have or get such values."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.found = [(name, "weight") for name, value in model.named_parameters() if not _finite(value)]
+        self.causes = [(name, "weight") for name, value in model.named_parameters() if not _finite(value)]
         for name, module in model.named_modules():
             module.register_forward_hook(self._forward(name))
         for name, parameter in model.named_parameters():
@@ -61,14 +61,14 @@ class Watch:
     def _forward(self, name: str):
         def look(module: nn.Module, inputs: tuple, output: object) -> None:
             if _finite(inputs) and not _finite(output):
-                self.found.append((name or type(module).__name__, "output, of finite input"))
+                self.causes.append((name or type(module).__name__, "output, of finite input"))
 
         return look
 
     def _gradient(self, name: str):
         def look(parameter: nn.Parameter) -> None:
             if not _finite(parameter.grad):
-                self.found.append((name, "gradient"))
+                self.causes.append((name, "gradient"))
 
         return look
 
