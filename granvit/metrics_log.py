@@ -39,10 +39,10 @@ class MetricsLog:
 
     def lines(self, containing: str = "") -> Iterator[dict]:
         """All complete lines, or those in whose text this stands; one that a crash cut short is left out."""
-        with self.path.open(encoding="utf-8") if self.path.exists() else nullcontext(()) as file:
+        with self.path.open(encoding="utf-8", errors="replace") if self.path.exists() else nullcontext(()) as file:
             for text in chain(file, self._waiting.splitlines()):
                 if containing in text:
-                    with suppress(json.JSONDecodeError):
+                    with suppress(ValueError):
                         yield json.loads(text)
 
     def evaluations(self) -> Iterator[dict]:
@@ -59,7 +59,7 @@ class MetricsLog:
             end = len(content)
             while (place := content.rfind(name, 0, end)) >= 0:
                 first, past = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place) + 1 or len(content)
-                with suppress(json.JSONDecodeError):  # what a crash cut short is taken out
+                with suppress(ValueError):  # what a crash cut short is taken out
                     if json.loads(content[first:past])["step"] <= step:
                         break
                 tail.append(content[past:end])  # of other stages, after it
@@ -68,6 +68,14 @@ class MetricsLog:
                 write_aside(self.path, content[:end] + b"".join(reversed(tail)))
         if not any(tail) and tail:
             os.truncate(self.path, end)
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds. Raises ValueError that names it where it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def write_aside(path: Path, content: str | bytes) -> None:

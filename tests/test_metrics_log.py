@@ -21,6 +21,10 @@ def test_a_line_cut_short_by_a_crash_is_left_out_and_the_next_write_is_whole(tmp
         file.write('{"stage": "adapt", "st')
     assert [line["step"] for line in log.lines()] == [1]
     log.go_back("adapt", 1)
+    with log.path.open("ab") as file:  # as a disk that lost power may leave it
+        file.write(b'{"stage": "adapt", "step": 2, "\xff\n')
+    assert [line["step"] for line in log.lines()] == [1]
+    log.go_back("adapt", 1)
     log.write(stage="adapt", step=2)
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2]
 

@@ -17,7 +17,7 @@ from granvit.data.batches import PackLoader
 from granvit.data.lengths import measure
 from granvit.data.loader import GranDataset
 from granvit.data.planning import packs_of
-from granvit.metrics_log import write_aside
+from granvit.metrics_log import read_json, write_aside
 from granvit.train.presets import TrainConfig
 from granvit.train.stages import Stage
 
@@ -57,7 +57,7 @@ def counted(
     it takes a while for millions of images. Raises ValueError where nothing can be asked."""
     if not needs_counting(config):
         return config
-    counts = json.loads(known.read_text()) if known is not None and known.exists() else {}
+    counts = read_json(known) if known is not None and known.exists() else {}
     stages = {}
     for stage in (config.warmup, *config.stages):
         if _uncounted(stage):

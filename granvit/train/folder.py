@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granvit.errors import byte_size
-from granvit.metrics_log import MetricsLog, write_aside
+from granvit.metrics_log import MetricsLog, read_json, write_aside
 from granvit.train.changes import differences, refused
 from granvit.train.presets import PHASES, TrainConfig, load_config, save_config
 
@@ -38,7 +38,7 @@ def same_data(path: Path, splits: dict[str, GranDataset]) -> None:
     if not path.exists():
         write_aside(path, json.dumps(ours, indent=1))
         return
-    theirs = json.loads(path.read_text())
+    theirs = read_json(path)
     if "chat" not in theirs:
         theirs |= {name: ours[name] for name in ("chat", "chat_test") if name in ours}
         write_aside(path, json.dumps(theirs, indent=1))
@@ -99,7 +99,7 @@ def adopt(folder: Path, config: TrainConfig) -> None:
             file.unlink()
     for pattern in ("counts.json", "seed-*/counts.json") if changed else ():
         for file in folder.glob(pattern):
-            counts = json.loads(file.read_text())
+            counts = read_json(file)
             write_aside(file, json.dumps({name: counts[name] for name in counts.keys() - changed}, indent=1))
     for run in (folder, *folder.glob("control"), *folder.glob("seed-*"), *folder.glob("seed-*/control")):
         for stage in (getattr(config, name) for name in changed & set(PHASES)):

@@ -28,7 +28,7 @@ from granvit.eval.evaluation import evaluate, readable
 from granvit.eval.report import write_report
 from granvit.lora import adapters, save_adapters
 from granvit.machine import commit, device_name
-from granvit.metrics_log import MetricsLog, write_aside
+from granvit.metrics_log import MetricsLog, read_json, write_aside
 from granvit.model import GranViT
 from granvit.model.formats import save
 from granvit.questions.schema import Region, Sample
@@ -246,7 +246,7 @@ class Run:
         """Everything that is still to do. Returns the run's result: seed, stages, features, peak memory, what it was
         measured with, and the seconds that training and evaluations took, of all the pieces it was run in."""
         path = self.folder / "result.json"
-        result = self.world.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+        result = self.world.first(lambda: read_json(path) if path.exists() else None)
         if result is None:
             with self.tracked():
                 result = self._finish()
@@ -440,7 +440,7 @@ class Run:
         """name: the stage that has just ended, or "before" the first one; with how the model was blinded."""
         path = self.folder / "report" / "predictions.json"
         path.parent.mkdir(exist_ok=True)
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = read_json(path) if path.exists() else {}
         write_aside(path, json.dumps(kept | {name: predictions}, indent=1))
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from granvit.data.loader import GranDataset, spread
 from granvit.data.mixture import shares
 from granvit.eval import floors
 from granvit.eval.evaluation import readable
-from granvit.metrics_log import write_aside
+from granvit.metrics_log import read_json, write_aside
 from granvit.train.presets import TrainConfig
 from granvit.world import World
 
@@ -26,7 +26,7 @@ def known_floors(
     """{floor: metrics} of the test images that a run is evaluated on, measured once and kept in folder/floors.json.
     Nothing where there is no test split. All ranks call it."""
     path = folder / "floors.json"
-    known = world.first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    known = world.first(lambda: read_json(path) if path.exists() else None)
     if known is not None:
         return known
     rows = readable(splits["test"], spread(len(splits["test"]), limit), world) if "test" in splits else []

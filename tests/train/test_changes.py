@@ -138,6 +138,9 @@ def test_a_finished_run_goes_on_with_more_steps_and_another_stage_bit_for_bit(co
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == finals
     assert load_config(folder / "config.yaml").sft.steps == 2
     same_data(folder / "data.json", {})
+    (tmp_path / "cut.json").write_text('{"train": ')
+    with pytest.raises(ValueError, match="cut.json is damaged"):
+        same_data(tmp_path / "cut.json", {})
     assert {"train", "test", "chat"} <= json.loads((folder / "data.json").read_text()).keys()
     page, other = ((of / "report" / "summary.json").read_text() for of in (folder, undisturbed))
     assert json.loads(page)["mean"] == json.loads(other)["mean"]
