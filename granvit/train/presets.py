@@ -104,8 +104,8 @@ class Model:
     bins: int = 32
     """Location tokens an axis. 32 learn in minutes; a large run takes 1000 (three decimals)."""
     parallel_boxes: bool = False
-    """Tell the four coordinates of a box in one step, none of them given those before it. Wants box_style tokens and
-    box_format bins. Not in the paper."""
+    """Predict the four coordinates of a box in one step, each from the image and the sentence alone. Takes box_style
+    tokens and box_format bins. Not in the paper."""
     cell_positions: bool = True
     """Add to each image token where its cell is. The paper does not: there the encoder has to tell."""
 
