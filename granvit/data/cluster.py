@@ -53,7 +53,7 @@ def ray_cluster(address: str, gpus: float = 0) -> Iterator[Over]:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise Failed(
-            f"no way to a Ray cluster at {address!r}: {str(error).rstrip(".")}. `ray start --head` begins one and says its address; one "
+            f"no way to a Ray cluster at {address!r}: {error}. `ray start --head` begins one and says its address; one "
             "that runs wants its own token here, too (`ray get-auth-token`)"
         ) from None
     try:
