@@ -139,11 +139,7 @@ def answer(
             length = max_new_tokens
             if all(question.task == CAPTION2BBOX and question.answer for question in batch):
                 length = 4 + max(map(len, processor.answer_ids([question.answer for question in batch])))
-            # Ranks that share a model in pieces are kept in step by who calls this: of transformers' own way to do it
-            # encoders know nothing.
-            out = model.generate(
-                **inputs, features=features, max_new_tokens=length, do_sample=False, synced_gpus=False
-            )  # fmt: skip
+            out = model.generate(**inputs, features=features, max_new_tokens=length, do_sample=False)
         answers += processor.decode_answers(out)
         if progress:
             progress(len(answers), len(questions))

@@ -168,6 +168,9 @@ class Prompted:
             raise TypeError(f"generate takes no {', '.join(sorted(unknown))}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        # Ranks that share a model in pieces are kept in step by who calls this: transformers' own way to do it knows
+        # nothing of encoders.
+        kwargs.setdefault("synced_gpus", False)
         embeds = self._prompt_embeds(input_ids, image_index, boxes, images, features)
         return super().generate(inputs_embeds=embeds, attention_mask=attention_mask.to(embeds.device), **kwargs)
 
