@@ -160,7 +160,8 @@ def trained(config: TrainConfig, folder: Path, warm: Path) -> dict[str, float]:
     kept = {name: captions[name] for name in METRICS if name in captions}
     kept |= {name: captions[name] for name in captions if name.startswith("bbox2caption_") and is_attribute(name)}
     kept |= {"caption2bbox_acc50": boxes["caption2bbox_acc50"], "pretrain_seconds": seconds}
-    return kept | feature_statistics(feature_moments(features))
+    spread = feature_statistics(feature_moments(features))
+    return kept | {name: float(value) for name, value in spread.items()}
 
 
 def compare(what: str, seeds: int, steps: list[int] | None) -> None:

@@ -322,7 +322,7 @@ def of_encoder(run: Run, size: Size, place: Path, path: str) -> dict[str, Any]:
     images = [test[i].image.to(run.device) for i in range(min(64, len(test)))]
     spread = feature_statistics(feature_moments(run.model.eval().encode(images)[0]))
     return {"pixels": told["pixels"], "probe": told["encoder"], "counts": result["counts"]} | {
-        f"features_{name}": round(value, 3) for name, value in spread.items()
+        f"features_{name}": round(float(value), 3) for name, value in spread.items()
     }
 
 
