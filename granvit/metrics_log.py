@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
     """What a file of JSON holds. Raises ValueError that names it where it is damaged."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, too deep
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

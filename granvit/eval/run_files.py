@@ -3,14 +3,13 @@ what is wrong in it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from granvit.eval.metrics import Prediction, is_share
-from granvit.metrics_log import MetricsLog
+from granvit.metrics_log import MetricsLog, read_json
 
 BOX = [float] * 4
 PREDICTION = dict.fromkeys(("id", "source", "task", "kind", "caption", "answer"), str) | {"box": BOX}
@@ -39,7 +38,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_summary(path: Path) -> dict[str, Any]:
     """A summary.json. Figures are finite, shares from 0 to 1, and every run has the states that the mean has."""
-    summary = _json(path)
+    summary = read_json(path)
     _check(path, "it", summary, SUMMARY)
     _check_figures(path, "floors", summary["floors"])
     stages = summary["mean"]["stages"]
@@ -55,7 +54,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 def read_predictions(path: Path) -> dict[str, list[Prediction]]:
     """A predictions.json: {the stage that was over: the answers}."""
-    predictions = _json(path)
+    predictions = read_json(path)
     _check(path, "it", predictions, dict)
     for name, several in predictions.items():
         _check(path, name, several, list)
@@ -64,10 +63,6 @@ def read_predictions(path: Path) -> dict[str, list[Prediction]]:
             box = {} if unparsed else {"predicted_box": BOX}
             _check(path, f"{name}[{number}]", prediction, PREDICTION | box)
     return predictions
-
-
-def _json(path: Path) -> Any:
-    return _read(path, lambda: json.loads(path.read_text(encoding="utf-8")))
 
 
 def _read(path: Path, read: Callable[[], Any]) -> Any:
