@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
 from granvit.cost.config import PlanConfig
-from granvit.status import read
-from granvit.train.arguments import split_arguments
-from granvit.train.presets import PRESETS
+from granvit.train.arguments import asked_of_run
 
 NAME = "granvit plan"
 
@@ -24,14 +21,7 @@ assumed is called so."""
 def parse(arguments: Sequence[str]) -> PlanConfig:
     """The plan that a command line asks for. Exits with a usage text for what it cannot read; raises ValueError for a
     preset that there is not."""
-    preset, config, words = split_arguments(arguments)
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-    defaults = PlanConfig(config or PRESETS[preset])
-    return read(
-        NAME,
-        lambda: tyro.cli(PlanConfig, args=words, default=defaults, prog=f"{NAME} {preset}", description=_USAGE),
-    )
+    return asked_of_run(PlanConfig, arguments, NAME, _USAGE)
 
 
 def main(arguments: Sequence[str]) -> None:

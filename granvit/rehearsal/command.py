@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
 from granvit.rehearsal.config import RehearsalConfig
-from granvit.status import read
-from granvit.train.arguments import split_arguments
-from granvit.train.presets import PRESETS
+from granvit.train.arguments import asked_of_run
 
 NAME = "granvit train rehearse"
 
@@ -24,14 +21,7 @@ Nothing is trained, downloaded or written."""
 def parse(arguments: Sequence[str]) -> RehearsalConfig:
     """The rehearsal that a command line asks for. Exits with a usage text for what it cannot read; raises ValueError
     for a preset that there is not."""
-    preset, config, words = split_arguments(arguments)
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-    default = RehearsalConfig(config or PRESETS[preset])
-    return read(
-        NAME,
-        lambda: tyro.cli(RehearsalConfig, args=words, default=default, prog=f"{NAME} {preset}", description=_USAGE),
-    )
+    return asked_of_run(RehearsalConfig, arguments, NAME, _USAGE)
 
 
 def main(arguments: Sequence[str]) -> int:

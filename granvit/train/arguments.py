@@ -1,11 +1,17 @@
-"""The words that train and plan share: a preset's name first, and --config FILE."""
+"""The words that train, plan and rehearse share: a preset's name first, and --config FILE."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from granvit.train.presets import TrainConfig, load_config
+import tyro
+
+from granvit.status import read
+from granvit.train.presets import PRESETS, TrainConfig, load_config
+
+T = TypeVar("T")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, TrainConfig | None, list[str]]:
@@ -19,3 +25,13 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, TrainConfig | None, 
     if at + 1 == len(words):
         raise ValueError("--config takes the path of a run's config.yaml")
     return first, load_config(Path(words[at + 1])), words[:at] + words[at + 2 :]
+
+
+def asked_of_run(kind: Callable[[TrainConfig], T], arguments: Sequence[str], name: str, usage: str) -> T:
+    """What a command line asks about a run: `kind`, a configuration whose first field is the run's, with its flags and
+    the run's. Exits with a usage text for what it cannot read; raises ValueError for a preset that there is not."""
+    preset, config, words = split_arguments(arguments)
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    default = kind(config or PRESETS[preset])
+    return read(name, lambda: tyro.cli(kind, args=words, default=default, prog=f"{name} {preset}", description=usage))
