@@ -19,6 +19,7 @@ import hashlib
 import json
 import multiprocessing
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -130,6 +131,7 @@ METRICS = (
     "bbox2caption_rouge_l", "natural_bbox2caption_rouge_l", "bbox2caption_exact", "natural_bbox2caption_exact",
     "scenes-heldout/bbox2caption_exact", "ocr_cer", "caption2bbox_acc50", "caption2bbox_acc75", "caption2bbox_acc90",
     "caption2bbox_miou", "natural_caption2bbox_acc50", "caption2bbox_unparsed",
+    "photographs/bbox2caption_rouge_l", "photographs/caption2bbox_acc50", "photographs/caption2bbox_miou",
 )  # fmt: skip
 """Of `granvit.eval.metrics` those that a row has, besides attributes."""
 
@@ -278,6 +280,9 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
         phases = (*phases, stage)
         run = reached(config, phases, folder)
         row[stage.name] = of_stage(run, stage, size)
+        if stage is config.stages[-1]:
+            test = run.splits["test"]
+            row["photographs"] = kept(evaluate(run.model, run.processor, test, rows=photographs_of(test)).metrics)
         if stage.name == "adapt" and run.model.config.parallel_boxes:
             row["boxes_a_second"] = boxes_a_second(run)
         if stage is config.stages[0]:  # the encoder is frozen from then on, or has not learnt
@@ -294,12 +299,23 @@ def of_stage(run: Run, stage: Stage, size: Size) -> dict[str, Any]:
     tasks = (BBOX2CAPTION,) if stage.distill or stage.name == "pretrain" else None
     test = run.splits["test"]
     metrics = evaluate(run.model, run.processor, test, limit=size.asked, **({"tasks": tasks} if tasks else {})).metrics
-    kept = {n: round(value, 4) for n, value in metrics.items() if n in METRICS or ("/" not in n and is_attribute(n))}
     lines = [line for line in run.metrics.lines() if line["stage"] == stage.name and "loss" in line]
     return {
-        "metrics": kept, "steps": len(lines), "regions_seen": sum(line["regions"] for line in lines),
+        "metrics": kept(metrics), "steps": len(lines), "regions_seen": sum(line["regions"] for line in lines),
         "seconds": round(sum(line["seconds"] for line in lines), 1),
     }  # fmt: skip
+
+
+def kept(metrics: dict[str, float]) -> dict[str, float]:
+    """Those of METRICS, and attributes over all captions."""
+    attributes = {name for name in metrics if name.startswith(BBOX2CAPTION) and is_attribute(name)}
+    return {name: round(value, 4) for name, value in metrics.items() if name in attributes.union(METRICS)}
+
+
+def photographs_of(test: GranDataset) -> list[int]:
+    """The rows of the only pictures that are not drawn."""
+    annotated = [(i, test.annotations(i)) for i in range(len(test))]
+    return [i for i, sample in annotated if sample is not None and sample.source == "photographs"]
 
 
 @torch.no_grad()
@@ -308,11 +324,10 @@ def of_encoder(run: Run, size: Size, place: Path, path: str) -> dict[str, Any]:
     dataset at `path`, whatever the run was trained on."""
     run.model.save_encoder(place)
     result = probe([f"encoder={place}"], GranDataset(path), run.splits["test"], size.probed)
-    rows = [row for row in result["rows"] if row["grid"] == "7x7"]
     told = {
         encoder: {
-            f"{row['target']} {way}": round(row["metrics"][f"{way}_top1"], 4)
-            for row in rows
+            f"{row['target']} {way} {row['grid']}": round(row["metrics"][f"{way}_top1"], 4)
+            for row in result["rows"]
             if row["encoder"] == encoder
             for way in ("linear", "knn")
         }
@@ -356,9 +371,18 @@ def of_data(size_name: str, folder: Path) -> dict[str, Any]:
         name: sum(len(sample.regions) for sample in map(split.annotations, range(len(split))) if sample is not None)
         for name, split in splits.items()
     }
-    reached_blind = floors(splits["train"], splits["test"], limit=SIZES[size_name].asked)
+    photographs = photographs_of(splits["test"])
+    guessed = {
+        "floors": floors(**splits, limit=SIZES[size_name].asked),
+        "floors_photographs": floors(**splits, rows=photographs),
+    }
     row = {"size": size_name, "part": "data", "variant": "floors", "seed": 0, "images": len(splits["train"])}
-    return {**row, "regions": counted, "floors": reached_blind, **provenance("counted")}
+    row |= {"regions": counted, "photographs": len(photographs)}
+    return {
+        **row,
+        **{name: {guess: kept(metrics) for guess, metrics in of.items()} for name, of in guessed.items()},
+        **provenance("counted"),
+    }
 
 
 def main() -> None:
@@ -383,10 +407,14 @@ def main() -> None:
         if not rows_of(rows, options.size, part, name, seed)
     ]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(measured, *what, folder) for what in todo]
+        jobs = {pool.submit(measured, *what, folder): what for what in todo}
         for job in track(as_completed(jobs), "runs", total=len(jobs)):
-            rows.save(row := job.result())
-            print(time.strftime("%H:%M"), row["part"], row["variant"], row["seed"], flush=True)
+            print(time.strftime("%H:%M"), *jobs[job], "failed" if job.exception() else "done", flush=True)
+            if error := job.exception():  # the others go on
+                traceback.print_exception(error)
+            else:
+                rows.save(job.result())
+    raise SystemExit(any(job.exception() for job in jobs))
 
 
 def rows_of(rows: Rows, *key: Any) -> list[dict[str, Any]]:
