@@ -130,7 +130,8 @@ quality."""
 METRICS = (
     "bbox2caption_rouge_l", "natural_bbox2caption_rouge_l", "bbox2caption_exact", "natural_bbox2caption_exact",
     "scenes-heldout/bbox2caption_exact", "ocr_cer", "caption2bbox_acc50", "caption2bbox_acc75", "caption2bbox_acc90",
-    "caption2bbox_miou", "natural_caption2bbox_acc50", "caption2bbox_unparsed",
+    "caption2bbox_miou", "natural_caption2bbox_acc50", "natural_caption2bbox_acc75", "natural_caption2bbox_acc90",
+    "natural_caption2bbox_miou", "natural_caption2bbox_unparsed",
     "photographs/bbox2caption_rouge_l", "photographs/caption2bbox_acc50", "photographs/caption2bbox_miou",
 )  # fmt: skip
 """Of `granvit.eval.metrics` those that a row has, besides attributes."""
@@ -275,6 +276,7 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
             row[f"{stage}_pace"] = mine / theirs
             steps = round(getattr(whole, stage).steps * theirs / mine)
             config = replace(config, **{stage: replace(getattr(config, stage), steps=steps)})
+    row["regions"] = regions_of(GranDataset(config.data.path))
     phases = (config.warmup,) if config.warmup.runs else ()
     for stage in config.stages:
         phases = (*phases, stage)
@@ -310,6 +312,11 @@ def kept(metrics: dict[str, float]) -> dict[str, float]:
     """Those of METRICS, and attributes over all captions."""
     attributes = {name for name in metrics if name.startswith(BBOX2CAPTION) and is_attribute(name)}
     return {name: round(value, 4) for name, value in metrics.items() if name in attributes.union(METRICS)}
+
+
+def regions_of(split: GranDataset) -> int:
+    """How many regions are to be learnt from."""
+    return sum(len(sample.regions) for sample in map(split.annotations, range(len(split))) if sample is not None)
 
 
 def photographs_of(test: GranDataset) -> list[int]:
@@ -367,10 +374,7 @@ def of_data(size_name: str, folder: Path) -> dict[str, Any]:
     """What guesses reach without the image, and how many regions there are."""
     config = config_of(SIZES[size_name], Variant(), 0, folder)
     splits = {name: GranDataset(config.data.path, name) for name in ("train", "test")}
-    counted = {
-        name: sum(len(sample.regions) for sample in map(split.annotations, range(len(split))) if sample is not None)
-        for name, split in splits.items()
-    }
+    counted = {name: regions_of(split) for name, split in splits.items()}
     photographs = photographs_of(splits["test"])
     guessed = {
         "floors": floors(**splits, limit=SIZES[size_name].asked),
