@@ -7,8 +7,8 @@ Its row goes to bench/results/evidence.json as soon as it is there, and what the
 that have a beginning in common (the warm-up, stage 1) share it. What is cut off goes on from its newest checkpoint in
 the folder.
 
-Size small: the model and data of the preset smoke with two thirds of its steps, each run on one thread, for a CPU: five
-hours of two cores. Size compact: that preset on a GPU (--jobs 1), for days.
+Size small: the model and data of the preset smoke, two thirds of its steps before stage 2 and a third more in it, each
+run on one thread, for a CPU: five hours of two cores. Size compact: that preset on a GPU (--jobs 1), for days.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size("smoke --threads 1 --warmup.steps 400 --pretrain.steps 600 --adapt.steps 400"),
+    "small": Size("smoke --threads 1 --warmup.steps 400 --pretrain.steps 600 --adapt.steps 800"),
     "compact": Size("compact", asked=500, probed=4000),
 }
 
@@ -79,12 +79,13 @@ SIZES = {
 class Variant:
     """A change of one thing. flags: of `python -m granvit.train`. part: train on every so-manieth image. wrong: the
     share of captions that are swapped for another image's; audited: those that the model trained on them doubts are
-    left out, and it is trained anew. equal_time: as many steps as take the time of the whole method's."""
+    left out, and it is trained anew. longer: so many times the steps of stage 2. equal_time: as many steps as take the time of the whole method's."""
 
     flags: str = ""
     part: int = 1
     wrong: float = 0.0
     audited: bool = False
+    longer: int = 1
     equal_time: bool = False
 
 
@@ -115,7 +116,10 @@ PARTS: dict[str, dict[str, Variant]] = {
         "1/2 of the images": Variant(part=2),
         "four times as wide": Variant(WIDE),
     },
-    "boxes": {"boxes in one step": Variant("--model.parallel-boxes")},
+    "boxes": {
+        "boxes token by token": Variant(longer=2),
+        "boxes in one step": Variant("--model.parallel-boxes", longer=2),
+    },
     "quality": {
         "10 % wrong": Variant(wrong=0.1),
         "10 % wrong, audited": Variant(wrong=0.1, audited=True),
@@ -123,8 +127,7 @@ PARTS: dict[str, dict[str, Variant]] = {
         "30 % wrong, audited": Variant(wrong=0.3, audited=True),
     },
 }
-"""The row of the whole method stands beside those of scaling, as all images, and of boxes; 1/4 of the images beside
-quality."""
+"""The row of the whole method stands beside those of scaling, as all images; that of 1/4 of the images beside quality."""
 
 
 METRICS = (
@@ -249,6 +252,7 @@ def config_of(size: Size, variant: Variant, seed: int, folder: Path) -> TrainCon
     """The configuration of a variant but for its data's faults."""
     config = parse([*size.flags.split(), *variant.flags.split(), "--seed", str(seed)])
     stages = {name: replace(getattr(config, name), eval_every=0) for name in ("warmup", "pretrain", "adapt")}
+    stages["adapt"] = replace(stages["adapt"], steps=stages["adapt"].steps * variant.longer)
     config = with_data(replace(config, control=False, trackers=(), **stages))
     path = part_of(config.data.path, size.part if variant.wrong else variant.part, folder)
     return replace(config, data=replace(config.data, path=path, workers=0 if config.threads == 1 else 8))
