@@ -60,28 +60,40 @@ from granvit.world import World
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is. flags: of `python -m granvit.train`. asked, probed: test images, and images of either
-    split; parts: of quality, the share of the training images."""
+    """How large everything is. flags: of `python -m granvit.train`, and those of a model four times as wide. asked,
+    probed: test images, and images of either split; part: quality is measured on every so-manieth training image."""
 
     flags: str
+    wide: str
     asked: int = 200
     probed: int = 800
     part: int = 4
 
 
 SIZES = {
-    "small": Size("smoke --threads 1 --warmup.steps 400 --pretrain.steps 600 --adapt.steps 800"),
-    "compact": Size("compact", asked=500, probed=4000),
+    "small": Size(
+        "smoke --threads 1 --warmup.steps 400 --pretrain.steps 600 --adapt.steps 800",
+        "--model.encoder-width 512 --model.encoder-heads 8 --model.llm-width 512 --model.llm-heads 8 "
+        "--warmup.learning-rate 1e-3 --pretrain.learning-rate 2e-3 --adapt.learning-rate 1e-3",
+    ),
+    "compact": Size(
+        "compact --model.box-style tokens",
+        "--model.encoder-width 1536 --model.encoder-heads 24 --pretrain.learning-rate 1e-4",
+        asked=500,
+        probed=4000,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A change of one thing. flags: of `python -m granvit.train`. part: train on every so-manieth image. wrong: the
-    share of captions that are swapped for another image's; audited: those that the model trained on them doubts are
-    left out, and it is trained anew. longer: so many times the steps of stage 2. equal_time: as many steps as take the time of the whole method's."""
+    """A change of one thing. flags: of `python -m granvit.train`. wide: four times the width. part: train on every
+    so-manieth image. wrong: the share of captions that are swapped for another image's; audited: those that the model
+    trained on them doubts are left out, and it is trained anew. longer: so many times the steps of stage 2. equal_time:
+    as many steps as take the time of the whole method's."""
 
     flags: str = ""
+    wide: bool = False
     part: int = 1
     wrong: float = 0.0
     audited: bool = False
@@ -90,10 +102,6 @@ class Variant:
 
 
 WHOLE = "the whole method"
-WIDE = (
-    "--model.encoder-width 512 --model.encoder-heads 8 --model.llm-width 512 --model.llm-heads 8 "
-    "--warmup.learning-rate 1e-3 --pretrain.learning-rate 2e-3 --adapt.learning-rate 1e-3"
-)
 PARTS: dict[str, dict[str, Variant]] = {
     "ablation": {
         WHOLE: Variant(),
@@ -114,7 +122,7 @@ PARTS: dict[str, dict[str, Variant]] = {
         "1/8 of the images": Variant(part=8),
         "1/4 of the images": Variant(part=4),
         "1/2 of the images": Variant(part=2),
-        "four times as wide": Variant(WIDE),
+        "four times as wide": Variant(wide=True),
     },
     "boxes": {
         "boxes token by token": Variant(longer=2),
@@ -127,7 +135,8 @@ PARTS: dict[str, dict[str, Variant]] = {
         "30 % wrong, audited": Variant(wrong=0.3, audited=True),
     },
 }
-"""The row of the whole method stands beside those of scaling, as all images; that of 1/4 of the images beside quality."""
+"""The row of the whole method stands beside those of scaling, as all images; that of 1/4 of the images beside those of
+quality."""
 
 
 METRICS = (
@@ -250,7 +259,8 @@ def paces(configs: tuple[TrainConfig, TrainConfig], stage: str, folder: Path) ->
 
 def config_of(size: Size, variant: Variant, seed: int, folder: Path) -> TrainConfig:
     """The configuration of a variant but for its data's faults."""
-    config = parse([*size.flags.split(), *variant.flags.split(), "--seed", str(seed)])
+    wide = size.wide if variant.wide else ""
+    config = parse([*f"{size.flags} {variant.flags} {wide}".split(), "--seed", str(seed)])
     stages = {name: replace(getattr(config, name), eval_every=0) for name in ("warmup", "pretrain", "adapt")}
     stages["adapt"] = replace(stages["adapt"], steps=stages["adapt"].steps * variant.longer)
     config = with_data(replace(config, control=False, trackers=(), **stages))

@@ -19,6 +19,14 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
+def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
+    """Their mean, and the lowest and highest where there are several; nothing where there are none."""
+    if not values:
+        return ""
+    mean, low, high = (factor * x for x in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
+
+
 def gpu_results() -> dict[str, list[dict[str, Any]]]:
     """{device: its rows}."""
     devices = {}

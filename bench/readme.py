@@ -10,8 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import evidence_tables as evidence
 from operator_tables import OPERATORS, comparisons, cpu_rows, others, tables_of
-from performance import RESULTS, ROOT, gpu_results, is_rival, markdown, write_performance
+from performance import RESULTS, ROOT, gpu_results, is_rival, markdown, spread, write_performance
 
 from granvit.eval.metrics import SIZES
 
@@ -29,6 +30,7 @@ def write() -> None:
             text = text[:begin] + "\n".join(table()) + "\n\n" + text[end:]
         path.write_text(text)
     write_performance()
+    evidence.plot(ROOT / "docs" / "figures" / "evidence.png")
 
 
 # ---- the operators and the training step: bench/results/cpu-OPERATOR.json, DEVICE.json and DEVICE-training.json ----
@@ -113,9 +115,7 @@ def reached() -> list[str]:
         "stage 2, shown another image": ("adapt", "other_image"),
         "stage 2 on a random, frozen encoder": ("adapt", "control"),
     }
-    table = [
-        [label, *(cell(result, *state, metric) for metric in metrics.values())] for label, state in states.items()
-    ]
+    table = [[label, *(cell(result, *state, metric) for metric in metrics.values())] for label, state in states.items()]
     best = [max(floor.get(metric, 0) for floor in result["floors"].values()) for metric in metrics.values()]
     table.append(["best guess without the image", *(f"{100 * value:.1f}" for value in best)])
     times = sorted({f"{seed['seconds'] / 60:.0f}" for seed in result["seeds"]}, key=int)
@@ -298,12 +298,6 @@ def instruct() -> list[str]:
     ]
 
 
-def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
-    """Their mean, and the lowest and highest where there are several."""
-    mean, low, high = (factor * x for x in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
-
-
 def training() -> list[str]:
     default = default_run()
     minutes = default["seeds"][0]["seconds"] / 60
@@ -434,6 +428,12 @@ FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "docs/results.md": {"training": training},
     "docs/evaluation.md": {"whole": whole, "probe": probed, "public": public},
     "docs/training.md": {"choices": choices, "targets": targets, "crops": crops, "instruct": instruct},
+    "docs/evidence.md": {
+        **{name: partial(evidence.table, name) for name in evidence.TABLES},
+        "regions": evidence.regions,
+        "pace": evidence.pace,
+        "speed": evidence.speed,
+    },
     "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }
 """{file: {the name in its markers: what makes its lines}}."""

@@ -1,0 +1,90 @@
+"""bench/evidence.py at a size that runs in seconds, and the tables made of its rows."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("evidence")
+
+
+@pytest.fixture
+def tables(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    module = importlib.import_module("evidence_tables")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+@pytest.mark.parametrize("size", ["small", "compact"])
+def test_every_variant_is_a_run_and_changes_something(evidence, monkeypatch, tmp_path, size):
+    monkeypatch.setattr(evidence, "with_data", lambda config: config)
+    monkeypatch.setattr(evidence, "part_of", lambda path, part, folder: f"every {part}")
+    variants = {name: variant for part in evidence.PARTS.values() for name, variant in part.items()}
+    chosen = evidence.SIZES[size]
+    configs = {name: evidence.config_of(chosen, variant, 0, tmp_path) for name, variant in variants.items()}
+    whole = configs.pop(evidence.WHOLE)
+    for name, config in configs.items():
+        assert config != whole or variants[name].wrong or name == "boxes token by token", name
+    assert configs["boxes token by token"].adapt.steps == 2 * whole.adapt.steps
+
+
+@pytest.mark.slow
+def test_a_row_says_what_the_audit_left_out_and_is_not_trained_twice(evidence, monkeypatch, tmp_path):
+    from granvit.data.sample import cached_sample
+
+    few = "--threads 1 --device cpu --model.encoder-width 64 --model.encoder-layers 2 --model.llm-layers 2"
+    steps = " ".join(f"--{stage}.steps {steps}" for stage, steps in (("warmup", 5), ("pretrain", 10), ("adapt", 5)))
+    path = cached_sample(400, pages=0.05)
+    size = evidence.Size(f"smoke {few} {steps} --data.path {path}", "", asked=10, probed=200, part=4)
+    monkeypatch.setitem(evidence.SIZES, "tiny", size)
+    row = evidence.measured("tiny", "quality", "30 % wrong, audited", 0, tmp_path)
+    audit = row["audit"]
+    assert audit["wrong"] == pytest.approx(0.3 * audit["checked"], rel=0.05)
+    assert 0 < audit["wrong_left_out"] < audit["left_out"] < audit["checked"]
+    assert row["regions"] == audit["checked"] - audit["left_out"]
+    assert row["pretrain"]["steps"] == 10 and row["adapt"]["steps"] == 5
+    assert row["encoder"]["probe"].keys() == row["encoder"]["pixels"].keys() and row["photographs"]
+
+    def trained(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(evidence.Run, "new_phase", trained)
+    again = evidence.measured("tiny", "quality", "30 % wrong, audited", 0, tmp_path)
+    assert again["adapt"]["metrics"] == row["adapt"]["metrics"]
+
+
+def test_tables_show_means_and_ranges(tables, tmp_path):
+    def row(variant, seed, kind, exact):
+        return {
+            "size": "small", "variant": variant, "seed": seed, "device": "a CPU", "commit": "abc",
+            "encoder": {"probe": {"kind linear 1x1": kind}, "pixels": {"kind linear 1x1": 0.2}},
+            "adapt": {"metrics": {"natural_bbox2caption_exact": exact}},
+        }  # fmt: skip
+
+    guesses = {"blind": {"natural_bbox2caption_exact": 0.01}, "mean_box": {"natural_caption2bbox_acc50": 0.02}}
+    floors = {"size": "small", "variant": "floors", "floors": guesses, "device": "counted", "commit": "abc"}
+    rows = [row(tables.WHOLE, 0, 0.5, 0.3), row(tables.WHOLE, 1, 0.7, 0.2), row(tables.RANDOM, 0, 0.1, 0.0), floors]
+    (tmp_path / "evidence.json").write_text(json.dumps(rows))
+    lines = tables.table("parts")
+    assert any(line.startswith(f"| {tables.WHOLE} | 2 |  | 60.0 (50.0 to 70.0) |") for line in lines)
+    assert any(line.startswith(f"| {tables.RANDOM} | 1 |  | 10.0 |") and "| 0.0 |" in line for line in lines)
+    assert any("mean colour" in line and "20.0" in line for line in lines)
+    assert any("best guess" in line and "| 1.0 | 2.0 |" in line for line in lines)
+    assert "commit abc" in lines[-1]
+    assert tables.table("quality") == [tables.NOT_YET] == tables.speed() == tables.pace()
+    tables.plot(tmp_path / "evidence.png")
+    assert (tmp_path / "evidence.png").stat().st_size > 1000
+
+
+def test_without_rows_it_says_so(tables, tmp_path):
+    assert {tuple(tables.table(name)) for name in tables.TABLES} == {(tables.NOT_YET,)}
+    tables.plot(tmp_path / "evidence.png")
+    assert not (tmp_path / "evidence.png").exists()
