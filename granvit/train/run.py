@@ -10,7 +10,6 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,12 +18,10 @@ from torch import nn
 
 from granvit.data.batches import PackLoader
 from granvit.data.collate import Batch, collate
-from granvit.data.loader import GranDataset, spread
+from granvit.data.loader import GranDataset
 from granvit.data.mixture import described
-from granvit.eval.answers import draw_answers, rendered
-from granvit.eval.chat import score_chat
+from granvit.eval.answers import rendered
 from granvit.eval.curves import draw_curves, panels
-from granvit.eval.evaluation import evaluate, readable
 from granvit.eval.report import write_report
 from granvit.lora import adapters, save_adapters
 from granvit.machine import commit, device_name
@@ -37,14 +34,12 @@ from granvit.train.card import write_card
 from granvit.train.checkpoint import Checkpoints, load
 from granvit.train.console import CONTROL, RunConsole, closing_words, hush
 from granvit.train.counting import check_ranks, counted, needs_counting, order_arguments
-from granvit.train.distill import feature_moments, feature_statistics
+from granvit.train.evaluations import Evaluations
 from granvit.train.folder import adopt, check_room, locked, resumes, same_data
 from granvit.train.guard import Termination, termination
 from granvit.train.heldout import HeldOut
-from granvit.train.loop import Phase, autocast, train_phase
-from granvit.train.parallel.compiling import eager
+from granvit.train.loop import Phase, train_phase
 from granvit.train.parallel.distributed import distribute, gathered
-from granvit.train.parallel.in_step import compute, in_step
 from granvit.train.parallel.sharing import choose, device_memory
 from granvit.train.presets import TrainConfig, load_config, save_config
 from granvit.train.retention import step_of
@@ -56,13 +51,6 @@ from granvit.train.tensors import beginning, model_tensors
 from granvit.train.trackers import Trackers
 from granvit.world import World, start, stop
 
-WHEN = {
-    "before": "before {}",
-    "after": "after {}",
-    "other_image": "after {}, shown another image",
-    "text_only": "after {}, shown no image",
-}
-"""What the console calls an evaluation of a stage."""
 COUNTING = "counting the sequences that the data fills (once)"
 QUESTION_ROOM = 64  # tokens that a packed sequence has beside its image, at least: a question and its answer
 
@@ -188,6 +176,9 @@ class Run:
         world.first(lambda: check_room(folder / "checkpoints", self._checkpoint_bytes(), kept))
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.keep_every, world)
         self.metrics = MetricsLog(folder / "metrics.jsonl", self.trackers.write)
+        self.evaluations = Evaluations(
+            config, folder, self.processor, self.splits, world, device, self.console, self.metrics, self.trackers
+        )
 
     def _cut(self) -> None:
         """Put the model, which was read, into pieces of which none learns."""
@@ -262,18 +253,19 @@ class Run:
         features: dict[str, dict] = {}
         last = None
         for stage in config.stages:
-            metrics = stages[stage.name] = {"before": self.evaluation(stage, 0, "before", known=last)}
+            before = self.evaluations.measure(self.model, self.root, stage, 0, "before", known=last)
+            metrics = stages[stage.name] = {"before": before}
             learns = "encoder" in stage.train
             if learns and "test" in self.splits:
-                features[stage.name] = self._features("before")
+                features[stage.name] = self.evaluations.features(self.model, self.root, "before")
             self.phase(stage)
             if learns and "test" in self.splits:
-                features[stage.name] |= self._features("after")
+                features[stage.name] |= self.evaluations.features(self.model, self.root, "after")
             if learns:
                 self._export_encoder()
             for when, blind in (("after", None), ("other_image", "other_image"), ("text_only", "text")):
                 if blind != "text" or "test" in self.splits:  # else there is nothing that it would measure
-                    metrics[when] = self.evaluation(stage, stage.steps, when, blind)
+                    metrics[when] = self.evaluations.measure(self.model, self.root, stage, stage.steps, when, blind)
             last = metrics["after"]
         self._export()
         controlled = config.control and config.adapt.runs
@@ -362,8 +354,8 @@ class Run:
 
     def held_out(self, phase: Phase) -> HeldOut:
         """What evaluates a phase on its way."""
-        splits, rows = self.splits, (lambda: self.test_rows)
-        return HeldOut(phase, self.processor, splits, rows, self.metrics, self.console.say)
+        rows = self.evaluations.rows
+        return HeldOut(phase, self.processor, self.splits, rows, self.metrics, self.console.say)
 
     def _blank(self, stage: Stage) -> Batch:
         image = torch.zeros(32, 32, 3, dtype=torch.uint8)
@@ -371,89 +363,6 @@ class Run:
         sample = Sample("", image, "nothing", (region,), "", "", (chat,))
         questions = self.processor.questions(sample, stage.tasks)[:1]
         return collate([sample], [questions], self.processor, self.config.data.capacity, self.config.crops)
-
-    @cached_property
-    def test_rows(self) -> list[int]:
-        """The test images that evaluations ask about. All ranks look for them together."""
-        test = self.splits["test"]
-        return readable(test, spread(len(test), self.config.data.eval_images), self.world)
-
-    def evaluation(
-        self,
-        stage: Stage,
-        step: int,
-        when: str,
-        blind: str | None = None,
-        known: dict[str, float] | None = None,
-        title: str | None = None,
-    ) -> dict[str, float]:
-        """Metrics of the model as it is, over the test splits, written to metrics.jsonl (or read from it). known: those
-        of the regions, if they are. title: what the run's console calls it."""
-        title = title or WHEN[when].format(stage.name)
-        metrics = self.world.first(lambda: self._written(stage.name, step, when))
-        if metrics is None:
-            metrics = self._evaluate(stage, step, when, blind, known, title)
-        if metrics != known:  # else they were said at the end of the stage before
-            self.console.evaluated(title, metrics)
-        return metrics
-
-    def _evaluate(
-        self, stage: Stage, step: int, when: str, blind: str | None, known: dict[str, float] | None, title: str
-    ) -> dict[str, float]:
-        began, limit, world = time.perf_counter(), self.config.data.eval_images, self.world
-        metrics, predictions = dict(known or {}), None
-        with autocast(self.config, self.device), eager():
-            if known is None and "test" in self.splits:
-                rows = self.test_rows
-                with self.console.evaluation(title) as answered:
-                    evaluated = in_step(self.root, self.model, world, lambda world: evaluate(
-                        self.model, self.processor, self.splits["test"], blind=blind, world=world, progress=answered,
-                        rows=rows,
-                    ))  # fmt: skip
-                metrics, predictions = evaluated.metrics, evaluated.predictions
-            if stage is self.config.sft and "chat_test" in self.splits and blind != "text":
-                with self.console.evaluation(f"{title}, conversations"):
-                    metrics |= in_step(self.root, self.model, world, lambda world: score_chat(
-                        self.model, self.processor, self.splits["chat_test"], self.config.data.capacity, blind, limit,
-                        world,
-                    ))  # fmt: skip
-        seconds = time.perf_counter() - began
-        if world.leads:
-            if predictions is not None:  # first, as what has its line is not done again
-                names = {"before": "before", "after": stage.name}
-                self._keep_predictions(names.get(when, f"{stage.name} {when}"), predictions)
-                if when == "after":
-                    test = self.splits["test"]
-                    self.trackers.show(stage.name, step, "answers", lambda: draw_answers(predictions, test))
-            self.metrics.write(stage=stage.name, step=step, evaluation=when, **metrics, seconds=seconds)
-        return metrics
-
-    def _written(self, stage: str, step: int, when: str) -> dict[str, float] | None:
-        """The metrics of the evaluation that metrics.jsonl holds under these names, or None."""
-        names = {"stage": stage, "step": step, "evaluation": when}
-        for line in self.metrics.evaluations():
-            if all(line.get(name) == value for name, value in names.items()):
-                return {name: value for name, value in line.items() if name not in names and name != "seconds"}
-        return None
-
-    def _keep_predictions(self, name: str, predictions: list[dict]) -> None:
-        """name: the stage that has just ended, or "before" the first one; with how the model was blinded."""
-        path = self.folder / "report" / "predictions.json"
-        path.parent.mkdir(exist_ok=True)
-        kept = read_json(path) if path.exists() else {}
-        write_aside(path, json.dumps(kept | {name: predictions}, indent=1))
-
-    @torch.no_grad()
-    def _features(self, when: str) -> dict[str, float]:
-        """Effective rank and standard deviation of the encoder's features of test images."""
-        self.model.eval()
-        test = self.splits["test"]
-        samples = [test[i] for i in range(min(64, len(test)))]
-        images = [s.image.to(self.device) for s in samples if s is not None and s.image.numel()]
-        with eager():
-            features, _ = compute(self.root, lambda: self.model.encode(images))
-        statistics = feature_statistics(feature_moments(features))
-        return {f"{name}_{when}": float(value) for name, value in statistics.items()}
 
     def _export(self) -> None:
         folder, model = self.folder / "export", self._whole()
@@ -499,4 +408,5 @@ class Run:
         run.begin(adapt)
         with run.tracked():
             run.phase(adapt, title=CONTROL)
-            return run.evaluation(adapt, adapt.steps, "after", title="control: adapt on a random encoder")
+            title = "control: adapt on a random encoder"
+            return run.evaluations.measure(run.model, run.root, adapt, adapt.steps, "after", title=title)
