@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -16,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from granvit.machine import cache_folder
-from granvit.metrics_log import MetricsLog
+from granvit.metrics_log import MetricsLog, read_json
 from granvit.model.config import GranViTConfig
 from granvit.model.lfm2_vl import why_no_lfm2_vl
 from granvit.questions.prompts import BBOX2CAPTION, CAPTION2BBOX, CHAT
@@ -175,4 +174,4 @@ def _code(text: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
