@@ -44,7 +44,7 @@ from granvit.eval.metrics import is_attribute
 from granvit.eval.probe.probing import probe
 from granvit.machine import default_device, device_name
 from granvit.questions.prompts import BBOX2CAPTION
-from granvit.questions.schema import Sample
+from granvit.questions.schema import KINDS, Sample
 from granvit.train.__main__ import parse
 from granvit.train.checkpoint import load
 from granvit.train.console import RunConsole, hush
@@ -60,11 +60,13 @@ from granvit.world import World
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is. flags: of `python -m granvit.train`, and those of a model four times as wide. asked,
-    probed: test images, and images of either split; part: quality is measured on every so-manieth training image."""
+    """How large everything is. flags: of `python -m granvit.train`; wide, fine: those that make the model four times as
+    wide, and give the teacher's crops four times the patches. asked, probed: test images, and images of either split;
+    part: quality is measured on every so-manieth training image."""
 
     flags: str
     wide: str
+    fine: str
     asked: int = 200
     probed: int = 800
     part: int = 4
@@ -75,10 +77,12 @@ SIZES = {
         "smoke --threads 1 --warmup.steps 400 --pretrain.steps 600 --adapt.steps 800",
         "--model.encoder-width 512 --model.encoder-heads 8 --model.llm-width 512 --model.llm-heads 8 "
         "--warmup.learning-rate 1e-3 --pretrain.learning-rate 2e-3 --adapt.learning-rate 1e-3",
+        "--distill.crop-tokens 64",
     ),
     "compact": Size(
         "compact --model.box-style tokens",
         "--model.encoder-width 1536 --model.encoder-heads 24 --pretrain.learning-rate 1e-4",
+        "--distill.crop-tokens 256",
         asked=500,
         probed=4000,
     ),
@@ -87,17 +91,18 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A change of one thing. flags: of `python -m granvit.train`. wide: four times the width. part: train on every
-    so-manieth image. wrong: the share of captions that are swapped for another image's; audited: those that the model
-    trained on them doubts are left out, and it is trained anew. longer: so many times the steps of stage 2. equal_time:
-    as many steps as take the time of the whole method's."""
+    """A change of one thing. flags: of `python -m granvit.train`; of_size: those that Size has of this name. part:
+    train on every so-manieth image. wrong: the share of captions that are swapped for another image's; audited: those
+    that the model trained on them doubts are left out, and it is trained anew. longer: so many times the steps of stage
+    2. all_steps: those of stage 1 are taken in stage 2. equal_time: as many steps as take the whole method's time."""
 
     flags: str = ""
-    wide: bool = False
+    of_size: str = ""
     part: int = 1
     wrong: float = 0.0
     audited: bool = False
     longer: int = 1
+    all_steps: bool = False
     equal_time: bool = False
 
 
@@ -106,15 +111,17 @@ PARTS: dict[str, dict[str, Variant]] = {
     "ablation": {
         WHOLE: Variant(),
         "no stage 1: a random encoder": Variant("--pretrain.steps 0"),
+        "a random encoder, all steps in stage 2": Variant("--pretrain.steps 0", all_steps=True),
         "no self-distillation": Variant("--pretrain.distill 0"),
-        "boxes as text": Variant("--model.box-style text"),
-        "boxes as text and region tokens": Variant("--model.box-style both"),
+        "boxes as location tokens": Variant("--model.box-style text"),
+        "boxes as location and region tokens": Variant("--model.box-style both"),
         "encoder tuned in stage 2": Variant("--adapt.train encoder projector llm"),
         "alpha 0.9": Variant("--distill.alpha 0.9"),
         "alpha 0.999": Variant("--distill.alpha 0.999"),
         "lambda 0.3": Variant("--pretrain.distill 0.3"),
         "lambda 3": Variant("--pretrain.distill 3"),
         "crops as fine as the image": Variant("--distill.crop-tokens 1"),
+        "crops of four times the patches": Variant(of_size="fine"),
         "no cell positions": Variant("--model.no-cell-positions"),
         "one question a sample": Variant("--data.questions-per-image 1", equal_time=True),
     },
@@ -122,7 +129,7 @@ PARTS: dict[str, dict[str, Variant]] = {
         "1/8 of the images": Variant(part=8),
         "1/4 of the images": Variant(part=4),
         "1/2 of the images": Variant(part=2),
-        "four times as wide": Variant(wide=True),
+        "four times as wide": Variant(of_size="wide"),
     },
     "boxes": {
         "boxes token by token": Variant(longer=2),
@@ -141,10 +148,11 @@ quality."""
 
 METRICS = (
     "bbox2caption_rouge_l", "natural_bbox2caption_rouge_l", "bbox2caption_exact", "natural_bbox2caption_exact",
-    "scenes-heldout/bbox2caption_exact", "ocr_cer", "caption2bbox_acc50", "caption2bbox_acc75", "caption2bbox_acc90",
-    "caption2bbox_miou", "natural_caption2bbox_acc50", "natural_caption2bbox_acc75", "natural_caption2bbox_acc90",
+    "scenes/bbox2caption_exact", "scenes-heldout/bbox2caption_exact", "scenes-heldout/bbox2caption_kind",
+    "scenes-heldout/bbox2caption_pattern", "ocr_cer", "ocr_exact",
+    "caption2bbox_acc50", "caption2bbox_acc75", "caption2bbox_acc90", "caption2bbox_miou",
+    "natural_caption2bbox_acc50", "natural_caption2bbox_acc75", "natural_caption2bbox_acc90",
     "natural_caption2bbox_miou", "natural_caption2bbox_unparsed",
-    "photographs/bbox2caption_rouge_l", "photographs/caption2bbox_acc50", "photographs/caption2bbox_miou",
 )  # fmt: skip
 """Of `granvit.eval.metrics` those that a row has, besides attributes."""
 
@@ -183,9 +191,9 @@ def with_wrong(path: str, share: float, seed: int, place: Path) -> tuple[str, se
     return str(place), {(samples[row].id, region) for row, region in wrong}
 
 
-def audited(run: Run, path: str, wrong: set[tuple[str, int]], place: Path) -> tuple[str, dict[str, float]]:
+def audited(run: Run, path: str, wrong: set[tuple[str, int]], place: Path) -> tuple[str, dict[str, dict[str, int]]]:
     """The dataset without the training regions whose captions fit other boxes better, as the run's model thinks;
-    and how many of the wrong ones that were."""
+    and by kind of region how many of the wrong ones that were."""
     train = GranDataset(path)
     samples: list[Sample] = [s for s in map(train.__getitem__, range(len(train))) if s is not None]
     checked = [c for group in check_regions(run.model.eval(), run.processor, samples) for c in group]
@@ -199,10 +207,14 @@ def audited(run: Run, path: str, wrong: set[tuple[str, int]], place: Path) -> tu
 
     if not place.exists():
         write_dataset(place, {"train": rows(), "test": encoded(path)["test"]})
-    hits = len(doubted & wrong)
-    return str(place), {
-        "checked": len(checked), "left_out": len(doubted), "wrong": len(wrong), "wrong_left_out": hits
-    }  # fmt: skip
+    counts = {}
+    for kind in KINDS:
+        of = {(s.id, i) for s in samples for i, region in enumerate(s.regions) if region.kind == kind}
+        counts[kind] = {
+            "checked": sum(samples[c.row].regions[c.place].kind == kind for c in checked),
+            "left_out": len(of & doubted), "wrong": len(of & wrong), "wrong_left_out": len(of & doubted & wrong),
+        }  # fmt: skip
+    return str(place), counts
 
 
 def encoded(path: str) -> datasets.DatasetDict:
@@ -222,14 +234,17 @@ def locked(place: Path) -> Iterator[None]:
         yield
 
 
-def reached(config: TrainConfig, phases: tuple[Stage, ...], folder: Path) -> Run:
+def reached(config: TrainConfig, phases: tuple[Stage, ...], folder: Path, warm: TrainConfig | None = None) -> Run:
     """A run of which the phases are done. Runs that have the same ones share them: each phase has a folder whose name
-    is made of all that it depends on."""
+    is made of all that it depends on. warm: what the warm-up, the first phase, is configured by, if by another."""
+    before = None
+    if phases[1:]:
+        before = reached(config if phases[2:] else warm or config, phases[:-1], folder, warm)
     decides = {name: asdict(config)[name] for name in ("seed", "data", "model", "precision")}
     decides |= {"distill": asdict(config.distill)} if any(phase.distill for phase in phases) else {}
+    decides |= {"warm": asdict(warm)["data"]} if warm and warm.data != config.data else {}
     known = json.dumps([decides, [asdict(phase) for phase in phases]], sort_keys=True)
     place = folder / f"{phases[-1].name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-    before = reached(config, phases[:-1], folder) if phases[1:] else None
     with locked(place):
         device = torch.device(default_device() if config.device == "auto" else config.device)
         run = Run(config, place, World(), device, Termination(), RunConsole(config, leads=False))
@@ -240,29 +255,37 @@ def reached(config: TrainConfig, phases: tuple[Stage, ...], folder: Path) -> Run
 
 
 def paces(configs: tuple[TrainConfig, TrainConfig], stage: str, folder: Path) -> list[float]:
-    """CPU seconds of a step of each configuration's stage: medians, taken by turns."""
+    """Seconds of a step of each configuration's stage, its batch's making too: medians, taken by turns."""
     phases = []
     for number, config in enumerate(configs):
-        device = torch.device("cpu")
-        run = Run(config, folder / f"pace-{number}", World(), device, Termination(), RunConsole(config, leads=False))
+        device = torch.device(default_device() if config.device == "auto" else config.device)
+        place = folder / f"pace-{config.seed}-{number}"
+        run = Run(config, place, World(), device, Termination(), RunConsole(config, leads=False))
         phase = run.new_phase(getattr(config, stage), run.model)
         phases.append((phase, phase.batches()))
     seconds: list[list[float]] = [[], []]
-    for _ in range(12):
+    for _ in range(22):
         for (phase, batches), taken in zip(phases, seconds, strict=True):
-            batch = next(batches)
-            began = time.process_time()
-            phase.take(batch)
-            taken.append(time.process_time() - began)
+            began = time.perf_counter()
+            phase.take(next(batches))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - began)
     return [median(taken[2:]) for taken in seconds]
+
+
+def flags_of(size: Size, variant: Variant) -> str:
+    return " ".join(filter(None, (variant.flags, variant.of_size and getattr(size, variant.of_size))))
 
 
 def config_of(size: Size, variant: Variant, seed: int, folder: Path) -> TrainConfig:
     """The configuration of a variant but for its data's faults."""
-    wide = size.wide if variant.wide else ""
-    config = parse([*f"{size.flags} {variant.flags} {wide}".split(), "--seed", str(seed)])
+    config = parse([*f"{size.flags} {flags_of(size, variant)} --seed {seed}".split()])
     stages = {name: replace(getattr(config, name), eval_every=0) for name in ("warmup", "pretrain", "adapt")}
     stages["adapt"] = replace(stages["adapt"], steps=stages["adapt"].steps * variant.longer)
+    if variant.all_steps:
+        more = parse(size.flags.split()).pretrain.steps
+        stages["adapt"] = replace(stages["adapt"], steps=stages["adapt"].steps + more)
     config = with_data(replace(config, control=False, trackers=(), **stages))
     path = part_of(config.data.path, size.part if variant.wrong else variant.part, folder)
     return replace(config, data=replace(config.data, path=path, workers=0 if config.threads == 1 else 8))
@@ -272,8 +295,14 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
     """The row of a variant."""
     hush()
     size, variant = SIZES[size_name], PARTS[part][name]
-    config = config_of(size, variant, seed, folder)
-    row: dict[str, Any] = {"size": size_name, "part": part, "variant": name, "seed": seed, "flags": variant.flags}
+    config, warm = config_of(size, variant, seed, folder), None
+    row: dict[str, Any] = {
+        "size": size_name,
+        "part": part,
+        "variant": name,
+        "seed": seed,
+        "flags": flags_of(size, variant),
+    }
     if variant.wrong:
         place = folder / f"wrong-{variant.wrong}-{seed}"
         with locked(place):
@@ -284,7 +313,7 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
             path, row["audit"] = audited(reached(config, (config.warmup, *config.stages), folder), path, wrong, place)
             config = replace(config, data=replace(config.data, path=path))
     if variant.equal_time:
-        whole = config_of(size, Variant(), seed, folder)
+        whole = warm = config_of(size, Variant(), seed, folder)
         for stage in ("pretrain", "adapt"):
             mine, theirs = paces((config, whole), stage, folder)
             row[f"{stage}_pace"] = mine / theirs
@@ -294,14 +323,14 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
     phases = (config.warmup,) if config.warmup.runs else ()
     for stage in config.stages:
         phases = (*phases, stage)
-        run = reached(config, phases, folder)
+        run = reached(config, phases, folder, warm)
         row[stage.name] = of_stage(run, stage, size)
         if stage is config.stages[-1]:
             test = run.splits["test"]
             row["photographs"] = kept(evaluate(run.model, run.processor, test, rows=photographs_of(test)).metrics)
         if stage.name == "adapt" and run.model.config.parallel_boxes:
             row["boxes_a_second"] = boxes_a_second(run)
-        if stage is config.stages[0]:  # the encoder is frozen from then on, or has not learnt
+        if stage is config.stages[0] or "encoder" in stage.train:
             place = folder / f"encoder-{part}-{name.replace('/', ' of ')}-{seed}"
             row["encoder"] = of_encoder(run, size, place, config_of(size, Variant(), seed, folder).data.path)
     return {**row, **provenance(device_name(run.device.type))}
@@ -312,12 +341,11 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
 
 def of_stage(run: Run, stage: Stage, size: Size) -> dict[str, Any]:
     """What the model says after a stage, and what it was trained on."""
-    tasks = (BBOX2CAPTION,) if stage.distill or stage.name == "pretrain" else None
-    test = run.splits["test"]
-    metrics = evaluate(run.model, run.processor, test, limit=size.asked, **({"tasks": tasks} if tasks else {})).metrics
+    metrics = evaluate(run.model, run.processor, run.splits["test"], limit=size.asked).metrics
     lines = [line for line in run.metrics.lines() if line["stage"] == stage.name and "loss" in line]
     return {
-        "metrics": kept(metrics), "steps": len(lines), "regions_seen": sum(line["regions"] for line in lines),
+        "metrics": kept(metrics), "steps": len(lines), "images": sum(line["images"] for line in lines),
+        "regions_asked": sum(line["regions"] for line in lines),
         "seconds": round(sum(line["seconds"] for line in lines), 1),
     }  # fmt: skip
 
