@@ -4,7 +4,7 @@ bench/readme.py."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,123 +14,163 @@ from performance import RESULTS, markdown, spread
 NOT_YET = "Not measured yet: `python bench/evidence.py`."
 WHOLE = "the whole method"
 RANDOM = "no stage 1: a random encoder"
+ONE_QUESTION = "one question a sample"
+ONE_STEP = "boxes in one step"
+PART = "1/4 of the images"
 Row = dict[str, Any]
-Columns = dict[str, Callable[[Row], float | None]]
-"""{title: a figure of a row, None where it has none}."""
+Figure = Callable[[Row], "float | None"]
+Columns = dict[str, Figure]
+"""{title: a figure of a row, a share or None where it has none}."""
 
 
-def at(*keys: str) -> Callable[[Row], float | None]:
+def at(*keys: str) -> Figure:
     """What lies in a row under keys within keys."""
 
     def value(row: Row) -> float | None:
         for key in keys:
             row = row.get(key, {})
-        return row or None if isinstance(row, dict) else row
+        return None if isinstance(row, dict) else row
 
     return value
 
 
-def share(part: str, whole: str) -> Callable[[Row], float | None]:
-    """One of an audit's counts over another."""
-    return lambda row: row["audit"][part] / row["audit"][whole] if "audit" in row else None
+def share(part: str, whole: str) -> Figure:
+    """One of an audit's counts over another, of regions that are not text."""
+    return lambda row: row["audit"]["natural"][part] / row["audit"]["natural"][whole] if "audit" in row else None
 
 
 ENCODER: Columns = {
-    "pattern, linear": at("encoder", "probe", "pattern linear 1x1"),
     "kind, linear": at("encoder", "probe", "kind linear 1x1"),
     "kind, neighbours": at("encoder", "probe", "kind knn 1x1"),
 }
-CAPTIONS: Columns = {
-    "captions, ROUGE-L": at("adapt", "metrics", "natural_bbox2caption_rouge_l"),
-    "exact": at("adapt", "metrics", "natural_bbox2caption_exact"),
+SAID = {
+    "captions, ROUGE-L": "natural_bbox2caption_rouge_l",
+    "kind": "bbox2caption_kind",
+    "kind, new combinations": "scenes-heldout/bbox2caption_kind",
+    "boxes, ACC@0.5": "natural_caption2bbox_acc50",
+    "ACC@0.75": "natural_caption2bbox_acc75",
 }
-BOXES: Columns = {
-    "boxes, ACC@0.5": at("adapt", "metrics", "natural_caption2bbox_acc50"),
-    "ACC@0.75": at("adapt", "metrics", "natural_caption2bbox_acc75"),
-}
-ALL = ENCODER | CAPTIONS | BOXES
-ONE_STEP = BOXES | {
+"""{title: metric} of what a model says after a stage."""
+ALL: Columns = ENCODER | {title: at("adapt", "metrics", metric) for title, metric in SAID.items()}
+STEP: Columns = {
+    **{title: ALL[title] for title in ("boxes, ACC@0.5", "ACC@0.75")},
     "ACC@0.9": at("adapt", "metrics", "natural_caption2bbox_acc90"),
     "mean IoU": at("adapt", "metrics", "natural_caption2bbox_miou"),
     "no box": at("adapt", "metrics", "natural_caption2bbox_unparsed"),
-    "captions, exact": CAPTIONS["exact"],
+    "captions, kind": ALL["kind"],
 }
 AUDIT: Columns = {
     "regions left out": share("left_out", "checked"),
     "wrong among them": share("wrong_left_out", "left_out"),
     "of all wrong ones": share("wrong_left_out", "wrong"),
 }
-PHOTOGRAPHS: Columns = {
-    "captions, ROUGE-L": at("photographs", "bbox2caption_rouge_l"),
-    "boxes, ACC@0.5": at("photographs", "caption2bbox_acc50"),
-    "mean IoU": at("photographs", "caption2bbox_miou"),
-}
 
 TABLES: dict[str, tuple[tuple[str, ...], Columns]] = {
-    "parts": ((WHOLE, RANDOM), ALL),
     "distillation": (
         (WHOLE, "no self-distillation", "lambda 0.3", "lambda 3", "alpha 0.9", "alpha 0.999",
-         "crops as fine as the image"), ALL,
+         "crops as fine as the image", "crops of four times the patches"), ALL,
     ),
     "questions": (
-        (WHOLE, "boxes as text", "boxes as text and region tokens", "no cell positions", "one question a sample"), ALL
+        (WHOLE, "boxes as location tokens", "boxes as location and region tokens", "no cell positions", ONE_QUESTION),
+        ALL,
     ),
     "tuned": ((WHOLE, "encoder tuned in stage 2"), ALL),
-    "scaling": (("1/8 of the images", "1/4 of the images", "1/2 of the images", WHOLE, "four times as wide"), ALL),
-    "one step": (("boxes token by token", "boxes in one step"), ONE_STEP),
-    "quality": (
-        ("1/4 of the images", "10 % wrong", "10 % wrong, audited", "30 % wrong", "30 % wrong, audited"), AUDIT | ALL
-    ),
-    "photographs": ((WHOLE, RANDOM), PHOTOGRAPHS),
+    "scaling": (("1/8 of the images", PART, "1/2 of the images", WHOLE, "four times as wide"), ALL),
+    "one step": (("boxes token by token", ONE_STEP), STEP),
+    "quality": ((PART, "10 % wrong", "10 % wrong, audited", "30 % wrong", "30 % wrong, audited"), AUDIT | ALL),
 }  # fmt: skip
-"""{the name in the markers: (the variants, the columns)} of a table."""
+"""{the name in the markers: (the variants, the columns)} of a table; the first variant is what the others are held to
+in the figure, but in that of scaling."""
+LONG_RANDOM = "a random encoder, all steps in stage 2"
 
-GROUPS = {
-    "stage 1": (WHOLE, RANDOM),
-    "self-distillation": TABLES["distillation"][0][1:],
-    "questions": TABLES["questions"][0][1:],
-    "stage 2": (TABLES["tuned"][0][1],),
-    "stage 2, twice as long": TABLES["one step"][0],
-    "data and width": (*TABLES["scaling"][0][:3], TABLES["scaling"][0][4]),
-    "captions, on 1/4 of the images": TABLES["quality"][0][1:],
+GROUPS: dict[str, tuple[str, Sequence[str]]] = {
+    "stage 1": (WHOLE, (RANDOM, LONG_RANDOM)),
+    "self-distillation": (WHOLE, TABLES["distillation"][0][1:]),
+    "questions": (WHOLE, TABLES["questions"][0][1:]),
+    "encoder in stage 2": (WHOLE, TABLES["tuned"][0][1:]),
+    "data and width": (WHOLE, ("1/8 of the images", PART, "1/2 of the images", "four times as wide")),
+    "boxes, stage 2 twice as long": ("boxes token by token", (ONE_STEP,)),
+    "wrong captions, 1/4 of the images": (PART, TABLES["quality"][0][1:]),
 }
-"""{heading: its variants}: the figure's lines from top to bottom."""
+"""{heading: (what the others are held to, the others)}: the figure's lines from top to bottom."""
 PANELS: Columns = {
-    "kind of a region, linear probe\nof the encoder's features": ENCODER["kind, linear"],
-    "captions that are right\nword for word": CAPTIONS["exact"],
-    "boxes with an IoU\nof 0.5 or more": BOXES["boxes, ACC@0.5"],
+    "a region's kind: linear probe\nof the encoder's features": ENCODER["kind, linear"],
+    "captions that name\nthe kind right": ALL["kind"],
+    "boxes with an IoU\nof 0.5 or more": ALL["boxes, ACC@0.5"],
 }
 
 
-def kept(size: str = "small") -> list[Row]:
-    """The rows of a size, with that of the data."""
+def runs_of(variant: str, size: str = "small") -> list[Row]:
+    """The rows of a variant; "floors" is of the data."""
     path = RESULTS / "evidence.json"
-    return [row for row in json.loads(path.read_text()) if row["size"] == size] if path.exists() else []
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return [row for row in rows if row["size"] == size and row["variant"] == variant]
 
 
-def runs_of(variant: str) -> list[Row]:
-    return [row for row in kept() if row["variant"] == variant]
-
-
-def figures(rows: list[Row], figure: Callable[[Row], float | None]) -> list[float]:
+def figures(rows: Sequence[Row], figure: Figure) -> list[float]:
     return [value for row in rows if (value := figure(row)) is not None]
 
 
+def cells(rows: Sequence[Row], columns: Columns) -> list[str]:
+    """The mean and range of each figure."""
+    return [spread(figures(rows, figure)) for figure in columns.values()]
+
+
+def source(rows: Sequence[Row]) -> str:
+    devices, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit"))
+    return f"Per cent, mean of the seeds (lowest to highest): {devices}, commit {commits}, `python bench/evidence.py`."
+
+
 def table(name: str) -> list[str]:
-    """A line a variant: its seeds, and the mean and range of each figure."""
+    """A line a variant."""
     variants, columns = TABLES[name]
     runs = {variant: rows for variant in variants if (rows := runs_of(variant))}
     if not runs:
         return [NOT_YET]
+    lines = [[variant, str(len(rows)), *cells(rows, columns)] for variant, rows in runs.items()]
+    return [*markdown(["", "seeds", *columns], lines), "", source([row for rows in runs.values() for row in rows])]
+
+
+def probe() -> list[str]:
+    """What features tell of regions before and after stage 1, beside plain pixels."""
+    before, after = runs_of(RANDOM), runs_of(WHOLE)
+    if not before or not after:
+        return [NOT_YET]
+    titles = {"linear": "linear", "knn": "neighbours"}
+    columns = {
+        f"{what}, {title}": f"{what} {way}" for what in ("colour", "pattern", "kind") for way, title in titles.items()
+    }
     lines = []
-    for variant, rows in runs.items():
-        cells = [spread(figures(rows, figure)) for figure in columns.values()]
-        lines.append([variant, str(len(rows)), *cells])
-    lines += [[label, "", *cells] for label, cells in CONTROLS.get(name, dict)().items()]
-    rows = [row for rows in runs.values() for row in rows]
-    devices, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit"))
-    where = f"Mean of the seeds (lowest to highest): {devices}, commit {commits}, `python bench/evidence.py`."
-    return [*markdown(["per cent", "seeds", *columns], lines), "", where]
+    for grid, vectors, pixels in (("1x1", "one vector", "mean colour"), ("7x7", "7 x 7 vectors", "7 x 7 pixels")):
+        for label, rows, encoder in (
+            ("before stage 1", before, "probe"), ("after stage 1", after, "probe"), (pixels, after[:1], "pixels"),
+        ):  # fmt: skip
+            of = {title: at("encoder", encoder, f"{name} {grid}") for title, name in columns.items()}
+            lines.append([vectors, label, *cells(rows, of)])
+    counts = after[0]["encoder"]["counts"]
+    return [
+        *markdown(["of a box", "features", *columns], lines),
+        "",
+        f"{source([*before, *after])} {counts['train']['regions']:,} regions to learn from, "
+        f"{counts['test']['regions']:,} to tell.",
+    ]
+
+
+def parts() -> list[str]:
+    """The method without its stages."""
+    whole, columns = runs_of(WHOLE), {title: at("metrics", metric) for title, metric in SAID.items()}
+    lines = []
+    for label, rows, stage in (
+        ("after stage 1", whole, "pretrain"), ("after stage 2", whole, "adapt"),
+        ("stage 2 alone, on a random encoder", runs_of(RANDOM), "adapt"),
+        ("the same with stage 1's steps, too", runs_of(LONG_RANDOM), "adapt"),
+    ):  # fmt: skip
+        if rows:
+            lines.append([label, str(len(rows)), *cells([row[stage] for row in rows], columns)])
+    if not lines:
+        return [NOT_YET]
+    lines.append(["best guess without the image", "", *(best("floors", metric) for metric in SAID.values())])
+    return [*markdown(["", "seeds", *columns], lines), "", source(whole)]
 
 
 def best(of: str, metric: str) -> str:
@@ -139,60 +179,57 @@ def best(of: str, metric: str) -> str:
     return spread(sorted(known)[-1:])
 
 
-def guesses() -> dict[str, list[str]]:
-    """What the box's plain pixels tell, and guesses without the image."""
-    pixels = [figures(runs_of(RANDOM), at("encoder", "pixels", f"{what} 1x1"))[:1]
-              for what in ("pattern linear", "kind linear", "kind knn")]  # fmt: skip
-    metrics = ("bbox2caption_rouge_l", "bbox2caption_exact", "caption2bbox_acc50", "caption2bbox_acc75")
-    return {
-        "the mean colour of a box": [*map(spread, pixels), *[""] * len(metrics)],
-        "best guess without the image": [""] * 3 + [best("floors", f"natural_{name}") for name in metrics],
-    }
+def photographs() -> list[str]:
+    """What is said of pictures that are not drawn."""
+    metrics = {
+        "captions, ROUGE-L": "natural_bbox2caption_rouge_l", "boxes, ACC@0.5": "natural_caption2bbox_acc50",
+        "mean IoU": "natural_caption2bbox_miou",
+    }  # fmt: skip
+    runs = {WHOLE: runs_of(WHOLE), "a random encoder": runs_of(RANDOM)}
+    if not all(runs.values()):
+        return [NOT_YET]
+    columns = {title: at("photographs", metric) for title, metric in metrics.items()}
+    lines = [[label, str(len(rows)), *cells(rows, columns)] for label, rows in runs.items()]
+    guesses = [best("floors_photographs", metric) for metric in metrics.values()]
+    lines.append(["best guess without the image", "", *guesses])
+    return [*markdown(["", "seeds", *columns], lines), "", source([row for rows in runs.values() for row in rows])]
 
 
-def guesses_of_photographs() -> dict[str, list[str]]:
-    metrics = ("bbox2caption_rouge_l", "caption2bbox_acc50", "caption2bbox_miou")
-    return {"best guess without the image": [best("floors_photographs", metric) for metric in metrics]}
-
-
-CONTROLS = {"parts": guesses, "photographs": guesses_of_photographs}
-"""{a table: what makes its further lines}."""
-
-
-def regions() -> list[str]:
-    """How much each model of the scaling table learnt from."""
+def asked() -> list[str]:
+    """How much was learnt from: as many steps hold more or fewer questions."""
     lines = []
-    for variant in TABLES["scaling"][0]:
+    for variant in (*TABLES["scaling"][0], *TABLES["questions"][0][1:]):
         for row in runs_of(variant)[:1]:
-            seen = [row[stage]["regions_seen"] for stage in ("pretrain", "adapt")]
-            lines.append([variant, *(f"{number:,}" for number in (row["regions"], *seen))])
+            numbers = [row["regions"], *(row[stage]["regions_asked"] for stage in ("pretrain", "adapt"))]
+            lines.append([variant, *(f"{number:,}" for number in numbers)])
     if not lines:
         return [NOT_YET]
-    return markdown(["", "regions in the data", "learnt from in stage 1", "in stage 2"], lines)
+    return markdown(["", "regions in the data", "questions about them in stage 1", "in stage 2"], lines)
 
 
 def pace() -> list[str]:
-    """What packing the questions saves."""
-    paces = {stage: figures(runs_of("one question a sample"), at(f"{stage}_pace")) for stage in ("pretrain", "adapt")}
-    if not paces["pretrain"]:
+    """What one question a sample costs, beside all of an image's."""
+    rows = runs_of(ONE_QUESTION)
+    paces = [spread(figures(rows, at(f"{stage}_pace")), 1, 2) for stage in ("pretrain", "adapt")]
+    if not rows:
         return [NOT_YET]
-    seen = [
-        f"{fmean(figures(runs_of(name), at('pretrain', 'regions_seen'))):,.0f}"
-        for name in (WHOLE, "one question a sample")
+    each = [
+        f"{fmean(figures(of, at('pretrain', 'regions_asked'))) / fmean(figures(of, at('pretrain', 'images'))):.1f}"
+        for of in (runs_of(WHOLE), rows)
     ]
     return [
-        f"A step of one question a sample takes {spread(paces['pretrain'], 1, 2)} of a packed one's CPU time in "
-        f"stage 1, {spread(paces['adapt'], 1, 2)} in stage 2. In the time of {seen[0]} regions in stage 1 it learns "
-        f"from {seen[1]}."
+        f"Of an image {each[0]} regions are asked about at once in stage 1, here {each[1]}. A step takes "
+        f"{paces[0]} of the whole method's time in stage 1, {paces[1]} in stage 2; it has as many steps as take that "
+        "time."
     ]
 
 
 def speed() -> list[str]:
     """How fast boxes are told."""
-    rows = runs_of("boxes in one step")
-    ways = {way: figures(rows, at("boxes_a_second", way)) for way in ("one step", "token by token")}
-    if not ways["one step"]:
+    rows = runs_of(ONE_STEP)
+    if not rows:
         return [NOT_YET]
+    ways = {way: figures(rows, at("boxes_a_second", way)) for way in ("one step", "token by token")}
     ratio = [a / b for a, b in zip(*ways.values(), strict=True)]
     return [
         f"On one thread of the CPU, images encoded before: {spread(ways['one step'], 1, 0)} boxes a second in one "
@@ -201,41 +238,44 @@ def speed() -> list[str]:
 
 
 def plot(path: Path) -> None:
-    """Three figures of every variant: a dot a seed, a line their mean, and a band from the whole method's lowest seed
-    to its highest."""
+    """Three figures of every variant: a dot a seed, a line their mean, and a band over a group's lines from the lowest
+    to the highest seed of what they are held to."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    lines: list[tuple[str, str | None]] = []  # a heading, or a variant's name twice
-    for heading, variants in GROUPS.items():
-        measured = [(variant, variant) for variant in variants if runs_of(variant)]
-        lines += [(heading, None), *measured] if measured else []
-    if not lines:
+    labels: list[tuple[str, bool]] = []  # of lines; whether it is a heading
+    groups: list[tuple[str, dict[int, str]]] = []  # what is the measure, and {line: variant}
+    for heading, (measure, others) in GROUPS.items():
+        measured = [variant for variant in others if runs_of(variant)]
+        if measured and runs_of(measure):
+            labels.append((heading, True))
+            lines = dict(enumerate((measure, *measured), len(labels)))
+            labels += [(variant, False) for variant in lines.values()]
+            groups.append((measure, lines))
+    if not groups:
         return
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 0.9 + 0.2 * len(lines)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 0.9 + 0.2 * len(labels)), sharey=True, layout="constrained")
     for axis, (title, of) in zip(axes, PANELS.items(), strict=True):
-        whole = [100 * value for value in figures(runs_of(WHOLE), of)]
-        if whole:
-            axis.axvspan(min(whole), max(whole), color="#c7d2fe", linewidth=0)
-        for place, (_, variant) in enumerate(lines):
-            if variant is None:
-                continue
-            values = [100 * value for value in figures(runs_of(variant), of)]
-            axis.plot(values, [place] * len(values), "o", color="#3730a3", markersize=4, alpha=0.8)
-            if values:
-                axis.plot([fmean(values)] * 2, [place - 0.35, place + 0.35], color="#3730a3", linewidth=1.5)
+        for measure, lines in groups:
+            band = [100 * value for value in figures(runs_of(measure), of)]
+            axis.fill_betweenx(
+                [min(lines) - 0.5, max(lines) + 0.5], min(band), max(band), color="#c7d2fe", linewidth=0.8
+            )
+            for line, variant in lines.items():
+                values = [100 * value for value in figures(runs_of(variant), of)]
+                axis.plot(values, [line] * len(values), "o", color="#3730a3", markersize=4, alpha=0.8)
+                axis.plot([fmean(values)] * 2, [line - 0.35, line + 0.35], color="#3730a3", linewidth=1.5)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("per cent", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color="#e2e8f0", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(len(lines) - 0.3, -0.7)
-    for label, (_, variant) in zip(
-        axes[0].set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8), lines, strict=True
-    ):
-        label.label1.set_fontweight("normal" if variant else "bold")
+    axes[0].set_ylim(len(labels) - 0.3, -0.7)
+    ticks = axes[0].set_yticks(range(len(labels)), [label for label, _ in labels], fontsize=8)
+    for tick, (_, heading) in zip(ticks, labels, strict=True):
+        tick.label1.set_fontweight("bold" if heading else "normal")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -62,29 +62,42 @@ def test_a_row_says_what_the_audit_left_out_and_is_not_trained_twice(evidence, m
 
 
 def test_tables_show_means_and_ranges(tables, tmp_path):
-    def row(variant, seed, kind, exact):
+    def row(variant, seed, kind, said):
+        metrics = {"bbox2caption_kind": said, "natural_caption2bbox_acc50": 0.5}
+        stage = {"metrics": metrics, "regions_asked": 1234, "images": 617}
         return {
-            "size": "small", "variant": variant, "seed": seed, "device": "a CPU", "commit": "abc",
-            "encoder": {"probe": {"kind linear 1x1": kind}, "pixels": {"kind linear 1x1": 0.2}},
-            "adapt": {"metrics": {"natural_bbox2caption_exact": exact}},
+            "size": "small", "variant": variant, "seed": seed, "device": "a CPU", "commit": "abc", "regions": 1000,
+            "encoder": {
+                "probe": {"kind linear 1x1": kind}, "pixels": {"kind linear 1x1": 0.2},
+                "counts": {"train": {"regions": 5}, "test": {"regions": 6}},
+            },
+            "pretrain": stage, "adapt": stage, "pretrain_pace": 0.5, "adapt_pace": 0.25,
         }  # fmt: skip
 
-    guesses = {"blind": {"natural_bbox2caption_exact": 0.01}, "mean_box": {"natural_caption2bbox_acc50": 0.02}}
+    guesses = {"blind": {"bbox2caption_kind": 0.01}, "mean_box": {"natural_caption2bbox_acc50": 0.02}}
     floors = {"size": "small", "variant": "floors", "floors": guesses, "device": "counted", "commit": "abc"}
     rows = [row(tables.WHOLE, 0, 0.5, 0.3), row(tables.WHOLE, 1, 0.7, 0.2), row(tables.RANDOM, 0, 0.1, 0.0), floors]
+    rows += [row(tables.ONE_QUESTION, 0, 0.4, 0.1), row("no self-distillation", 0, 0.3, 0.2)]
     (tmp_path / "evidence.json").write_text(json.dumps(rows))
-    lines = tables.table("parts")
-    assert any(line.startswith(f"| {tables.WHOLE} | 2 |  | 60.0 (50.0 to 70.0) |") for line in lines)
-    assert any(line.startswith(f"| {tables.RANDOM} | 1 |  | 10.0 |") and "| 0.0 |" in line for line in lines)
-    assert any("mean colour" in line and "20.0" in line for line in lines)
-    assert any("best guess" in line and "| 1.0 | 2.0 |" in line for line in lines)
-    assert "commit abc" in lines[-1]
-    assert tables.table("quality") == [tables.NOT_YET] == tables.speed() == tables.pace()
+    lines = tables.table("questions")
+    kinds = "60.0 (50.0 to 70.0) |  |  | 25.0 (20.0 to 30.0)"
+    assert f"| {tables.WHOLE} | 2 | {kinds} |  | 50.0 (50.0 to 50.0) |  |" in lines
+    assert "abc" in lines[-1] and "boxes as location tokens" not in "".join(lines)
+    lines = tables.probe()
+    assert "| one vector | before stage 1 |  |  |  |  | 10.0 |  |" in lines
+    assert "| one vector | mean colour |  |  |  |  | 20.0 |  |" in lines and "5 regions" in lines[-1]
+    lines = tables.parts()
+    assert "| stage 2 alone, on a random encoder | 1 |  | 0.0 |  | 50.0 |  |" in lines
+    assert "| best guess without the image |  |  | 1.0 |  | 2.0 |  |" in lines
+    assert "| the whole method | 1,000 | 1,234 | 1,234 |" in tables.asked()
+    assert "0.50" in tables.pace()[0] and "0.25" in tables.pace()[0]
+    assert tables.table("quality") == [tables.NOT_YET] == tables.speed()
     tables.plot(tmp_path / "evidence.png")
     assert (tmp_path / "evidence.png").stat().st_size > 1000
 
 
 def test_without_rows_it_says_so(tables, tmp_path):
-    assert {tuple(tables.table(name)) for name in tables.TABLES} == {(tables.NOT_YET,)}
+    others = [tables.probe(), tables.parts(), tables.asked(), tables.pace(), tables.speed(), tables.photographs()]
+    assert all(lines == [tables.NOT_YET] for lines in [*map(tables.table, tables.TABLES), *others])
     tables.plot(tmp_path / "evidence.png")
     assert not (tmp_path / "evidence.png").exists()
