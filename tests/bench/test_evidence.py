@@ -90,6 +90,7 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
     assert "| stage 2 alone, on a random encoder | 1 |  | 0.0 |  | 50.0 |  |" in lines
     assert "| best guess without the image |  |  | 1.0 |  | 2.0 |  |" in lines
     assert "| the whole method | 1,000 | 1,234 | 1,234 |" in tables.asked()
+    assert "10 % of cases before stage 1, in 60 % after" in tables.summary()[0] and "2 seeds" in tables.summary()[-1]
     assert "0.50" in tables.pace()[0] and "0.25" in tables.pace()[0]
     assert tables.table("quality") == [tables.NOT_YET] == tables.speed()
     tables.plot(tmp_path / "evidence.png")
@@ -97,7 +98,8 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
 
 
 def test_without_rows_it_says_so(tables, tmp_path):
-    others = [tables.probe(), tables.parts(), tables.asked(), tables.pace(), tables.speed(), tables.photographs()]
-    assert all(lines == [tables.NOT_YET] for lines in [*map(tables.table, tables.TABLES), *others])
+    others = ("probe", "parts", "asked", "pace", "speed", "photographs", "summary")
+    made = [*map(tables.table, tables.TABLES), *(getattr(tables, name)() for name in others)]
+    assert all(lines == [tables.NOT_YET] for lines in made)
     tables.plot(tmp_path / "evidence.png")
     assert not (tmp_path / "evidence.png").exists()
