@@ -92,15 +92,16 @@ SIZES = {
 @dataclass(frozen=True)
 class Variant:
     """A change of one thing. flags: of `python -m granvit.train`; of_size: those that Size has of this name. part:
-    train on every so-manieth image. wrong: the share of captions that are swapped for another image's; audited: those
-    that the model trained on them doubts are left out, and it is trained anew. longer: so many times the steps of stage
-    2. all_steps: those of stage 1 are taken in stage 2. equal_time: as many steps as take the whole method's time."""
+    train on every so-manieth image. wrong: the share of captions that are swapped for another image's; audited_by: the
+    model trained on them ("itself"), or one trained on other images of which as many captions are wrong ("another");
+    what it doubts is left out, and the model trained anew. longer: so many times the steps of stage 2. all_steps: those
+    of stage 1 are taken in stage 2. equal_time: as many steps as take the whole method's time."""
 
     flags: str = ""
     of_size: str = ""
     part: int = 1
     wrong: float = 0.0
-    audited: bool = False
+    audited_by: str = ""
     longer: int = 1
     all_steps: bool = False
     equal_time: bool = False
@@ -137,9 +138,10 @@ PARTS: dict[str, dict[str, Variant]] = {
     },
     "quality": {
         "10 % wrong": Variant(wrong=0.1),
-        "10 % wrong, audited": Variant(wrong=0.1, audited=True),
+        "10 % wrong, audited": Variant(wrong=0.1, audited_by="another"),
         "30 % wrong": Variant(wrong=0.3),
-        "30 % wrong, audited": Variant(wrong=0.3, audited=True),
+        "30 % wrong, audited": Variant(wrong=0.3, audited_by="another"),
+        "30 % wrong, audited by itself": Variant(wrong=0.3, audited_by="itself"),
     },
 }
 """The row of the whole method stands beside those of scaling, as all images; that of 1/4 of the images beside those of
@@ -160,15 +162,15 @@ METRICS = (
 # ---- what is trained on ----
 
 
-def part_of(path: str, part: int, folder: Path) -> str:
-    """The dataset with every `part`th row of its training split, written once."""
+def part_of(path: str, part: int, folder: Path, first: int = 0) -> str:
+    """The dataset with every `part`th row of its training split from the row `first` on, written once."""
     if part == 1:
         return path
-    place = folder / f"part-{part}"
+    place = folder / "-".join(map(str, ("part", part, *([first] if first else []))))
     with locked(place):
         if not place.exists():
             rows = encoded(path)
-            write_dataset(place, {"train": (rows["train"][i] for i in range(0, len(rows["train"]), part)),
+            write_dataset(place, {"train": (rows["train"][i] for i in range(first, len(rows["train"]), part)),
                                   "test": rows["test"]})  # fmt: skip
     return str(place)
 
@@ -278,8 +280,8 @@ def flags_of(size: Size, variant: Variant) -> str:
     return " ".join(filter(None, (variant.flags, variant.of_size and getattr(size, variant.of_size))))
 
 
-def config_of(size: Size, variant: Variant, seed: int, folder: Path) -> TrainConfig:
-    """The configuration of a variant but for its data's faults."""
+def config_of(size: Size, variant: Variant, seed: int, folder: Path, first: int = 0) -> TrainConfig:
+    """The configuration of a variant but for its data's faults. first: as in `part_of`."""
     config = parse([*f"{size.flags} {flags_of(size, variant)} --seed {seed}".split()])
     stages = {name: replace(getattr(config, name), eval_every=0) for name in ("warmup", "pretrain", "adapt")}
     stages["adapt"] = replace(stages["adapt"], steps=stages["adapt"].steps * variant.longer)
@@ -287,8 +289,19 @@ def config_of(size: Size, variant: Variant, seed: int, folder: Path) -> TrainCon
         more = parse(size.flags.split()).pretrain.steps
         stages["adapt"] = replace(stages["adapt"], steps=stages["adapt"].steps + more)
     config = with_data(replace(config, control=False, trackers=(), **stages))
-    path = part_of(config.data.path, size.part if variant.wrong else variant.part, folder)
+    path = part_of(config.data.path, size.part if variant.wrong else variant.part, folder, first)
     return replace(config, data=replace(config.data, path=path, workers=0 if config.threads == 1 else 8))
+
+
+def faulty(
+    size: Size, variant: Variant, seed: int, folder: Path, first: int = 0
+) -> tuple[TrainConfig, str, set[tuple[str, int]]]:
+    """The configuration with its data's faults, the data's path, and which of its regions are wrong."""
+    config = config_of(size, variant, seed, folder, first)
+    place = folder / "-".join(map(str, ("wrong", variant.wrong, seed, *([first] if first else []))))
+    with locked(place):
+        path, wrong = with_wrong(config.data.path, variant.wrong, seed, place)
+    return replace(config, data=replace(config.data, path=path)), path, wrong
 
 
 def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -304,13 +317,11 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
         "flags": flags_of(size, variant),
     }
     if variant.wrong:
-        place = folder / f"wrong-{variant.wrong}-{seed}"
-        with locked(place):
-            path, wrong = with_wrong(config.data.path, variant.wrong, seed, place)
-        config = replace(config, data=replace(config.data, path=path))
-        if variant.audited:
-            place = folder / f"audited-{variant.wrong}-{seed}"
-            path, row["audit"] = audited(reached(config, (config.warmup, *config.stages), folder), path, wrong, place)
+        config, path, wrong = faulty(size, variant, seed, folder)
+        if variant.audited_by:
+            other = config if variant.audited_by == "itself" else faulty(size, variant, seed, folder, first=1)[0]
+            place = folder / f"audited-{variant.wrong}-{seed}-by-{variant.audited_by}"
+            path, row["audit"] = audited(reached(other, (other.warmup, *other.stages), folder), path, wrong, place)
             config = replace(config, data=replace(config.data, path=path))
     if variant.equal_time:
         whole = warm = config_of(size, Variant(), seed, folder)

@@ -26,7 +26,7 @@ def tables(monkeypatch, tmp_path):
 @pytest.mark.parametrize("size", ["small", "compact"])
 def test_every_variant_is_a_run_and_changes_something(evidence, monkeypatch, tmp_path, size):
     monkeypatch.setattr(evidence, "with_data", lambda config: config)
-    monkeypatch.setattr(evidence, "part_of", lambda path, part, folder: f"every {part}")
+    monkeypatch.setattr(evidence, "part_of", lambda path, part, folder, first: f"every {part}")
     variants = {name: variant for part in evidence.PARTS.values() for name, variant in part.items()}
     chosen = evidence.SIZES[size]
     configs = {name: evidence.config_of(chosen, variant, 0, tmp_path) for name, variant in variants.items()}
@@ -43,7 +43,7 @@ def test_a_row_says_what_the_audit_left_out_and_is_not_trained_twice(evidence, m
     few = "--threads 1 --device cpu --model.encoder-width 64 --model.encoder-layers 2 --model.llm-layers 2"
     steps = " ".join(f"--{stage}.steps {steps}" for stage, steps in (("warmup", 5), ("pretrain", 10), ("adapt", 5)))
     path = cached_sample(400, pages=0.05)
-    size = evidence.Size(f"smoke {few} {steps} --data.path {path}", "", "", asked=10, probed=200, part=4)
+    size = evidence.Size(f"smoke {few} {steps} --data.path {path}", "", "", asked=10, probed=200, part=8)
     monkeypatch.setitem(evidence.SIZES, "tiny", size)
     row = evidence.measured("tiny", "quality", "30 % wrong, audited", 0, tmp_path)
     audit = {name: sum(of[name] for of in row["audit"].values()) for name in row["audit"]["natural"]}
