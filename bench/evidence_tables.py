@@ -36,7 +36,7 @@ def at(*keys: str) -> Figure:
 
 def share(part: str, whole: str) -> Figure:
     """One of an audit's counts over another, of regions that are not text."""
-    return lambda row: row["audit"]["natural"][part] / row["audit"]["natural"][whole] if "audit" in row else None
+    return lambda row: row["audit"]["natural"][part] / row["audit"]["natural"][whole]
 
 
 ENCODER: Columns = {
@@ -75,28 +75,26 @@ TABLES: dict[str, tuple[tuple[str, ...], Columns]] = {
         ALL,
     ),
     "tuned": ((WHOLE, "encoder tuned in stage 2"), ALL),
-    "scaling": (("1/8 of the images", PART, "1/2 of the images", WHOLE, "four times as wide"), ALL),
+    "scaling": ((WHOLE, "1/8 of the images", PART, "1/2 of the images", "four times as wide"), ALL),
     "one step": (("boxes token by token", ONE_STEP), STEP),
     "quality": (
         (PART, "10 % wrong", "10 % wrong, audited", "30 % wrong", "30 % wrong, audited",
-         "30 % wrong, audited by itself"),
-        AUDIT | ALL,
+         "30 % wrong, audited by itself"), ALL,
     ),
 }  # fmt: skip
-"""{the name in the markers: (the variants, the columns)} of a table; the first variant is what the others are held to
-in the figure, but in that of scaling."""
+"""{the name in the markers: (the variants, the columns)} of a table. The others are held to the first variant."""
 LONG_RANDOM = "a random encoder, all steps in stage 2"
 
-GROUPS: dict[str, tuple[str, Sequence[str]]] = {
-    "stage 1": (WHOLE, (RANDOM, LONG_RANDOM)),
-    "self-distillation": (WHOLE, TABLES["distillation"][0][1:]),
-    "questions": (WHOLE, TABLES["questions"][0][1:]),
-    "encoder in stage 2": (WHOLE, TABLES["tuned"][0][1:]),
-    "data and width": (WHOLE, ("1/8 of the images", PART, "1/2 of the images", "four times as wide")),
-    "boxes, stage 2 twice as long": ("boxes token by token", (ONE_STEP,)),
-    "wrong captions, 1/4 of the images": (PART, TABLES["quality"][0][1:]),
+GROUPS: dict[str, tuple[str, ...]] = {
+    "stage 1": (WHOLE, RANDOM, LONG_RANDOM),
+    "self-distillation": TABLES["distillation"][0],
+    "questions": TABLES["questions"][0],
+    "encoder in stage 2": TABLES["tuned"][0],
+    "data and width": TABLES["scaling"][0],
+    "boxes, stage 2 twice as long": TABLES["one step"][0],
+    "wrong captions": TABLES["quality"][0],
 }
-"""{heading: (what the others are held to, the others)}: the figure's lines from top to bottom."""
+"""{heading: variants}: the figure's lines from top to bottom."""
 PANELS: Columns = {
     "a region's kind: linear probe\nof the encoder's features": ENCODER["kind, linear"],
     "captions that name\nthe kind right": ALL["kind"],
@@ -120,19 +118,52 @@ def cells(rows: Sequence[Row], columns: Columns) -> list[str]:
     return [spread(figures(rows, figure)) for figure in columns.values()]
 
 
+def differences(rows: Sequence[Row], measure: Sequence[Row], figure: Figure) -> list[float]:
+    """By how many points a variant's figure differs from that of the run of the same seed that it is held to."""
+    theirs = {row["seed"]: figure(row) for row in measure}
+    pairs = [(figure(row), theirs.get(row["seed"])) for row in rows]
+    return [100 * (mine - other) for mine, other in pairs if mine is not None and other is not None]
+
+
+def signed(points: Sequence[float]) -> str:
+    if not points:
+        return ""
+    mean, low, high = (f"{value:+.1f}" for value in (fmean(points), min(points), max(points)))
+    return mean if len(points) == 1 else f"{mean} ({low} to {high})"
+
+
 def source(rows: Sequence[Row]) -> str:
     devices, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit"))
-    return f"Per cent, mean of the seeds (lowest to highest): {devices}, commit {commits}, `python bench/evidence.py`."
+    return f"Mean of the seeds (lowest to highest): {devices}, commit {commits}, `python bench/evidence.py`."
 
 
 def table(name: str) -> list[str]:
-    """A line a variant."""
+    """What the first variant reaches, and a line for each other one: by how many points it differs."""
     variants, columns = TABLES[name]
-    runs = {variant: rows for variant in variants if (rows := runs_of(variant))}
-    if not runs:
+    measure, *others = (runs_of(variant) for variant in variants)
+    if not measure or not any(others):
         return [NOT_YET]
-    lines = [[variant, str(len(rows)), *cells(rows, columns)] for variant, rows in runs.items()]
-    return [*markdown(["", "seeds", *columns], lines), "", source([row for rows in runs.values() for row in rows])]
+    lines = [[f"{variants[0]}, per cent", str(len(measure)), *cells(measure, columns)]]
+    for variant, rows in zip(variants[1:], others, strict=True):
+        if rows:
+            points = (signed(differences(rows, measure, figure)) for figure in columns.values())
+            lines.append([variant, str(len(rows)), *points])
+    rows = [*measure, *(row for rows in others for row in rows)]
+    return [
+        *markdown(["", "seeds", *columns], lines), "",
+        f"Below the first line: points more or less than the first line's run of the same seed. {source(rows)}",
+    ]  # fmt: skip
+
+
+def audits() -> list[str]:
+    """How many wrong captions an audit left out."""
+    variants = TABLES["quality"][0][1:]
+    lines = [
+        [variant, str(len(rows)), *cells(rows, AUDIT)]
+        for variant in variants
+        if (rows := [row for row in runs_of(variant) if "audit" in row])
+    ]
+    return markdown(["per cent", "seeds", *AUDIT], lines) if lines else [NOT_YET]
 
 
 def probe() -> list[str]:
@@ -153,7 +184,7 @@ def probe() -> list[str]:
             lines.append([vectors, label, *cells(rows, of)])
     counts = after[0]["encoder"]["counts"]
     return [
-        *markdown(["of a box", "features", *columns], lines),
+        *markdown(["per cent", "features", *columns], lines),
         "",
         f"{source([*before, *after])} {counts['train']['regions']:,} regions to learn from, "
         f"{counts['test']['regions']:,} to tell.",
@@ -174,7 +205,7 @@ def parts() -> list[str]:
     if not lines:
         return [NOT_YET]
     lines.append(["best guess without the image", "", *(best("floors", metric) for metric in SAID.values())])
-    return [*markdown(["", "seeds", *columns], lines), "", source(whole)]
+    return [*markdown(["per cent", "seeds", *columns], lines), "", source(whole)]
 
 
 def best(of: str, metric: str) -> str:
@@ -201,7 +232,7 @@ def summary() -> list[str]:
         f"encoder {mean(random, said)} and {mean(random, box)}.",
         f"After twice the steps {mean(tokens, box)} of the boxes are found token by token, and {mean(step, box)} in "
         f"one step (`--model.parallel-boxes`), {spread([fmean(faster(step))], 1)} times as fast.",
-        f"Means of {len(whole)} seeds. Every part by itself, scaling, wrong captions: "
+        f"Seeds: {len(whole)}, of boxes in one step {len(step)}. Every part by itself, scaling, wrong captions: "
         "[docs/evidence.md](docs/evidence.md).",
     ]
 
@@ -224,7 +255,11 @@ def photographs() -> list[str]:
     lines = [[label, str(len(rows)), *cells(rows, columns)] for label, rows in runs.items()]
     guesses = [best("floors_photographs", metric) for metric in metrics.values()]
     lines.append(["best guess without the image", "", *guesses])
-    return [*markdown(["", "seeds", *columns], lines), "", source([row for rows in runs.values() for row in rows])]
+    return [
+        *markdown(["per cent", "seeds", *columns], lines),
+        "",
+        source([row for rows in runs.values() for row in rows]),
+    ]
 
 
 def asked() -> list[str]:
@@ -269,44 +304,38 @@ def speed() -> list[str]:
 
 
 def plot(path: Path) -> None:
-    """Three figures of every variant: a dot a seed, a line their mean, and a band over a group's lines from the lowest
-    to the highest seed of what they are held to."""
+    """Three figures of every variant: by how many points it differs from the first of its group, a dot a seed and a
+    line their mean."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    labels: list[tuple[str, bool]] = []  # of lines; whether it is a heading
-    groups: list[tuple[str, dict[int, str]]] = []  # what is the measure, and {line: variant}
-    for heading, (measure, others) in GROUPS.items():
-        measured = [variant for variant in others if runs_of(variant)]
-        if measured and runs_of(measure):
-            labels.append((heading, True))
-            lines = dict(enumerate((measure, *measured), len(labels)))
-            labels += [(variant, False) for variant in lines.values()]
-            groups.append((measure, lines))
-    if not groups:
+    lines: list[tuple[str, str | None]] = []  # (variant, what it is held to), or (heading, None)
+    for heading, (measure, *others) in GROUPS.items():
+        measured = [(variant, measure) for variant in others if runs_of(variant) and runs_of(measure)]
+        heading = heading if measure == WHOLE else f"{heading}, against {measure}"
+        lines += [(heading, None), *measured] if measured else []
+    if not lines:
         return
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 0.9 + 0.2 * len(labels)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 0.9 + 0.2 * len(lines)), sharey=True, layout="constrained")
     for axis, (title, of) in zip(axes, PANELS.items(), strict=True):
-        for measure, lines in groups:
-            band = [100 * value for value in figures(runs_of(measure), of)]
-            axis.fill_betweenx(
-                [min(lines) - 0.5, max(lines) + 0.5], min(band), max(band), color="#c7d2fe", linewidth=0.8
-            )
-            for line, variant in lines.items():
-                values = [100 * value for value in figures(runs_of(variant), of)]
-                axis.plot(values, [line] * len(values), "o", color="#3730a3", markersize=4, alpha=0.8)
-                axis.plot([fmean(values)] * 2, [line - 0.35, line + 0.35], color="#3730a3", linewidth=1.5)
+        axis.axvline(0, color="#64748b", linewidth=1)
+        for line, (variant, measure) in enumerate(lines):
+            if measure is None:
+                continue
+            points = differences(runs_of(variant), runs_of(measure), of)
+            axis.plot(points, [line] * len(points), "o", color="#3730a3", markersize=4, alpha=0.6)
+            axis.plot([fmean(points)] * 2, [line - 0.35, line + 0.35], color="#3730a3", linewidth=1.5)
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel("per cent", fontsize=8)
+        axis.set_xlabel("points more or less", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color="#e2e8f0", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(len(labels) - 0.3, -0.7)
-    ticks = axes[0].set_yticks(range(len(labels)), [label for label, _ in labels], fontsize=8)
-    for tick, (_, heading) in zip(ticks, labels, strict=True):
-        tick.label1.set_fontweight("bold" if heading else "normal")
+    axes[0].set_ylim(len(lines) - 0.3, -0.7)
+    ticks = axes[0].set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8)
+    for tick, (_, measure) in zip(ticks, lines, strict=True):
+        tick.label1.set_fontweight("normal" if measure else "bold")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -424,15 +424,25 @@ def probed() -> list[str]:
 
 
 FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
-    "README.md": {"picture": picture, "quick": quick, "benchmarks": benchmarks, "reached": reached},
+    "README.md": {
+        "picture": picture,
+        "quick": quick,
+        "benchmarks": benchmarks,
+        "reached": reached,
+        "evidence": evidence.summary,
+    },
     "docs/results.md": {"training": training},
     "docs/evaluation.md": {"whole": whole, "probe": probed, "public": public},
     "docs/training.md": {"choices": choices, "targets": targets, "crops": crops, "instruct": instruct},
     "docs/evidence.md": {
         **{name: partial(evidence.table, name) for name in evidence.TABLES},
-        "regions": evidence.regions,
+        "probe": evidence.probe,
+        "parts": evidence.parts,
+        "asked": evidence.asked,
         "pace": evidence.pace,
         "speed": evidence.speed,
+        "audits": evidence.audits,
+        "photographs": evidence.photographs,
     },
     "docs/kernels.md": {**{name: partial(tables_of, name) for name in OPERATORS}, "others": others},
 }

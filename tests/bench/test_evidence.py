@@ -83,7 +83,8 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
     (tmp_path / "evidence.json").write_text(json.dumps(rows))
     lines = tables.table("questions")
     kinds = "60.0 (50.0 to 70.0) |  |  | 25.0 (20.0 to 30.0)"
-    assert f"| {tables.WHOLE} | 2 | {kinds} |  | 50.0 (50.0 to 50.0) |  |" in lines
+    assert f"| {tables.WHOLE}, per cent | 2 | {kinds} |  | 50.0 (50.0 to 50.0) |  |" in lines
+    assert f"| {tables.ONE_QUESTION} | 1 | -10.0 |  |  | -20.0 |  | +0.0 |  |" in lines  # against seed 0 alone
     assert "abc" in lines[-1] and "boxes as location tokens" not in "".join(lines)
     lines = tables.probe()
     assert "| one vector | before stage 1 |  |  |  |  | 10.0 |  |" in lines
@@ -92,7 +93,7 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
     assert "| stage 2 alone, on a random encoder | 1 |  | 0.0 |  | 50.0 |  |" in lines
     assert "| best guess without the image |  |  | 1.0 |  | 2.0 |  |" in lines
     assert "| the whole method | 1,000 | 1,234 | 1,234 |" in tables.asked()
-    assert "10 % of cases before stage 1, in 60 % after" in tables.summary()[0] and "2 seeds" in tables.summary()[-1]
+    assert "10 % of cases before stage 1, in 60 % after" in tables.summary()[0] and "Seeds: 2, " in tables.summary()[-1]
     assert "0.50" in tables.pace()[0] and "0.25" in tables.pace()[0]
     assert tables.table("quality") == [tables.NOT_YET]
     assert "1.50 times" in tables.speed()[0] and "1.5 times" in tables.summary()[1]
@@ -101,7 +102,7 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
 
 
 def test_without_rows_it_says_so(tables, tmp_path):
-    others = ("probe", "parts", "asked", "pace", "speed", "photographs", "summary")
+    others = ("probe", "parts", "asked", "pace", "speed", "audits", "photographs", "summary")
     made = [*map(tables.table, tables.TABLES), *(getattr(tables, name)() for name in others)]
     assert all(lines == [tables.NOT_YET] for lines in made)
     tables.plot(tmp_path / "evidence.png")
