@@ -8,7 +8,7 @@ that have a beginning in common (the warm-up, stage 1) share it. What is cut off
 the folder.
 
 Size small: the model and data of the preset smoke, two thirds of its steps before stage 2 and a third more in it, each
-run on one thread, for a CPU: five hours of two cores. Size compact: that preset on a GPU (--jobs 1), for days.
+run on one thread, for a CPU: some six hours of two cores. Size compact: that preset on a GPU (--jobs 1), for days.
 """
 
 from __future__ import annotations
