@@ -256,6 +256,14 @@ def reached(config: TrainConfig, phases: tuple[Stage, ...], folder: Path, warm: 
     return run
 
 
+def seconds_now(device: torch.device) -> float:
+    """CPU time, which other processes do not lengthen; on a GPU the time when it has done its work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 def paces(configs: tuple[TrainConfig, TrainConfig], stage: str, folder: Path) -> list[float]:
     """Seconds of a step of each configuration's stage, its batch's making too: medians, taken by turns."""
     phases = []
@@ -268,11 +276,9 @@ def paces(configs: tuple[TrainConfig, TrainConfig], stage: str, folder: Path) ->
     seconds: list[list[float]] = [[], []]
     for _ in range(22):
         for (phase, batches), taken in zip(phases, seconds, strict=True):
-            began = time.perf_counter()
+            began = seconds_now(phase.device)
             phase.take(next(batches))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - began)
+            taken.append(seconds_now(phase.device) - began)
     return [median(taken[2:]) for taken in seconds]
 
 
@@ -417,9 +423,9 @@ def boxes_a_second(run: Run, number: int = 64, rounds: int = 7) -> dict[str, flo
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            began = time.perf_counter()
-            way().cpu()
-            seconds[name].append(time.perf_counter() - began)
+            began = seconds_now(run.device)
+            way()
+            seconds[name].append(seconds_now(run.device) - began)
     return {name: round(len(rows) / median(taken), 1) for name, taken in seconds.items()}
 
 
