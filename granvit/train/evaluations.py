@@ -85,23 +85,27 @@ class Evaluations:
         title = title or WHEN[when].format(stage.name)
         metrics = self.world.first(lambda: self._written(stage.name, step, when))
         if metrics is None:
-            metrics = self._measure(model, root, stage, step, when, blind, known, title)
+            began = time.perf_counter()
+            metrics, predictions = self._ask(model, root, stage, blind, known, title)
+            seconds = time.perf_counter() - began
+            if self.world.leads:
+                if predictions is not None:  # first, as what has its line is not done again
+                    names = {"before": "before", "after": stage.name}
+                    self._keep_predictions(names.get(when, f"{stage.name} {when}"), predictions)
+                    if when == "after":
+                        test = self.splits["test"]
+                        self.trackers.show(stage.name, step, "answers", lambda: draw_answers(predictions, test))
+                self.metrics.write(stage=stage.name, step=step, evaluation=when, **metrics, seconds=seconds)
         if metrics != known:  # else they were said at the end of the stage before
             self.console.evaluated(title, metrics)
         return metrics
 
-    def _measure(
-        self,
-        model: GranViT,
-        root: nn.Module | None,
-        stage: Stage,
-        step: int,
-        when: str,
-        blind: str | None,
-        known: dict[str, float] | None,
+    def _ask(
+        self, model: GranViT, root: nn.Module | None, stage: Stage, blind: str | None, known: dict[str, float] | None,
         title: str,
-    ) -> dict[str, float]:
-        began, limit, world = time.perf_counter(), self.config.data.eval_images, self.world
+    ) -> tuple[dict[str, float], list[dict] | None]:  # fmt: skip
+        """The metrics, and the answers about regions, if they were asked for."""
+        limit, world = self.config.data.eval_images, self.world
         metrics, predictions = dict(known or {}), None
         with autocast(self.config, self.device), eager():
             if known is None and "test" in self.splits:
@@ -117,16 +121,7 @@ class Evaluations:
                     metrics |= in_step(root, model, world, lambda world: score_chat(
                         model, self.processor, self.splits["chat_test"], self.config.data.capacity, blind, limit, world,
                     ))  # fmt: skip
-        seconds = time.perf_counter() - began
-        if world.leads:
-            if predictions is not None:  # first, as what has its line is not done again
-                names = {"before": "before", "after": stage.name}
-                self._keep_predictions(names.get(when, f"{stage.name} {when}"), predictions)
-                if when == "after":
-                    test = self.splits["test"]
-                    self.trackers.show(stage.name, step, "answers", lambda: draw_answers(predictions, test))
-            self.metrics.write(stage=stage.name, step=step, evaluation=when, **metrics, seconds=seconds)
-        return metrics
+        return metrics, predictions
 
     def _written(self, stage: str, step: int, when: str) -> dict[str, float] | None:
         """The metrics of the evaluation that metrics.jsonl holds under these names, or None."""
