@@ -166,7 +166,7 @@ def part_of(path: str, part: int, folder: Path, first: int = 0) -> str:
     """The dataset with every `part`th row of its training split from the row `first` on, written once."""
     if part == 1:
         return path
-    place = folder / "-".join(map(str, ("part", part, *([first] if first else []))))
+    place = folder / f"part-{part}-{first}"
     with locked(place):
         if not place.exists():
             rows = encoded(path)
@@ -236,6 +236,12 @@ def locked(place: Path) -> Iterator[None]:
         yield
 
 
+def opened(config: TrainConfig, place: Path) -> Run:
+    """A run that shows nothing of what it does."""
+    device = torch.device(default_device() if config.device == "auto" else config.device)
+    return Run(config, place, World(), device, Termination(), RunConsole(config, leads=False))
+
+
 def reached(config: TrainConfig, phases: tuple[Stage, ...], folder: Path, warm: TrainConfig | None = None) -> Run:
     """A run of which the phases are done. Runs that have the same ones share them: each phase has a folder whose name
     is made of all that it depends on. warm: what the warm-up, the first phase, is configured by, if by another."""
@@ -248,8 +254,7 @@ def reached(config: TrainConfig, phases: tuple[Stage, ...], folder: Path, warm: 
     known = json.dumps([decides, [asdict(phase) for phase in phases]], sort_keys=True)
     place = folder / f"{phases[-1].name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
     with locked(place):
-        device = torch.device(default_device() if config.device == "auto" else config.device)
-        run = Run(config, place, World(), device, Termination(), RunConsole(config, leads=False))
+        run = opened(config, place)
         if before is not None:
             load(before.checkpoints.final(phases[-2].name), model_tensors(run.model))
         run.phase(phases[-1])
@@ -268,9 +273,7 @@ def paces(configs: tuple[TrainConfig, TrainConfig], stage: str, folder: Path) ->
     """Seconds of a step of each configuration's stage, its batch's making too: medians, taken by turns."""
     phases = []
     for number, config in enumerate(configs):
-        device = torch.device(default_device() if config.device == "auto" else config.device)
-        place = folder / f"pace-{config.seed}-{number}"
-        run = Run(config, place, World(), device, Termination(), RunConsole(config, leads=False))
+        run = opened(config, folder / f"pace-{config.seed}-{number}")
         phase = run.new_phase(getattr(config, stage), run.model)
         phases.append((phase, phase.batches()))
     seconds: list[list[float]] = [[], []]
@@ -304,7 +307,7 @@ def faulty(
 ) -> tuple[TrainConfig, str, set[tuple[str, int]]]:
     """The configuration with its data's faults, the data's path, and which of its regions are wrong."""
     config = config_of(size, variant, seed, folder, first)
-    place = folder / "-".join(map(str, ("wrong", variant.wrong, seed, *([first] if first else []))))
+    place = folder / f"wrong-{variant.wrong}-{seed}-{first}"
     with locked(place):
         path, wrong = with_wrong(config.data.path, variant.wrong, seed, place)
     return replace(config, data=replace(config.data, path=path)), path, wrong

@@ -3,13 +3,12 @@ bench/readme.py."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from performance import RESULTS, markdown, spread
+from performance import kept, markdown, spread
 
 NOT_YET = "Not measured yet: `python bench/evidence.py`."
 WHOLE = "the whole method"
@@ -104,9 +103,7 @@ PANELS: Columns = {
 
 def runs_of(variant: str, size: str = "small") -> list[Row]:
     """The rows of a variant; "floors" is of the data."""
-    path = RESULTS / "evidence.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    return [row for row in rows if row["size"] == size and row["variant"] == variant]
+    return [row for row in kept("evidence.json") if row["size"] == size and row["variant"] == variant]
 
 
 def figures(rows: Sequence[Row], figure: Figure) -> list[float]:
@@ -123,13 +120,6 @@ def differences(rows: Sequence[Row], measure: Sequence[Row], figure: Figure) -> 
     theirs = {row["seed"]: figure(row) for row in measure}
     pairs = [(figure(row), theirs.get(row["seed"])) for row in rows]
     return [100 * (mine - other) for mine, other in pairs if mine is not None and other is not None]
-
-
-def signed(points: Sequence[float]) -> str:
-    if not points:
-        return ""
-    mean, low, high = (f"{value:+.1f}" for value in (fmean(points), min(points), max(points)))
-    return mean if len(points) == 1 else f"{mean} ({low} to {high})"
 
 
 def source(rows: Sequence[Row]) -> str:
@@ -159,7 +149,7 @@ def table(name: str) -> list[str]:
         label = f"the same, seed {' and '.join(map(str, sorted(seeds)))} alone"
         lines.append([label, str(len(seeds)), *cells([row for row in measure if row["seed"] in seeds], columns)])
     for variant, rows in others.items():
-        points = (signed(differences(rows, measure, figure)) for figure in columns.values())
+        points = (spread(differences(rows, measure, figure), 1, sign="+") for figure in columns.values())
         lines.append([variant, str(len(rows)), *points])
     return [
         *markdown(["", "seeds", *columns], lines), "",

@@ -3,6 +3,7 @@ makes of the kernels. Called by bench/readme.py."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,21 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
-    """Their mean, and the lowest and highest where there are several; nothing where there are none."""
+def spread(values: list[float], factor: float = 100, digits: int = 1, sign: str = "") -> str:
+    """Their mean, and the lowest and highest where there are several; nothing where there are none. sign: "+" writes
+    that of positive numbers, too."""
     if not values:
         return ""
     mean, low, high = (factor * x for x in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
+    form = f"{sign}.{digits}f"
+    return f"{mean:{form}}" + (f" ({low:{form}} to {high:{form}})" if len(values) > 1 else "")
+
+
+@functools.cache
+def kept(file: str) -> list[dict[str, Any]]:
+    """The rows of a result file, read once, none where it isn't there."""
+    path = RESULTS / file
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def gpu_results() -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import evidence_tables as evidence
 from operator_tables import OPERATORS, comparisons, cpu_rows, others, tables_of
-from performance import RESULTS, ROOT, gpu_results, is_rival, markdown, spread, write_performance
+from performance import RESULTS, ROOT, gpu_results, is_rival, kept, markdown, spread, write_performance
 
 from granvit.eval.metrics import SIZES
 
@@ -219,12 +219,6 @@ def variants(results: dict[str, Any]) -> list[str]:
 
 
 NOT_YET = "Not measured yet at three seeds."
-
-
-def kept(file: str) -> list[dict[str, Any]]:
-    """The rows of a result file, none where it isn't there."""
-    path = RESULTS / file
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 def choices() -> list[str]:

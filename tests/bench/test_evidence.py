@@ -18,9 +18,11 @@ def evidence(monkeypatch):
 @pytest.fixture
 def tables(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCH))
-    module = importlib.import_module("evidence_tables")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return module
+    performance = importlib.import_module("performance")
+    monkeypatch.setattr(performance, "RESULTS", tmp_path)
+    performance.kept.cache_clear()
+    yield importlib.import_module("evidence_tables")
+    performance.kept.cache_clear()  # the files of a test are gone
 
 
 @pytest.mark.parametrize("size", ["small", "compact"])
