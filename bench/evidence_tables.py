@@ -8,14 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from evidence_variants import LONG_RANDOM, ONE_QUESTION, ONE_STEP, PART, RANDOM, TOKENS, UNDISTILLED, WHOLE
 from performance import kept, markdown, spread
 
 NOT_YET = "Not measured yet: `python bench/evidence.py`."
-WHOLE = "the whole method"
-RANDOM = "no stage 1: a random encoder"
-ONE_QUESTION = "one question a sample"
-ONE_STEP = "boxes in one step"
-PART = "1/4 of the images"
 Row = dict[str, Any]
 Figure = Callable[[Row], "float | None"]
 Columns = dict[str, Figure]
@@ -66,7 +62,7 @@ AUDIT: Columns = {
 
 TABLES: dict[str, tuple[tuple[str, ...], Columns]] = {
     "distillation": (
-        (WHOLE, "no self-distillation", "lambda 0.3", "lambda 3", "alpha 0.9", "alpha 0.999",
+        (WHOLE, UNDISTILLED, "lambda 0.3", "lambda 3", "alpha 0.9", "alpha 0.999",
          "crops as fine as the image", "crops of four times the patches"), ALL,
     ),
     "questions": (
@@ -75,14 +71,13 @@ TABLES: dict[str, tuple[tuple[str, ...], Columns]] = {
     ),
     "tuned": ((WHOLE, "encoder tuned in stage 2"), ALL),
     "scaling": ((WHOLE, "1/8 of the images", PART, "1/2 of the images", "four times as wide"), ALL),
-    "one step": (("boxes token by token", ONE_STEP), STEP),
+    "one step": ((TOKENS, ONE_STEP), STEP),
     "quality": (
         (PART, "10 % wrong", "10 % wrong, audited", "30 % wrong", "30 % wrong, audited",
          "30 % wrong, audited by itself"), ALL,
     ),
 }  # fmt: skip
 """{the name in the markers: (the variants, the columns)} of a table. The others are held to the first variant."""
-LONG_RANDOM = "a random encoder, all steps in stage 2"
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "stage 1": (WHOLE, RANDOM, LONG_RANDOM),
@@ -223,7 +218,7 @@ def best(of: str, metric: str) -> str:
 
 def summary() -> list[str]:
     """What README says of it."""
-    variants = (WHOLE, RANDOM, "no self-distillation", "boxes token by token", ONE_STEP)
+    variants = (WHOLE, RANDOM, UNDISTILLED, TOKENS, ONE_STEP)
     whole, random, undistilled, tokens, step = map(runs_of, variants)
     if not all((whole, random, undistilled, tokens, step)):
         return [NOT_YET]
