@@ -76,20 +76,26 @@ def server() -> multiprocessing.context.BaseContext:
 
 def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = 400) -> None:
     """work(world, *arguments), of a helper's top level, in that many processes. Raises what one of them raises; fails
-    where they take longer, with the stacks of all."""
+    where they take longer, or one dies of a signal, with their stacks."""
     server()
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, environment()):
         ends = time.monotonic() + seconds
         context = mp.start_processes(
             _rank, (work, ranks, Path(folder), arguments), ranks, join=False, start_method="forkserver"
         )
-        while not context.join(max(0, ends - time.monotonic())):
-            if time.monotonic() > ends:
-                for process in context.processes:
-                    os.kill(process.pid, signal.SIGABRT)
-                time.sleep(2)
-                stacks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("stack-*")))
-                pytest.fail(f"{work.__name__} on {ranks} ranks: not over after {seconds} s\n{stacks}")
+        try:
+            while not context.join(max(0, ends - time.monotonic())):
+                if time.monotonic() > ends:
+                    for process in context.processes:
+                        os.kill(process.pid, signal.SIGABRT)
+                    time.sleep(2)
+                    _fail(f"{work.__name__} on {ranks} ranks: not over after {seconds} s", folder)
+        except mp.ProcessExitedException as died:  # without an exception, so that its stack is all it left
+            _fail(f"{work.__name__} on {ranks} ranks: {died}", folder)
+
+
+def _fail(said: str, folder: str) -> None:
+    pytest.fail("\n".join([said, *(path.read_text() for path in sorted(Path(folder).glob("stack-*")))]))
 
 
 def _rank(rank: int, work: Callable[..., None], ranks: int, folder: Path, arguments: tuple) -> None:
