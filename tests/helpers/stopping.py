@@ -2,8 +2,9 @@
 over and over, hit at each of the places in turn and then let run to its end.
 
 PLACES: places STAGE:STEP:SIGNAL[:WHO] separated by commas; it comes when that step has been taken (step "final": when
-the stage's final checkpoint is written). WHO: self; later, which is self at some moment of what comes next, for as long
-as the step took; parent (torchrun). Exit codes are printed. Under torchrun there is one place, and no run after it.
+the stage's final checkpoint is written). WHO: self; later, which is self at some moment of what comes next, until
+another step has been taken; parent (torchrun). Exit codes are printed. Under torchrun there is one place, and no run
+after it.
 """
 
 import os
@@ -42,15 +43,18 @@ def prepare(place: str) -> None:
 
         run.train_phase = after
         return
-    take = loop.Phase.take
+    take, timers = loop.Phase.take, []
 
     def at(phase, batches):
         began = time.perf_counter()
         take(phase, batches)
+        while timers:  # a first step takes as long as many others
+            timers.pop().join()
         if (phase.stage.name, phase.step) == (stage, int(step)):
             if who == "later":
                 seconds = random.random() * (time.perf_counter() - began)
-                threading.Timer(seconds, hit, ("self", number)).start()
+                timers.append(threading.Timer(seconds, hit, ("self", number)))
+                timers[0].start()
             else:
                 hit(who, number)
 
