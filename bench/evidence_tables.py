@@ -63,6 +63,7 @@ AUDIT: Columns = {
 TABLES: dict[str, tuple[tuple[str, ...], Columns]] = {
     "distillation": (
         (WHOLE, UNDISTILLED, "lambda 0.3", "lambda 3", "alpha 0.9", "alpha 0.999",
+         "target mse", "target cosine", "target layer_norm",
          "crops as fine as the image", "crops of four times the patches"), ALL,
     ),
     "questions": (

@@ -239,37 +239,6 @@ def choices() -> list[str]:
     ]
 
 
-def targets() -> list[str]:
-    """The targets of self-distillation at the size of the preset quick."""
-    return distilled("targets", "target")
-
-
-def crops() -> list[str]:
-    """The teacher's crops at the same size."""
-    return distilled("crops", "crops")
-
-
-def distilled(what: str, name: str) -> list[str]:
-    rows = kept(f"distillation_{what}.json")
-    if not rows:
-        return [NOT_YET]
-    shares = {"captions, ROUGE-L": "bbox2caption_rouge_l", "pattern": "bbox2caption_pattern"}
-    shares |= {"kind": "bbox2caption_kind", "boxes, ACC@0.5": "caption2bbox_acc50"}
-    table = []
-    for variant in dict.fromkeys(row[name] for row in rows):
-        runs = [row for row in rows if row[name] == variant]
-        cells = [spread([run[metric] for run in runs]) for metric in shares.values()]
-        cells += [spread([run["effective_rank"] for run in runs], 1, 1), spread([run["std"] for run in runs], 1, 2)]
-        table.append([variant, *cells])
-    seeds = len({row["seed"] for row in rows})
-    return [
-        *markdown([name, *shares, "effective rank", "standard deviation"], table),
-        "",
-        f"{seeds} seeds (lowest to highest), steps {' + '.join(map(str, rows[0]['steps']))}, per cent "
-        f"({rows[0]['device']}, commit {rows[0]['commit']}, `python bench/distillation.py {what}`).",
-    ]
-
-
 def instruct() -> list[str]:
     """What the chat template and the stage align are worth with a frozen Instruct model."""
     rows = kept("instruct.json")
@@ -427,7 +396,7 @@ FILES: dict[str, dict[str, Callable[[], list[str]]]] = {
     },
     "docs/results.md": {"training": training},
     "docs/evaluation.md": {"whole": whole, "probe": probed, "public": public},
-    "docs/training.md": {"choices": choices, "targets": targets, "crops": crops, "instruct": instruct},
+    "docs/training.md": {"choices": choices, "instruct": instruct},
     "docs/evidence.md": {
         **{name: partial(evidence.table, name) for name in evidence.TABLES},
         "probe": evidence.probe,
