@@ -1,7 +1,8 @@
 """Libraries that can do a part of a training step in PyTorch's place: flash-attn 2 and 3, and NVIDIA's apex.
 
-None is used unasked, as no measurement of ours shows one to be faster. GRANVIT_LIBRARIES names those to use, such as
-"flash-attn-3,apex". What is named and can't run is an error that says why.
+None is used unasked, as no measurement of ours shows one to be faster; but flash-attn-2 is where torch is older than
+2.11. GRANVIT_LIBRARIES names those to use, such as "flash-attn-3,apex". What is named and can't run is an error that
+says why.
 """
 
 from __future__ import annotations
