@@ -1,10 +1,8 @@
-"""The tables and the figure of docs/evidence.md, from bench/results/evidence.json (bench/evidence.py). Called by
-bench/readme.py."""
+"""The tables of docs/evidence.md, from bench/results/evidence.json (bench/evidence.py). Called by bench/readme.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -79,22 +77,6 @@ TABLES: dict[str, tuple[tuple[str, ...], Columns]] = {
     ),
 }  # fmt: skip
 """{the name in the markers: (the variants, the columns)} of a table. The others are held to the first variant."""
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "stage 1": (WHOLE, RANDOM, LONG_RANDOM),
-    "self-distillation": TABLES["distillation"][0],
-    "questions": TABLES["questions"][0],
-    "encoder in stage 2": TABLES["tuned"][0],
-    "data and width": TABLES["scaling"][0],
-    "boxes, stage 2 twice as long": TABLES["one step"][0],
-    "wrong captions": TABLES["quality"][0],
-}
-"""{heading: variants}: the figure's lines from top to bottom."""
-PANELS: Columns = {
-    "a region's kind: linear probe\nof the encoder's features": ENCODER["kind, linear"],
-    "captions that name\nthe kind right": ALL["kind"],
-    "boxes with an IoU\nof 0.5 or more": ALL["boxes, ACC@0.5"],
-}
 
 
 def runs_of(variant: str, size: str = "small") -> list[Row]:
@@ -307,41 +289,3 @@ def speed() -> list[str]:
         f"On one thread of the CPU, images encoded before: {spread(ways['one step'], 1, 0)} boxes a second in one "
         f"step, {spread(ways['token by token'], 1, 0)} token by token: {spread(faster(rows), 1, 2)} times as many."
     ]
-
-
-def plot(path: Path) -> None:
-    """Three figures of every variant: by how many points it differs from the first of its group, a dot a seed and a
-    line their mean."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    lines: list[tuple[str, str | None]] = []  # (variant, what it is held to), or (heading, None)
-    for heading, (measure, *others) in GROUPS.items():
-        measured = [(variant, measure) for variant in others if with_pair(runs_of(variant), runs_of(measure))]
-        heading = heading if measure == WHOLE else f"{heading}, against {measure}"
-        lines += [(heading, None), *measured] if measured else []
-    if not lines:
-        return
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 0.9 + 0.2 * len(lines)), sharey=True, layout="constrained")
-    for axis, (title, of) in zip(axes, PANELS.items(), strict=True):
-        axis.axvline(0, color="#64748b", linewidth=1)
-        for line, (variant, measure) in enumerate(lines):
-            if measure is None:
-                continue
-            points = differences(runs_of(variant), runs_of(measure), of)
-            axis.plot(points, [line] * len(points), "o", color="#3730a3", markersize=4, alpha=0.6)
-            axis.plot([fmean(points)] * 2, [line - 0.35, line + 0.35], color="#3730a3", linewidth=1.5)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("points more or less", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="x", color="#e2e8f0", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(len(lines) - 0.3, -0.7)
-    ticks = axes[0].set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8)
-    for tick, (_, measure) in zip(ticks, lines, strict=True):
-        tick.label1.set_fontweight("normal" if measure else "bold")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import evidence_figures
 import evidence_tables as evidence
 from operator_tables import OPERATORS, comparisons, cpu_rows, others, tables_of
 from performance import RESULTS, ROOT, gpu_results, is_rival, kept, markdown, spread, write_performance
@@ -30,7 +31,7 @@ def write() -> None:
             text = text[:begin] + "\n".join(table()) + "\n\n" + text[end:]
         path.write_text(text)
     write_performance()
-    evidence.plot(ROOT / "docs" / "figures" / "evidence.png")
+    evidence_figures.draw(ROOT / "docs" / "figures")
 
 
 # ---- the operators and the training step: bench/results/cpu-OPERATOR.json, DEVICE.json and DEVICE-training.json ----

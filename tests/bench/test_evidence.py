@@ -1,4 +1,4 @@
-"""bench/evidence.py at a size that runs in seconds, and the tables made of its rows."""
+"""bench/evidence.py at a size that runs in seconds, and the tables and figures made of its rows."""
 
 import importlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
+NO_ROWS = {f"evidence-{name}.png" for name in ("tuned", "quality", "scaling")}
 
 
 @pytest.fixture
@@ -99,13 +100,17 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
     assert "0.50" in tables.pace()[0] and "0.25" in tables.pace()[0]
     assert tables.table("quality") == [tables.NOT_YET]
     assert "1.50 times" in tables.speed()[0] and "1.5 times" in tables.summary()[1]
-    tables.plot(tmp_path / "evidence.png")
-    assert (tmp_path / "evidence.png").stat().st_size > 1000
+    drawn = importlib.import_module("evidence_figures")
+    drawn.draw(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"evidence-{n}.png" for n in drawn.FIGURES} - NO_ROWS
+    left, *_ = drawn.of_table("questions").axes
+    assert [label.get_text() for label in left.get_yticklabels()] == [tables.ONE_QUESTION]
+    assert left.lines[1].get_xdata() == pytest.approx([-10])  # against seed 0 alone; the first line is the mark at 0
 
 
 def test_without_rows_it_says_so(tables, tmp_path):
     others = ("probe", "parts", "asked", "pace", "speed", "audits", "photographs", "summary")
     made = [*map(tables.table, tables.TABLES), *(getattr(tables, name)() for name in others)]
     assert all(lines == [tables.NOT_YET] for lines in made)
-    tables.plot(tmp_path / "evidence.png")
-    assert not (tmp_path / "evidence.png").exists()
+    importlib.import_module("evidence_figures").draw(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
