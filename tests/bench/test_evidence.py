@@ -66,7 +66,7 @@ def test_a_row_says_what_the_audit_left_out_and_is_not_trained_twice(evidence, m
 
 def test_tables_show_means_and_ranges(tables, tmp_path):
     def row(variant, seed, kind, said):
-        metrics = {"bbox2caption_kind": said, "natural_caption2bbox_acc50": 0.5}
+        metrics = {"bbox2caption_kind": said, "natural_caption2bbox_acc50": 0.5, "natural_caption2bbox_acc75": 0.25}
         stage = {"metrics": metrics, "regions_asked": 1234, "images": 617}
         return {
             "size": "small", "variant": variant, "seed": seed, "device": "a CPU", "commit": "abc", "regions": 1000,
@@ -86,20 +86,20 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
     (tmp_path / "evidence.json").write_text(json.dumps(rows))
     lines = tables.table("questions")
     kinds = "60.0 (50.0 to 70.0) |  |  | 25.0 (20.0 to 30.0)"
-    assert f"| {tables.WHOLE}, per cent | 2 | {kinds} |  | 50.0 (50.0 to 50.0) |  |" in lines
-    assert f"| {tables.ONE_QUESTION} | 1 | -10.0 |  |  | -20.0 |  | +0.0 |  |" in lines  # against seed 0 alone
+    assert f"| {tables.WHOLE}, per cent | 2 | {kinds} |  | 50.0 (50.0 to 50.0) | 25.0 (25.0 to 25.0) |" in lines
+    assert f"| {tables.ONE_QUESTION} | 1 | -10.0 |  |  | -20.0 |  | +0.0 | +0.0 |" in lines  # against seed 0 alone
     assert "abc" in lines[-1] and "boxes as location tokens" not in "".join(lines)
     lines = tables.probe()
     assert "| one vector | before stage 1 |  |  |  |  | 10.0 |  |" in lines
     assert "| one vector | mean colour |  |  |  |  | 20.0 |  |" in lines and "5 regions" in lines[-1]
     lines = tables.parts()
-    assert "| stage 2 alone, on a random encoder | 1 |  | 0.0 |  | 50.0 |  |" in lines
+    assert "| stage 2 alone, on a random encoder | 1 |  | 0.0 |  | 50.0 | 25.0 |" in lines
     assert "| best guess without the image |  |  | 1.0 |  | 2.0 |  |" in lines
     assert "| the whole method | 1,000 | 1,234 | 1,234 |" in tables.asked()
     assert "10 % of cases before it, in 60 % after" in tables.summary()[0] and "Seeds: 2, " in tables.summary()[-1]
     assert "0.50" in tables.pace()[0] and "0.25" in tables.pace()[0]
     assert tables.table("quality") == [tables.NOT_YET]
-    assert "1.50 times" in tables.speed()[0] and "1.5 times" in tables.summary()[1]
+    assert "1.50 times" in tables.speed()[0] and "1.5 times" in tables.summary()[1] and "0.75 25 % and 25 %" in tables.summary()[1]
     drawn = importlib.import_module("evidence_figures")
     drawn.draw(tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {f"evidence-{n}.png" for n in drawn.FIGURES} - NO_ROWS
