@@ -47,7 +47,8 @@ def models_of(run: Path, config: TrainConfig, folder: Path) -> dict[str, Path]:
     sources = {TRAINED: run}
     places = {CONTROL: (run / "control", config.adapt), UNTRAINED: (run, config.warmup)}
     for name, (place, stage) in places.items():
-        written = checkpoints_of(place / "checkpoints", stage.name)
+        checkpoints = place / "checkpoints"
+        written = checkpoints_of(checkpoints, stage.name) if checkpoints.is_dir() else []
         if not written:
             raise ValueError(f"{place} has no checkpoint of the stage {stage.name}: {name} can't be measured")
         sources[name] = written[-1]

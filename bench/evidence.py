@@ -219,6 +219,11 @@ def faulty(
     return replace(config, data=replace(config.data, path=path)), path, wrong
 
 
+def warm_of(config: TrainConfig) -> tuple[Stage, ...]:
+    """The warm-up, where there is one."""
+    return (config.warmup,) if config.warmup.runs else ()
+
+
 def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> dict[str, Any]:
     """The row of a variant."""
     hush()
@@ -236,7 +241,7 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
         if variant.audited_by:
             other = config if variant.audited_by == "itself" else faulty(size, variant, seed, folder, first=1)[0]
             place = folder / f"audited-{variant.wrong}-{seed}-by-{variant.audited_by}"
-            path, row["audit"] = audited(reached(other, (other.warmup, *other.stages), folder), path, wrong, place)
+            path, row["audit"] = audited(reached(other, (*warm_of(other), *other.stages), folder), path, wrong, place)
             config = replace(config, data=replace(config.data, path=path))
     if variant.equal_time:
         whole = warm = config_of(size, Variant(), seed, folder)
@@ -246,7 +251,7 @@ def measured(size_name: str, part: str, name: str, seed: int, folder: Path) -> d
             steps = round(getattr(whole, stage).steps * theirs / mine)
             config = replace(config, **{stage: replace(getattr(config, stage), steps=steps)})
     row["regions"] = regions_of(GranDataset(config.data.path))
-    phases = (config.warmup,) if config.warmup.runs else ()
+    phases = warm_of(config)
     for stage in config.stages:
         phases = (*phases, stage)
         run = reached(config, phases, folder, warm)

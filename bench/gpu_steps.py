@@ -92,12 +92,15 @@ def operators(output: str, results: Path, commit: str, chosen: Callable[[dict], 
 
 def training(output: str, results: Path, commit: str) -> list[str]:
     rows = rows_of(results, "training", commit)
-    return [line for line in output.splitlines() if line.startswith("SKIPPED ") and not rows] + [
-        f"{row['shape']} {row['mode']} {'compiled' if row['compiled'] else 'eager'}, {row['provider']}: "
-        f"{1e3 * row['median']:.0f} ms, {row['regions_per_second']:.0f} regions/s"
-        + (f", MFU {row['mfu']:.2f}" if "mfu" in row else "")
-        for row in rows
-    ]
+    lines = [line for line in output.splitlines() if line.startswith("SKIPPED ") and not rows]
+    for row in rows:
+        case = f"{row['shape']} {row['mode']} {'compiled' if row['compiled'] else 'eager'}, {row['provider']}"
+        if "failed" in row:
+            lines.append(f"{case} failed")
+        else:
+            share = f", MFU {row['mfu']:.2f}" if "mfu" in row else ""
+            lines.append(f"{case}: {1e3 * row['median']:.0f} ms, {row['regions_per_second']:.0f} regions/s{share}")
+    return lines
 
 
 # ---- the steps ----

@@ -65,7 +65,8 @@ def main() -> None:
     for change in options.changes or CHANGES:
         config = parse([*CHANGES[change].split(), "--threads", "1", "--seed", str(options.seed)])
         path = str(cached_sample(config.data.images, pages=config.data.pages))
-        config = replace(config, data=replace(config.data, path=path, workers=0))
+        stages = {name: replace(getattr(config, name), eval_every=0) for name in ("warmup", "pretrain", "adapt")}
+        config = replace(config, data=replace(config.data, path=path, workers=0), **stages)
         with tempfile.TemporaryDirectory() as folder:
             run = Run(config, Path(folder), World(), torch.device("cpu"), Termination())
             for stage in (config.warmup, *config.stages):

@@ -100,7 +100,10 @@ def load(results: Path) -> dict[str, tuple[str, list[Prediction]]]:
     counted for."""
     devices = {}
     for path in sorted(results.glob("nvidia-*.json")):
-        rows = [row for row in json.loads(path.read_text()) if row.get("provider") == GRAPH]
+        rows = json.loads(path.read_text())
+        if not isinstance(rows, list):  # tuned launches
+            continue
+        rows = [row for row in rows if row.get("provider") == GRAPH]
         record = floors_of(path.stem, results)
         for chip in record["assumptions"]["chips"]:
             if rows and chip in rows[0]["device"]:

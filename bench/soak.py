@@ -108,6 +108,8 @@ def children() -> list[int]:
 
 if __name__ == "__main__":
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else STEPS
+    if steps <= 0 or steps % SAMPLES:
+        raise SystemExit(f"STEPS is {steps}; accepted are multiples of {SAMPLES}")
     with tempfile.TemporaryDirectory() as folder:
         measured = soak(Path(folder), steps)
     measured = {"commit": commit(), "device": device_name(), "torch": torch.__version__} | measured

@@ -38,7 +38,7 @@ def main() -> None:
     path = str(cached_sample(smoke.data.images, pages=smoke.data.pages))
     config = dataclasses.replace(
         smoke,
-        warmup=dataclasses.replace(smoke.warmup, steps=options.steps),
+        warmup=dataclasses.replace(smoke.warmup, steps=options.steps, eval_every=0),
         model=dataclasses.replace(smoke.model, llm=None),
         data=dataclasses.replace(smoke.data, path=path, workers=0),
         threads=options.threads,
@@ -47,14 +47,15 @@ def main() -> None:
         run = Run(config, Path(folder), World(), torch.device("cpu"), Termination())
         run.phase(config.warmup)
         lines = list(run.metrics.lines())
-    run.model.llm.half().save_pretrained(TOY_FOLDER)
-    train_tokenizer(training_text(run.splits["train"]), config.model.vocabulary).save_pretrained(TOY_FOLDER)
     made = {
         "command": f"python bench/warm_llm.py --steps {options.steps}", "commit": commit(), "device": device_name(),
         "warmup": dataclasses.asdict(config.warmup), "model": dataclasses.asdict(config.model),
         "data": {"images": config.data.images, "pages": config.data.pages},
-        "loss": fmean(line["loss"] for line in lines[-100:]), "seconds": sum(line["seconds"] for line in lines),
+        "loss": fmean(line["loss"] for line in lines[-100:] if "loss" in line),
+        "seconds": sum(line["seconds"] for line in lines),
     }  # fmt: skip
+    run.model.llm.half().save_pretrained(TOY_FOLDER)
+    train_tokenizer(training_text(run.splits["train"]), config.model.vocabulary).save_pretrained(TOY_FOLDER)
     (TOY_FOLDER / "made.json").write_text(json.dumps(made, indent=1) + "\n")
     print(f"{TOY_FOLDER}: loss {made['loss']:.3f} over the last 100 of {options.steps} steps")
 

@@ -1,4 +1,4 @@
-"""python bench/wheels.py: downloads the packages that a training run wants beside PyTorch and transformers to .whl/.
+"""python bench/wheels.py: downloads the packages that a training run wants, and the GPU machine has not, to .whl/.
 
 For Python 3.12 on Linux, x86-64, in the versions that are installed here. A machine without a network, whose Python has
 only what kernels want, gets them with the checkout: `python bench/gpu.py` unpacks them into build/gpu-packages

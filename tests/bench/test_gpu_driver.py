@@ -30,6 +30,16 @@ gpu = load("gpu")
 ABOUT = {"device": "a chip", "versions": {"torch": "2"}, "commit": "abc"}
 
 
+def test_training_s_figures_stand_also_where_a_peer_failed(tmp_path):
+    row = {"shape": "base", "mode": "pretrain", "compiled": False, "commit": "abc"}
+    ours = row | {"provider": "granvit", "median": 0.25, "regions_per_second": 480.0, "mfu": 0.4}
+    rows = [ours, row | {"provider": "a peer", "failed": "out of memory"}]
+    (tmp_path / "a-chip-training.json").write_text(json.dumps(rows))
+    assert steps.training("", tmp_path / "a-chip", "abc") == [
+        "base pretrain eager, granvit: 250 ms, 480 regions/s, MFU 0.40", "base pretrain eager, a peer failed",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
     """driver(arguments, steps) -> exit status; rows lie in tmp_path/a-chip-steps.json."""

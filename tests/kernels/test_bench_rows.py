@@ -287,6 +287,11 @@ def test_a_gpus_file_has_predictions_for_each_operator():
         assert {entry.operator for entry in table} == {"roi_gather", "region_attention", "pack_patches"}, device
 
 
+def test_a_gpus_tuned_launches_among_the_results_are_no_rows(tmp_path):
+    (tmp_path / "nvidia-h200-tuned.json").write_text('{"device": "NVIDIA H200", "launches": {}}')
+    assert importlib.import_module("predicted").load(tmp_path) == {}
+
+
 def test_counted_instructions_stand_beside_those_that_a_gpu_executed():
     predicted = importlib.import_module("predicted")
     trips = (("copy", 2), ("copy", 3), ("resample", 9))
