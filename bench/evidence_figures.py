@@ -20,10 +20,11 @@ from evidence_tables import (  # noqa: E402  (the backend has to be chosen first
     at,
     differences,
     figures,
+    probed,
     runs_of,
     with_pair,
 )
-from evidence_variants import ONE_STEP, PART, RANDOM, TOKENS, WHOLE  # noqa: E402
+from evidence_variants import ONE_STEP, PART, TOKENS, WHOLE  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -90,15 +91,11 @@ def of_table(name: str) -> Figure | None:
 
 def of_probe() -> Figure | None:
     """What a linear probe tells from features before and after stage 1, and from pixels."""
-    before, after = runs_of(RANDOM), runs_of(WHOLE)
-    lines: list[Line] = []
-    for grid, vectors, pixels in (("1x1", "one vector", "mean colour"), ("7x7", "7 x 7 vectors", "7 x 7 pixels")):
-        for label, rows, encoder in (
-            (f"{vectors}, before stage 1", before, "probe"), (f"{vectors}, after stage 1", after, "probe"),
-            (pixels, after[:1], "pixels"),
-        ):  # fmt: skip
-            if rows:
-                lines.append((label, percent(rows, encoder, grid)))
+    lines: list[Line] = [
+        (label if encoder == "pixels" else f"{vectors}, {label}", percent(rows, encoder, grid))
+        for vectors, label, rows, encoder, grid in probed()
+        if rows
+    ]
     return dots(["colour", "pattern", "kind"], lines, "per cent told right by a linear probe")
 
 

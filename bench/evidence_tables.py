@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -147,6 +147,15 @@ def audits() -> list[str]:
     return markdown(["per cent", "seeds", *AUDIT], lines) if lines else [NOT_YET]
 
 
+def probed() -> Iterator[tuple[str, str, list[Row], str, str]]:
+    """What was probed: vectors of a box, features, the runs, and under which names a run's row has them."""
+    before, after = runs_of(RANDOM), runs_of(WHOLE)
+    for grid, vectors, pixels in (("1x1", "one vector", "mean colour"), ("7x7", "7 x 7 vectors", "7 x 7 pixels")):
+        yield vectors, "before stage 1", before, "probe", grid
+        yield vectors, "after stage 1", after, "probe", grid
+        yield vectors, pixels, after[:1], "pixels", grid
+
+
 def probe() -> list[str]:
     """What features tell of regions before and after stage 1, beside plain pixels."""
     before, after = runs_of(RANDOM), runs_of(WHOLE)
@@ -157,12 +166,9 @@ def probe() -> list[str]:
         f"{what}, {title}": f"{what} {way}" for what in ("colour", "pattern", "kind") for way, title in titles.items()
     }
     lines = []
-    for grid, vectors, pixels in (("1x1", "one vector", "mean colour"), ("7x7", "7 x 7 vectors", "7 x 7 pixels")):
-        for label, rows, encoder in (
-            ("before stage 1", before, "probe"), ("after stage 1", after, "probe"), (pixels, after[:1], "pixels"),
-        ):  # fmt: skip
-            of = {title: at("encoder", encoder, f"{name} {grid}") for title, name in columns.items()}
-            lines.append([vectors, label, *cells(rows, of)])
+    for vectors, label, rows, encoder, grid in probed():
+        of = {title: at("encoder", encoder, f"{name} {grid}") for title, name in columns.items()}
+        lines.append([vectors, label, *cells(rows, of)])
     counts = after[0]["encoder"]["counts"]
     return [
         *markdown(["per cent", "features", *columns], lines),
