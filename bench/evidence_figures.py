@@ -7,26 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
-
-matplotlib.use("agg")
-from evidence_tables import (  # noqa: E402  (the backend has to be chosen first)
-    ALL,
-    ENCODER,
-    STEP,
-    TABLES,
-    Columns,
-    Row,
-    at,
-    differences,
-    figures,
-    probed,
-    runs_of,
-    with_pair,
-)
-from evidence_variants import ONE_STEP, PART, TOKENS, WHOLE  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import evidence_tables as tables
+from evidence_tables import ALL, ENCODER, STEP, TABLES, Columns, Row, at, differences, probed, runs_of, with_pair
+from evidence_variants import ONE_STEP, PARTS, TOKENS, WHOLE, WIDE
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 COLOUR, QUIET, GRID = "#3730a3", "#64748b", "#e2e8f0"
 PANELS: Columns = {
@@ -34,8 +19,8 @@ PANELS: Columns = {
     "captions that name\nthe kind right": ALL["kind"],
     "boxes with an IoU\nof 0.5 or more": ALL["boxes, ACC@0.5"],
 }
-SCALED = (("1/8 of the images", 1 / 8), (PART, 1 / 4), ("1/2 of the images", 1 / 2), (WHOLE, 1.0))
-WIDE = "four times as wide"
+SCALED = {name: 1 / variant.part for name, variant in PARTS["scaling"].items() if name != WIDE} | {WHOLE: 1.0}
+"""{variant: its share of the images}."""
 
 
 def draw(folder: Path) -> None:
@@ -92,15 +77,19 @@ def of_table(name: str) -> Figure | None:
 def of_probe() -> Figure | None:
     """What a linear probe tells from features before and after stage 1, and from pixels."""
     lines: list[Line] = [
-        (label if encoder == "pixels" else f"{vectors}, {label}", percent(rows, encoder, grid))
+        (label if encoder == "pixels" else f"{vectors}, {label}", told(rows, encoder, grid))
         for vectors, label, rows, encoder, grid in probed()
         if rows
     ]
     return dots(["colour", "pattern", "kind"], lines, "per cent told right by a linear probe")
 
 
-def percent(rows: Sequence[Row], encoder: str, grid: str) -> Callable[[str], Sequence[float]]:
-    return lambda what: [100 * v for v in figures(rows, at("encoder", encoder, f"{what} linear {grid}"))]
+def told(rows: Sequence[Row], encoder: str, grid: str) -> Callable[[str], Sequence[float]]:
+    return lambda what: percent(rows, at("encoder", encoder, f"{what} linear {grid}"))
+
+
+def percent(rows: Sequence[Row], figure: tables.Figure) -> list[float]:
+    return [100 * value for value in tables.figures(rows, figure)]
 
 
 def of_one_step() -> Figure | None:
@@ -109,7 +98,7 @@ def of_one_step() -> Figure | None:
               for title, figure in STEP.items() if "ACC@" in title}  # fmt: skip
 
     def line(rows: Sequence[Row]) -> Callable[[str], Sequence[float]]:
-        return lambda panel: [100 * value for value in figures(rows, panels[panel])]
+        return lambda panel: percent(rows, panels[panel])
 
     lines = [(variant, line(rows)) for variant in (TOKENS, ONE_STEP) if (rows := runs_of(variant))]
     return dots(list(panels), lines, "per cent of the boxes")
@@ -117,21 +106,22 @@ def of_one_step() -> Figure | None:
 
 def of_scaling() -> Figure | None:
     """What is reached with more of the images, and by a wider model with all."""
-    if not runs_of(SCALED[0][0]):
+    runs = {share: rows for name, share in SCALED.items() if (rows := runs_of(name))}
+    if not runs.keys() - {1.0}:
         return None
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, len(PANELS))
     for axis, (title, of) in zip(axes, PANELS.items(), strict=True):
-        known = [(share, [100 * v for v in figures(rows, of)]) for name, share in SCALED if (rows := runs_of(name))]
+        known = [(share, percent(rows, of)) for share, rows in runs.items()]
         for share, values in known:
             axis.plot([share] * len(values), values, "o", color=COLOUR, markersize=4, alpha=0.6)
         axis.plot([x for x, _ in known], [fmean(v) for _, v in known], color=COLOUR, linewidth=1.5)
-        wide = [100 * value for value in figures(runs_of(WIDE), of)]
+        wide = percent(runs_of(WIDE), of)
         axis.plot([1.0] * len(wide), wide, "D", color="#c2410c", markersize=5, label=WIDE)
         if wide:
             axis.legend(fontsize=8, loc="lower right", frameon=False)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([share for _, share in SCALED], ["1/8", "1/4", "1/2", "all"])
+        axis.set_xticks(list(SCALED.values()), ["1/8", "1/4", "1/2", "all"])
         axis.set_ylim(0, 1.1 * max(wide + [value for _, values in known for value in values]))
         dress(axis, f"{title}, %", "of the training images")
         axis.grid(color=GRID, linewidth=0.8)

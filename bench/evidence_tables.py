@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from evidence_variants import LONG_RANDOM, ONE_QUESTION, ONE_STEP, PART, RANDOM, TOKENS, UNDISTILLED, WHOLE
+from evidence_variants import LONG_RANDOM, ONE_QUESTION, ONE_STEP, PART, RANDOM, TOKENS, UNDISTILLED, WHOLE, WIDE
 from performance import kept, markdown, spread
 
 NOT_YET = "Not measured yet: `python bench/evidence.py`."
@@ -69,7 +69,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Columns]] = {
         ALL,
     ),
     "tuned": ((WHOLE, "encoder tuned in stage 2"), ALL),
-    "scaling": ((WHOLE, "1/8 of the images", PART, "1/2 of the images", "four times as wide"), ALL),
+    "scaling": ((WHOLE, "1/8 of the images", PART, "1/2 of the images", WIDE), ALL),
     "one step": ((TOKENS, ONE_STEP), STEP),
     "quality": (
         (PART, "10 % wrong", "10 % wrong, audited", "30 % wrong", "30 % wrong, audited",

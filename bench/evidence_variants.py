@@ -60,6 +60,7 @@ LONG_RANDOM = "a random encoder, all steps in stage 2"
 UNDISTILLED = "no self-distillation"
 ONE_QUESTION = "one question a sample"
 PART = "1/4 of the images"
+WIDE = "four times as wide"
 TOKENS = "boxes token by token"
 ONE_STEP = "boxes in one step"
 PARTS: dict[str, dict[str, Variant]] = {
@@ -87,7 +88,7 @@ PARTS: dict[str, dict[str, Variant]] = {
         "1/8 of the images": Variant(part=8),
         PART: Variant(part=4),
         "1/2 of the images": Variant(part=2),
-        "four times as wide": Variant(of_size="wide"),
+        WIDE: Variant(of_size="wide"),
     },
     "boxes": {
         TOKENS: Variant(longer=2),
