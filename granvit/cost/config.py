@@ -11,6 +11,8 @@ import tyro
 from granvit.train.presets import TrainConfig
 
 ASSUMED = "assumed, not measured"
+MOST_REGIONS = 10_000
+"""Of an image. Its questions are laid out to be counted."""
 SAMPLE_ROWS = 600
 """Of the sample set, where a run makes its own, so many pictures are drawn and looked at."""
 
@@ -55,6 +57,10 @@ class PlanConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it is above 0, and finite")
+        if self.regions > MOST_REGIONS * self.images:
+            raise ValueError(
+                f"regions is {self.regions:g} of {self.images:g} images; at most {MOST_REGIONS:,} an image are planned"
+            )
         if min(self.image_size) < 1:
             raise ValueError(f"image_size is {self.image_size}; height and width are at least 1")
         if not 0 < self.mfu <= 1:

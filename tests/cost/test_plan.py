@@ -190,6 +190,7 @@ def test_arguments():
     assert (plan.mfu, plan.run.model.llm, plan.run.data.path) == (0.5, "qwen2.5-1.5b", "somewhere")
     with pytest.raises(ValueError, match="there is no preset 'nothing'; there are quick"):
         parse(["nothing"])
-    for wrong in ({"mfu": 1.5}, {"device_gb": float("inf")}, {"prompt_tokens": -1}, {"image_size": (0, 5)}):
+    for wrong in ({"mfu": 1.5}, {"device_gb": float("inf")}, {"prompt_tokens": -1}, {"image_size": (0, 5)},
+                  {"regions": 1e9, "images": 10}):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
             PlanConfig(PRESETS["smoke"], **wrong)
