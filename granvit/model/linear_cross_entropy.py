@@ -33,7 +33,7 @@ def logits_of(hidden: Tensor, table: nn.Module, rows: int, more: Tensor) -> Tens
 
 def linear_cross_entropy(hidden: Tensor, table: nn.Module, rows: int, more: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy [A] of targets [A] (int64, in 0 to rows + M - 1) under `logits_of` hidden states [A, D], in float32
-    or, of float64, in float64.
+    or, of float64, in float64. In slices a target out of range gives NaN, which costs a GPU no wait.
 
     Logits of at most CHUNK bytes are made whole, which is fastest. So are those of a table that is not a plain linear
     layer, because its weight is sharded at that moment or the layer is wrapped.
@@ -76,13 +76,13 @@ class _Sliced(torch.autograd.Function):
         ctx: FunctionCtx, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, more: Tensor,
         rows: int, step: int,
     ) -> Tensor:  # fmt: skip
-        total = picked = None
+        total, picked = None, torch.nan  # of a target that is no row: F.cross_entropy would raise or end the process
         for first, table, where in _slices(rows, len(more), step):
             logits = _logits(hidden, (weight, more)[table][where], None if table else bias, where)
             place, inside = _place(targets, first, logits)
-            part_total, part_picked = logits.logsumexp(1, keepdim=True), logits.gather(1, place).where(inside, 0)
+            part_total = logits.logsumexp(1, keepdim=True)
             total = part_total if total is None else torch.logaddexp(total, part_total)
-            picked = part_picked if picked is None else picked + part_picked
+            picked = logits.gather(1, place).where(inside, picked)
         ctx.save_for_backward(hidden, targets, weight, bias, more, total)
         ctx.rows, ctx.step = rows, step
         return (total - picked).squeeze(1)

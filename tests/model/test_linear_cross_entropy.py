@@ -73,6 +73,15 @@ def graded(losses: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tenso
     return [losses, *torch.autograd.grad((weights * losses).sum(), [*leaves, weights])]
 
 
+@pytest.mark.parametrize("wrong", [-100, -1, 61])
+def test_in_slices_a_target_that_is_no_row_is_never_a_finite_loss(monkeypatch, wrong):
+    (*arguments, targets), _ = problem()
+    targets[3] = wrong
+    monkeypatch.setattr(lce, "CHUNK", 8 * 7 * len(targets))
+    losses = lce.linear_cross_entropy(*arguments, targets)
+    assert losses[3].isnan() and losses.isfinite().sum() == len(targets) - 1
+
+
 @pytest.mark.parametrize("step", [1, 7, 49])
 @pytest.mark.parametrize(("bias", "trained", "more"), [(True, True, 11), (False, False, 11), (False, True, 0)])
 def test_slices_of_any_size_are_exact(monkeypatch, step, bias, trained, more):
