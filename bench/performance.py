@@ -103,10 +103,7 @@ def performance() -> list[str]:
             ]
             head = ["operator", "mode", "workload", "provider", "microseconds", "ratio", "share of bandwidth"]
             head += ["host, microseconds a call"]
-            versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
-            commits = ", ".join(sorted({row["commit"] for row in rows}))
-            made = f"{versions}; commits {commits}, since which the kernels may have changed."
-            lines += [*markdown(head, table), "", made, ""]
+            lines += [*markdown(head, table), "", f"{made_with(rows)}, since which the kernels may have changed.", ""]
     record = json.loads((RESULTS / "aot.json").read_text())
     chosen = ["roi_gather bfloat16 channels=768 sampling_ratio=2", "region_attention bfloat16 queries=4 size=64"]
     chosen.append("region_pool bfloat16 queries=1 heads=16 size=1152")
@@ -123,7 +120,7 @@ def performance() -> list[str]:
     head += ["HGMMA", "HMMA", "tcgen05"]
     fields = ("case", "kernel", "arch", "registers", "spills", "shared", "warps", "hgmma", "hmma", "tcgen05")
     lines += markdown(head, [[str(row[field]).lstrip("_") for field in fields] for row in rows])
-    lines += ["", *floors(), *floors_and_clocks(), *steps_on_gpus()]
+    lines += ["", *floors(), *floors_and_clocks(), *steps_on_gpus(), *checked_on_gpus()]
     return [*lines, "![The rivals' times over ours](performance.png)"]
 
 
@@ -247,6 +244,40 @@ def steps_on_gpus() -> list[str]:
                 + [bound]
             )
     return [*lines, *(markdown(head, table) if table else [f"H100: {NOT_YET}."]), ""]
+
+
+def checked_on_gpus() -> list[str]:
+    """Errors against float64, and what compute-sanitizer found: DEVICE-accuracy.json, DEVICE-sanitizer.json."""
+    lines = ["## Correct on GPUs", ""]
+    lines += [
+        "A kernel's largest error against float64, as a share of what is allowed: twice the error of plain PyTorch in "
+        "the same dtype, and one eps of the dtype, of the largest value. `make gpu` fails where it is over 100 %.",
+        "",
+    ]
+    table, said = [], []
+    for path in sorted(RESULTS.glob("*-accuracy.json")):
+        rows = kept(path.name)
+        for row in rows:
+            share = f"{100 * row['share_of_allowed']:.0f} %"
+            table.append([row[key] for key in ("device", "operator", "case", "mode", "dtype", "backend")] + [share])
+        said.append(f"{rows[0]['device']}: {made_with(rows)}.")
+    head = ["device", "operator", "case", "mode", "dtype", "backend", "share of the allowed error"]
+    lines += markdown(head, table) if table else [f"H100: {NOT_YET}."]
+    for path in sorted(RESULTS.glob("*-sanitizer.json")):
+        rows = kept(path.name)
+        tools = {}
+        for row in rows:
+            tools.setdefault(row["operator"], []).append(row["tool"] + ("" if row["passed"] else " (failed)"))
+        found = "; ".join(f"{operator}: {', '.join(sorted(names))}" for operator, names in sorted(tools.items()))
+        nothing = "found nothing" if all(row["passed"] for row in rows) else "was run"
+        said.append(f"compute-sanitizer {nothing} on {rows[0]['device']} ({found}; {made_with(rows)}).")
+    return [*lines, "", *(line for text in said for line in (text, ""))]
+
+
+def made_with(rows: list[dict[str, Any]]) -> str:
+    """Versions and commits of measured rows."""
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    return f"{versions}; commits {', '.join(sorted({row['commit'] for row in rows}))}"
 
 
 def plot(path: Path) -> None:
