@@ -2,8 +2,8 @@
 
     python bench/audit.py RUN [--images N] [--data DIR] [--output FILE]
 
-RUN is a run's folder or a model's; the pictures are those of the sample set's test split, which the smoke preset has
-not trained on, or N of them. Of each variant of wrong captions 10 % are planted; the figures are areas under the ROC
+RUN is a run's folder or a model's, by whose name the result calls it; the pictures are those of the sample set's test
+split, which the smoke preset has not trained on, or N of them. Of each variant of wrong captions 10 % are planted; the figures are areas under the ROC
 curve, 0.5 being chance, of the score and of its parts.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
         "commit": commit(),
         "device": device_name(options.device),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, datasets)},
-        "model": "the smoke preset, 1 seed" if options.data is None else "",
+        "model": Path(options.model).resolve().name,
         "data": "sample set of 10000, test split" if options.data is None else Path(options.data).name,
         "images": len(samples),
         "share": SHARE,
