@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reported import made_summary
 
 from granvit.data.schema import FEATURES
 from granvit.toy.tiny import TinyLLM, TinyVision, build_tiny
@@ -54,3 +55,9 @@ def saved(tmp_path_factory):
     model.save_pretrained(export)
     processor.save_pretrained(export)
     return export.parent, model
+
+
+@pytest.fixture
+def summary(tmp_path, gran_rows):
+    """What a fabricated run found."""
+    return made_summary(tmp_path / "data", gran_rows)

@@ -1,137 +1,27 @@
 """The report of a fabricated run: what stands in it, and that nobody's captions run as code."""
 
 import base64
-import errno
 import io
 import json
 import re
 import shlex
 from html.parser import HTMLParser
 from importlib.resources import files
-from pathlib import Path
-from unittest.mock import Mock
 
 import datasets
 import pytest
 from PIL import Image
+from reported import HOSTILE, LEFT, LINES, PREDICTIONS, caption, lay_out, made_summary, metrics
 
 from granvit.data.mixture import open_split
 from granvit.data.page import as_data, shown
 from granvit.eval.curves import draw_curves, panels, smooth
 from granvit.eval.failures import failures
-from granvit.eval.intervals import bootstrap, wilson
-from granvit.eval.metrics import scored, summarise
+from granvit.eval.intervals import wilson
+from granvit.eval.metrics import summarise
 from granvit.eval.names import CONTROL_WORDS, FLOOR_WORDS, METRICS
 from granvit.eval.pictures import choose, compared, open_pictures
 from granvit.eval.report import write_report
-from granvit.eval.tables import attribute_metrics, headlines, size_metrics, table, tables
-
-LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]
-HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
-
-
-def caption(name, truth, answer, source="photos", kind="natural"):
-    base = {"id": name, "source": source, "kind": kind, "box": LEFT, "caption": truth}
-    return base | {"task": "bbox2caption", "answer": answer, "predicted_box": None}
-
-
-def box_answer(name, truth, box, source="photos", kind="natural"):
-    return caption(name, truth, "" if box else HOSTILE, source, kind) | {
-        "task": "caption2bbox",
-        "predicted_box": box,
-    }
-
-
-PREDICTIONS = {
-    "before": [
-        caption("a", "a red circle", "nothing much"),
-        box_answer("a", "a red circle", RIGHT),
-    ],
-    "pretrain": [
-        caption("a", "a red circle", "a red circle"),
-        caption("c", HOSTILE, "a blue square"),
-        caption("b", "Total 12", HOSTILE, "pages", "ocr"),
-    ],
-    "pretrain other_image": [caption("a", "a red circle", "said blindly")],
-    "adapt": [
-        box_answer("a", "a red circle", LEFT),
-        box_answer("c", HOSTILE, RIGHT),
-        box_answer("b", "Total 12", None, "pages", "ocr"),
-    ],
-}
-
-
-def metrics(caption_quality, box_quality):
-    return {"bbox2caption_rouge_l": caption_quality, "caption2bbox_acc50": box_quality}
-
-
-@pytest.fixture
-def summary(tmp_path, gran_rows):
-    return made_summary(tmp_path / "data", gran_rows)
-
-
-def made_summary(data, gran_rows):
-    """Of a run over a new dataset in the folder `data`."""
-    rows = [("a", [(LEFT, "a red circle", "natural")], "photos"), ("b", [(LEFT, "Total 12", "ocr")], "pages")]
-    rows.append(("c", [(LEFT, HOSTILE, "natural")], "photos"))
-    rows.append(("unasked", [(LEFT, "x", "natural")], "photos"))
-    datasets.DatasetDict({"test": gran_rows(rows)}).save_to_disk(data)
-    measured = summarise(PREDICTIONS["pretrain"] + PREDICTIONS["adapt"])
-    run = {
-        "seed": 0,
-        "stages": {
-            "pretrain": {"before": metrics(0.1, 0.0), "after": measured, "other_image": metrics(0.2, 0.0)},
-            "adapt": {"before": measured, "after": metrics(0.6, 0.3), "control": metrics(0.55, 0.2)},
-        },
-        "features": {"pretrain": {"effective_rank_before": 9.25, "effective_rank_after": 12.5}},
-    }
-    return {
-        "preset": "smoke",
-        "commit": "abc1234",
-        "device": HOSTILE,
-        "versions": {"torch": "2.13.0"},
-        "seconds": 90.0,
-        "peak_memory_mb": 2048.0,
-        "data": {"path": str(data)},
-        "floors": {"blind": metrics(0.25, 0.05), "whole_image": {"caption2bbox_acc50": 0.01}},
-        "runs": [run],
-        "mean": {"stages": run["stages"], "features": run["features"]},
-    }
-
-
-LINES = [
-    {"stage": "pretrain", "step": 0, "evaluation": "before", **metrics(0.1, 0.0)},
-    {
-        "stage": "pretrain",
-        "step": 1,
-        "loss": 3.0,
-        "loss_caption": 2.0,
-        "loss_distill": 1.0,
-        "features_effective_rank": 9.0,
-    },
-    {
-        "stage": "pretrain",
-        "step": 2,
-        "loss": 2.0,
-        "loss_caption": 1.5,
-        "loss_distill": 0.5,
-        "features_effective_rank": 9.5,
-    },
-    {"stage": "pretrain", "step": 2, "evaluation": "after", **metrics(0.4, 0.1)},
-    {"stage": "pretrain", "step": 2, "evaluation": "other_image", **metrics(0.2, 0.0)},
-    {"stage": "adapt", "step": 1, "loss": 1.0, "loss_caption": 1.0},
-    {"stage": "adapt", "step": 3, "evaluation": "after", **metrics(0.6, 0.3)},
-]
-
-
-def lay_out(run, summary, first=None):
-    """Write a run's files; the curves and predictions into the folder of its first seed, if there is one."""
-    for folder in (run, first or run):
-        (folder / "report").mkdir(parents=True, exist_ok=True)
-    (run / "report" / "summary.json").write_text(json.dumps(summary))
-    ((first or run) / "report" / "predictions.json").write_text(json.dumps(PREDICTIONS))
-    ((first or run) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    return run
 
 
 class Page(HTMLParser):
@@ -248,16 +138,6 @@ def test_a_run_of_several_seeds_shows_the_first_ones_curves_and_the_range(tmp_pa
     assert (run / "report" / "curves.png").is_file()
 
 
-def test_headlines_give_the_distance_to_what_sees_nothing(summary):
-    captions, boxes, kept = headlines(summary, {})
-    rouge = 100 * summary["mean"]["stages"]["pretrain"]["after"]["bbox2caption_rouge_l"]
-    distance = {other["who"]: other["distance"] for other in captions["against"]}
-    assert distance == pytest.approx({"blind floor": rouge - 25, "another image": rouge - 20})
-    assert boxes["value"] == 30 and boxes["against"][1]["who"] == "random encoder"
-    assert boxes["against"][1]["distance"] == pytest.approx(10)
-    assert kept["against"][0]["distance"] == pytest.approx(60 - rouge)
-
-
 def test_pictures_are_right_and_wrong_ones_of_every_source_with_their_number():
     right = [caption(f"r{i % 10}", "cat", "cat") for i in range(30)]
     wrong = [caption(f"w{i % 2}", "cat", "dog") for i in range(7)]
@@ -317,75 +197,6 @@ def test_smooth_starts_at_the_first_value_and_keeps_a_constant():
     assert smooth([1.0, 2.0])[1] == pytest.approx((0.09 * 1 + 0.1 * 2) / 0.19)
 
 
-@pytest.mark.parametrize("missing", ["metrics.jsonl", "report/summary.json", "report/predictions.json"])
-def test_an_unfinished_run_is_said(tmp_path, summary, missing):
-    run = lay_out(tmp_path / "run", summary)
-    (run / missing).unlink()
-    with pytest.raises(ValueError, match=f"no finished run: {missing} is missing"):
-        write_report(run)
-
-
-SUMMARY, ANSWERS = "report/summary.json", "report/predictions.json"
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        (SUMMARY, lambda text: text[:-9], "Expecting"),
-        (SUMMARY, lambda text: "[]", "it is [], not an object"),
-        (SUMMARY, lambda text: text.replace('"floors"', '"lost"'), "it has no floors"),
-        (SUMMARY, lambda text: text.replace('"runs": [', '"runs": [3, '), "runs[0] is 3, not an object"),
-        (SUMMARY, lambda text: text.replace('"control"', '"lost"', 1), "runs[0].stages.adapt has no control"),
-        (SUMMARY, lambda text: text.replace("0.01", "NaN"), "whole_image.caption2bbox_acc50 is nan, not a finite"),
-        (SUMMARY, lambda text: text.replace("0.25", "1e308"), "blind.bbox2caption_rouge_l is 1e+308, not"),
-        (SUMMARY, lambda text: text.replace("0.01", "1.5"), "whole_image.caption2bbox_acc50 is 1.5, not from 0 to 1"),
-        (ANSWERS, lambda text: text + "}", "Extra data"),
-        (ANSWERS, lambda text: '{"before": null}', "before is None, not a list"),
-        (ANSWERS, lambda text: text.replace('"answer"', '"lost"', 1), "before[0] has no answer"),
-        (ANSWERS, lambda text: text.replace("0.5", "NaN", 1), "before[0].box[2] is nan, not a finite number"),
-        (ANSWERS, lambda text: text.replace("[0.5, 0.0,", "[", 1), "before[1].predicted_box has 2 values, not 4"),
-        ("metrics.jsonl", lambda text: "3\n" + text, "line 1 is 3, not an object"),
-        ("metrics.jsonl", lambda text: text.replace('"step": 0', '"step": null', 1), "line 1.step is None, not"),
-    ],
-)
-def test_a_damaged_file_of_a_run_is_named(tmp_path, summary, name, change, message):
-    path = lay_out(tmp_path / "run", summary) / name
-    path.write_text(change(path.read_text()))
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged: .*{re.escape(message)}"):
-        write_report(tmp_path / "run")
-
-
-def test_a_cut_last_line_and_a_run_without_stages_have_a_report(tmp_path, summary, monkeypatch):
-    summary["runs"][0]["stages"] = summary["mean"]["stages"] = {}
-    run = lay_out(tmp_path / "run", summary)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"stage": "adapt", "step": 4, "evaluation": "during", **metrics(1e308, 0.5)}))
-        file.write('\n{"stage": "adapt", "st')
-    (run / "metrics.jsonl").write_bytes(b"\xff\n" + (run / "metrics.jsonl").read_bytes())  # a broken byte
-    page = write_report(run)
-    text = page.read_text(encoding="utf-8")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
-        patch.setattr(Path, "replace", Mock(side_effect=OSError(errno.EIO, "killed")))
-        write_report(run)
-    assert page.read_text(encoding="utf-8") == text
-
-
-def test_faults_of_rows_that_are_not_shown_end_no_report(tmp_path, summary, gran_rows):
-    """A run of a raised fault budget has kept to it; its report must not count again by another."""
-    shown = [("a", [(LEFT, "a red circle", "natural")], "photos"), ("b", [(LEFT, "Total 12", "ocr")], "pages")]
-    shown.append(("c", [(LEFT, HOSTILE, "natural")], "photos"))
-    broken = [("broken", [(LEFT, "x", "natural")], "photos")] * 5
-    datasets.DatasetDict({"test": gran_rows(broken + shown)}).save_to_disk(tmp_path / "faulty")
-    summary["data"]["path"] = str(tmp_path / "faulty")
-    assert write_report(lay_out(tmp_path / "run", summary)).is_file()
-
-
-def test_a_dataset_that_lacks_a_shown_image_is_named(tmp_path, summary):
-    run = lay_out(tmp_path / "run", summary)
-    strangers = {"pretrain": [caption("stranger", "x", "y")]}
-    (run / "report" / "predictions.json").write_text(json.dumps(strangers))
-    with pytest.raises(ValueError, match="has no test image 'stranger'"):
-        write_report(run)
 
 
 def test_pictures_are_those_of_a_predictions_dataset(tmp_path, gran_rows):
@@ -397,86 +208,6 @@ def test_pictures_are_those_of_a_predictions_dataset(tmp_path, gran_rows):
     test = open_split([str(tmp_path / name) for name in sizes], "test")
     images = open_pictures(test, {(name, "a") for name in sizes})
     assert {name: image.size for (name, _), image in images.items()} == sizes
-
-
-def test_attributes_and_sizes_have_tables(summary):
-    answers = [caption("a", "striped red ball", "red star", "scenes")]
-    answers.append(box_answer("a", "striped red ball", LEFT, "scenes"))
-    states = summary["mean"]["stages"]["pretrain"]
-    states["after"] = summarise(answers)
-    summary["floors"] = {"most_frequent_words": {"bbox2caption_colour": 0.2, "scenes/bbox2caption_colour": 0.2}}
-    scores = {("pretrain", "after"): scored(answers)}
-    attributes, sizes = (table(summary, "", make, scores) for make in (attribute_metrics(summary), size_metrics()))
-    assert attributes["heads"] == [["colour", 1], ["kind", 1], ["pattern", 1]]
-    assert sizes["heads"] == [["ACC@0.5, large", 1], ["mean IoU, large", 1]]  # all are not text
-    rows = {row["who"]: [cell["text"] for cell in row["cells"]] for row in attributes["rows"]}
-    assert rows["after stage 1"] == ["100.0", "0.0", "0.0"] and rows["most frequent words"] == ["20.0", "", ""]
-
-
-def test_cells_say_how_sure_they_are_and_no_bar_where_less_is_better(summary):
-    answers = [caption(f"{i}", "a cat", "a cat" if i % 2 else "dogs", "pages", "ocr") for i in range(10)]
-    made = {t["title"]: t for t in made_tables(summary, answers)}
-    (row,) = [row for row in made["Captions of boxes"]["rows"] if row["who"] == "after stage 1"]
-    rouge, *_, exact, _ = row["cells"]
-    assert made["Captions of boxes"]["columns"][0] == {"label": "all", "number": 10, "images": 10}
-    assert rouge["text"] == "50.0" and rouge["bar"] == 50 and rouge["value"] == 0.5
-    low, high = map(float, rouge["spread"].split(" to "))
-    assert 10 <= low < 50 < high <= 90 and exact["spread"] == rouge["spread"]  # each is right or wrong
-    assert made["Text regions, to the letter"]["heads"] == [["CER (less is better)", 1], ["to the letter", 1]]
-    cer, _ = made["Text regions, to the letter"]["rows"][-1]["cells"]
-    assert cer["bar"] == 0 and cer["text"]
-    boxes = made_tables(summary, [box_answer("a", "a cat", None)])[1]
-    assert boxes["heads"][-1] == ["unparsed (less is better)", 1]
-    unparsed = boxes["rows"][-1]["cells"][-1]
-    assert unparsed["bar"] == 0 and unparsed["text"] == "100.0"
-
-
-def made_tables(summary, answers):
-    """All of a report whose only stage ended with these answers."""
-    summary["mean"]["stages"] = {"pretrain": {"after": summarise(answers)}}
-    summary["runs"] = [{"seed": 0, "stages": summary["mean"]["stages"]}]
-    return tables(summary, {("pretrain", "after"): scored(answers)})
-
-
-def test_of_few_images_a_mean_has_no_interval_and_a_share_one_of_so_many_answers(summary):
-    answers = [caption(f"{i}", "a cat", "a dog" if i % 3 else "a cat") for i in range(9)] * 2
-    made = made_tables(summary, answers)[0]
-    rouge, *_, exact, _ = made["rows"][-1]["cells"]
-    assert rouge["spread"] == "" and made["columns"][0]["images"] == 9
-    assert exact["spread"] == "{:.1f} to {:.1f}".format(*(100 * end for end in wilson(1 / 3, 9)))
-
-
-@pytest.mark.parametrize(
-    ("right", "interval"), [(0.5, lambda scores: bootstrap(scores)), (1.0, lambda scores: wilson(1.0, 20))]
-)
-def test_alike_answers_about_an_image_make_a_share_no_surer(summary, right, interval):
-    """The headline too."""
-    answers = [box_answer(f"{i}", "a cat", LEFT if i < 20 * right else RIGHT) for i in range(20)] * 6
-    scores = {("adapt", "after"): scored(answers)}
-    summary["mean"]["stages"]["adapt"]["after"] = summary["runs"][0]["stages"]["adapt"]["after"] = summarise(answers)
-    wanted = "{:.1f} to {:.1f}".format(*(100 * end for end in interval(scores["adapt", "after"]["caption2bbox_acc50"])))
-    claim = next(claim for claim in headlines(summary, scores) if claim["unit"] == "ACC@0.5")
-    made = next(made for made in tables(summary, scores) if made["title"] == "Boxes of sentences")
-    shown = next(row for row in made["rows"] if row["who"] == "after stage 2")["cells"][0]["spread"]
-    assert claim["spread"] == shown == wanted and claim["number"] == 120
-
-
-def test_sources_of_equal_figures_keep_their_columns_and_a_column_of_the_same_answers_is_dropped(summary):
-    sources = {"cats": 4, "dogs": 8, "birds": 20}
-    answers = [caption(f"{s} {i}", "x", "x" if i % 2 else "y", s) for s, n in sources.items() for i in range(n)]
-    columns = made_tables(summary, answers)[0]["columns"]
-    rouge = [(column["label"], column["number"]) for column in columns][: len(columns) - 2]
-    assert rouge == [("all", 32), *sorted(sources.items())]  # "not text" is all
-    both = [caption("a", "x", "x"), caption("a", "x", "x", kind="ocr")]  # as many, of the same image and equal
-    assert [column["label"] for column in made_tables(summary, both)[0]["columns"][:3]] == ["all", "not text", "text"]
-
-
-def test_of_many_sources_those_of_the_most_questions_are_shown(summary):
-    answers = [caption("a", "a cat", "" if k else "a cat", f"source {i}") for i in range(12) for k in range(1 + i)]
-    wanted = sorted(f"source {i}" for i in range(4, 12))
-    shown = made_tables(summary, answers)[0]["columns"]
-    assert [column["label"] for column in shown if "source" in column["label"]] == wanted
-    assert [group["source"] for group in choose({"pretrain": answers})] == wanted
 
 
 def test_failures_say_what_is_mistaken_for_what():
