@@ -25,7 +25,8 @@ def spread(values: list[float], factor: float = 100, digits: int = 1, sign: str 
     that of positive numbers, too."""
     if not values:
         return ""
-    mean, low, high = (factor * x for x in (sum(values) / len(values), min(values), max(values)))
+    shown = (factor * x for x in (sum(values) / len(values), min(values), max(values)))
+    mean, low, high = (round(x, digits) + 0.0 for x in shown)  # + 0.0: no -0.0
     form = f"{sign}.{digits}f"
     return f"{mean:{form}}" + (f" ({low:{form}} to {high:{form}})" if len(values) > 1 else "")
 
