@@ -2,9 +2,9 @@
 
     python bench/audit.py RUN [--images N] [--data DIR] [--output FILE]
 
-RUN is a run's folder or a model's, by whose name the result calls it; the pictures are those of the sample set's test
-split, which the smoke preset has not trained on, or N of them. Of each variant of wrong captions 10 % are planted; the figures are areas under the ROC
-curve, 0.5 being chance, of the score and of its parts.
+RUN is a run's folder or a model's, by whose name the result calls it. The pictures are those of the sample set's test
+split, which the smoke preset has not trained on, or N of them. Of each variant of wrong captions 10 % are planted; the
+figures are areas under the ROC curve, 0.5 being chance, of the score and of its parts.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What each part of the method buys, repeated over seeds: the rows behind docs/evidence.md.
 
-    python bench/evidence.py [PART ...] [--size small|compact] [--seeds 3] [--jobs 2] [--folder runs/evidence]
+    python bench/evidence.py [PART ...] [--size small|compact] [--seeds N] [--jobs 2] [--folder runs/evidence]
 
 PART: ablation, scaling, boxes, quality; none: all. A variant is a run of the size's preset with some flags changed.
 Its row goes to bench/results/evidence.json as soon as it is there, and what the file has is not trained again. Runs
 that have a beginning in common (the warm-up, stage 1) share it. What is cut off goes on from its newest checkpoint in
-the folder.
+the folder. Ablation and boxes have three seeds, the others one, unless --seeds says otherwise.
 
 Size small: the model and data of the preset smoke, two thirds of its steps before stage 2 and a third more in it, each
 run on one thread, for a CPU: some six hours of two cores. Size compact: that preset on a GPU (--jobs 1), for days.
@@ -31,7 +31,7 @@ from typing import Any
 
 import datasets
 import torch
-from evidence_variants import PARTS, SIZES, Size, Variant, flags_of
+from evidence_variants import PARTS, SEEDS, SIZES, Size, Variant, flags_of
 from rich.progress import track
 from rows import Rows, provenance, results_folder
 
@@ -366,7 +366,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; none: all")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--seeds", type=int, default=3)
+    most = ", ".join(f"{number} of {part}" for part, number in SEEDS.items())
+    parser.add_argument("--seeds", type=int, help=f"of each part ({most})")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="checkpoints, and data made")
     options = parser.parse_args()
@@ -378,8 +379,9 @@ def main() -> None:
         rows.save(of_data(options.size, folder))
     todo = [
         (options.size, part, name, seed)
-        for seed in range(options.seeds)  # one seed of everything first
+        for seed in range(options.seeds or max(SEEDS.values()))  # one seed of everything first
         for part in options.parts or PARTS
+        if seed < (options.seeds or SEEDS[part])
         for name in PARTS[part]
         if not rows_of(rows, options.size, part, name, seed)
     ]

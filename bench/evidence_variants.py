@@ -104,6 +104,8 @@ PARTS: dict[str, dict[str, Variant]] = {
 }
 """The row of the whole method stands beside those of scaling, as all images; that of 1/4 of the images beside those of
 quality."""
+SEEDS = {"ablation": 3, "scaling": 1, "boxes": 3, "quality": 1}
+"""How many seeds each part is trained with, where nothing else is said: a night allows no more."""
 
 
 def flags_of(size: Size, variant: Variant) -> str:

@@ -37,6 +37,7 @@ def test_every_variant_is_a_run_and_changes_something(evidence, monkeypatch, tmp
     for name, config in configs.items():
         assert config != whole or variants[name].wrong or name == "boxes token by token", name
     assert configs["boxes token by token"].adapt.steps == 2 * whole.adapt.steps
+    assert evidence.SEEDS.keys() == evidence.PARTS.keys()
 
 
 @pytest.mark.slow
