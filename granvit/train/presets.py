@@ -136,7 +136,8 @@ class Distill:
 
     target: Literal["standardized", "layer_norm", "cosine", "mse"] = "standardized"
     alpha: float = 0.99
-    """The teacher's momentum: teacher <- alpha * teacher + (1 - alpha) * student (0.9 in the paper)."""
+    """The teacher's momentum: teacher <- alpha * teacher + (1 - alpha) * student. 0.9 in the paper; what 0.9, 0.99 and
+    0.999 are worth is in docs/evidence.md."""
     crop_tokens: int = 16
     """Patches of a crop, which keeps its box's aspect ratio: as many as fit, and more where the student's own grid has
     more cells under the box, so that the teacher always sees at least as finely. Unknown in the paper."""
