@@ -32,6 +32,12 @@ def share(part: str, whole: str) -> Figure:
     return lambda row: row["audit"]["natural"][part] / row["audit"]["natural"][whole]
 
 
+def right_left_out(row: Row) -> float:
+    """The share of the regions with right captions, not text, that an audit left out."""
+    of = row["audit"]["natural"]
+    return (of["left_out"] - of["wrong_left_out"]) / (of["checked"] - of["wrong"])
+
+
 ENCODER: Columns = {
     "kind, linear": at("encoder", "probe", "kind linear 1x1"),
     "kind, neighbours": at("encoder", "probe", "kind knn 1x1"),
@@ -56,6 +62,7 @@ AUDIT: Columns = {
     "regions left out": share("left_out", "checked"),
     "wrong among them": share("wrong_left_out", "left_out"),
     "of all wrong ones": share("wrong_left_out", "wrong"),
+    "of all right ones": right_left_out,
 }
 
 TABLES: dict[str, tuple[tuple[str, ...], Columns]] = {
