@@ -9,7 +9,7 @@ from statistics import fmean
 
 import evidence_tables as tables
 from evidence_tables import ALL, ENCODER, STEP, TABLES, Columns, Row, at, differences, probed, runs_of, with_pair
-from evidence_variants import ONE_STEP, PARTS, TOKENS, WHOLE, WIDE
+from evidence_variants import ONE_STEP, PART, PARTS, TOKENS, WHOLE, WIDE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -71,7 +71,8 @@ def of_table(name: str) -> Figure | None:
         return lambda panel: differences(rows, base, PANELS[panel])
 
     lines = [(variant, line(rows)) for variant in others if with_pair(rows := runs_of(variant), base)]
-    return dots(list(PANELS), lines, f"points more or less than {measure}", zero=True)
+    held_to = "with right captions" if measure == PART else measure
+    return dots(list(PANELS), lines, f"points more or less than {held_to}", zero=True)
 
 
 def of_probe() -> Figure | None:
@@ -105,10 +106,12 @@ def of_one_step() -> Figure | None:
 
 
 def of_scaling() -> Figure | None:
-    """What is reached with more of the images, and by a wider model with all."""
+    """What is reached with more of the images, and by a wider model with all: of seeds that all of them have."""
     runs = {share: rows for name, share in SCALED.items() if (rows := runs_of(name))}
     if not runs.keys() - {1.0}:
         return None
+    for rows in list(runs.values()):
+        runs = {share: with_pair(others, rows) for share, others in runs.items()}
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, len(PANELS))
     for axis, (title, of) in zip(axes, PANELS.items(), strict=True):

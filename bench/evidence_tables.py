@@ -231,11 +231,11 @@ def summary() -> list[str]:
         f"{mean(undistilled, kind)}. After a longer stage 2 captions name it in {mean(whole, said)} and "
         f"{spread(figures(whole, ALL[box]), digits=0)} % of the boxes are found; on a random encoder "
         f"{mean(random, said)} and {mean(random, box)}.",
-        f"After twice that {mean(tokens, box)} of the boxes are found token by token, and {mean(step, box)} in "
-        f"one step (`--model.parallel-boxes`); with an IoU of 0.75 {mean(tokens, close)} and {mean(step, close)}. One "
-        f"step is {spread([fmean(faster(step))], 1)} times as fast.",
-        f"Seeds: {len(whole)}, of boxes in one step {len(step)}. Ranges, and every part by itself, scaling, wrong "
-        "captions: [docs/evidence.md](docs/evidence.md).",
+        f"With twice the steps of stage 2 {mean(tokens, box)} of the boxes are found token by token, and "
+        f"{mean(step, box)} in one step (`--model.parallel-boxes`); with an IoU of 0.75 {mean(tokens, close)} and "
+        f"{mean(step, close)}. One step is {spread([fmean(faster(step))], 1)} times as fast.",
+        f"Means of {len(whole)} seeds; of boxes in one step, of {len(step)}. Ranges, and every part by itself, "
+        "scaling, wrong captions: [docs/evidence.md](docs/evidence.md).",
     ]
 
 
@@ -287,9 +287,9 @@ def pace() -> list[str]:
         for of in (runs_of(WHOLE), rows)
     ]
     return [
-        f"Of an image {each[0]} regions are asked about at once in stage 1, here {each[1]}. A step takes "
-        f"{paces[0]} of the whole method's time in stage 1, {paces[1]} in stage 2; it has as many steps as take that "
-        "time."
+        f"The whole method asks about {each[0]} regions of an image at once in stage 1, one question a sample about "
+        f"{each[1]}. Its steps take {paces[0]} times as long in stage 1, {paces[1]} times in stage 2, and it takes "
+        "fewer of them, so that it trains for as long."
     ]
 
 

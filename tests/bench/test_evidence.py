@@ -97,7 +97,7 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
     assert "| stage 2 alone, on a random encoder | 1 |  | 0.0 |  | 50.0 | 25.0 |" in lines
     assert "| best guess without the image |  |  | 1.0 |  | 2.0 |  |" in lines
     assert "| the whole method | 1,000 | 1,234 | 1,234 |" in tables.asked()
-    assert "10 % of cases before it, in 60 % after" in tables.summary()[0] and "Seeds: 2, " in tables.summary()[-1]
+    assert "10 % of cases before it, in 60 % after" in tables.summary()[0] and "of 2 seeds" in tables.summary()[-1]
     assert "0.50" in tables.pace()[0] and "0.25" in tables.pace()[0]
     assert tables.table("quality") == [tables.NOT_YET]
     assert "1.50 times" in tables.speed()[0] and "1.5 times" in tables.summary()[1]
