@@ -221,6 +221,8 @@ def summary() -> list[str]:
 
     tokens, step = with_pair(tokens, step), with_pair(step, tokens)
 
+    fewer = "" if len(step) == len(whole) else f"; of boxes in one step, of {len(step)}"
+
     def mean(rows: Sequence[Row], title: str) -> str:
         return f"{100 * fmean(figures(rows, ALL[title])):.0f} %"
 
@@ -234,7 +236,7 @@ def summary() -> list[str]:
         f"With twice the steps of stage 2 {mean(tokens, box)} of the boxes are found token by token, and "
         f"{mean(step, box)} in one step (`--model.parallel-boxes`); with an IoU of 0.75 {mean(tokens, close)} and "
         f"{mean(step, close)}. One step is {spread([fmean(faster(step))], 1)} times as fast.",
-        f"Means of {len(whole)} seeds; of boxes in one step, of {len(step)}. Ranges, and every part by itself, "
+        f"Means of {len(whole)} seeds{fewer}. Ranges, and every part by itself, "
         "scaling, wrong captions: [docs/evidence.md](docs/evidence.md).",
     ]
 
