@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # granvit need not be installed
 
 from gpu_steps import STEPS, TRAIN, TUNE, Step
-from rows import Rows
+from rows import Rows, versions_of
 from wheels import TARGET
 
 LINES, WIDTH = 60, 160
@@ -208,8 +208,8 @@ def table_of(rows: Sequence[dict[str, Any]], about: dict[str, Any], seconds: flo
         shorter = [i for i, lines in enumerate(figures) if len(lines) > shown[i]]
         if shorter:
             shown[min(shorter, key=shown.__getitem__)] += 1
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [f"{about['device']}, {versions}, {about['commit']}", f"{'step':<15}{'verdict':<15}{'s':>4}  figures"]
+    lines = [f"{about['device']}, {versions_of(about)}, {about['commit']}"]
+    lines += [f"{'step':<15}{'verdict':<15}{'s':>4}  figures"]
     for row, told, number in zip(rows, figures, shown, strict=True):
         verdict = row["verdict"] + (" before" if row.get("kept") else "")
         lines.append(f"{row['step']:<15}{verdict:<15}{row['seconds']:>4.0f}  {told[0]}"[:WIDTH].rstrip())

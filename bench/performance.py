@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rows import versions_of
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 NOT_YET = "not yet measured"
@@ -277,8 +279,7 @@ def checked_on_gpus() -> list[str]:
 
 def made_with(rows: list[dict[str, Any]]) -> str:
     """Versions and commits of measured rows."""
-    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
-    return f"{versions}; commits {', '.join(sorted({row['commit'] for row in rows}))}"
+    return f"{versions_of(rows[0])}; commits {', '.join(sorted({row['commit'] for row in rows}))}"
 
 
 def plot(path: Path) -> None:

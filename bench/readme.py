@@ -14,6 +14,7 @@ import evidence_figures
 import evidence_tables as evidence
 from operator_tables import OPERATORS, comparisons, cpu_rows, others, tables_of
 from performance import RESULTS, ROOT, gpu_results, is_rival, kept, markdown, spread, write_performance
+from rows import versions_of
 
 from granvit.eval.metrics import SIZES
 
@@ -265,7 +266,6 @@ def instruct() -> list[str]:
 def training() -> list[str]:
     default = default_run()
     minutes = default["seeds"][0]["seconds"] / 60
-    versions = ", ".join(f"{name} {version}" for name, version in default["versions"].items())
     return [
         f"The smoke preset, {len(default['seeds'])} seeds (mean, lowest to highest), {default['data']['evaluated']} "
         "test images that training never saw, in per cent.",
@@ -284,7 +284,7 @@ def training() -> list[str]:
         "",
         f"The first seed's training, control and evaluations took {minutes:.1f} minutes on two cores that had other "
         f"work, and at most {default['peak_memory_mb'] / 1024:.1f} GiB "
-        f"({default['device']}, {versions}, commit {default['commit']}); every figure is in "
+        f"({default['device']}, {versions_of(default)}, commit {default['commit']}); every figure is in "
         "[bench/results/training.json](../bench/results/training.json).",
     ]
 
@@ -359,13 +359,12 @@ def public() -> list[str]:
         name: ", ".join(f"{task['equal_answers']} of {task['questions']}" for task in result["models"][name]["tasks"])
         for name in STATES
     }
-    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     return [
         *markdown(["task", "measure", "lmms-eval", "granvit.eval"], table),
         "",
         f"Run: {result['run']}, on {result['images']} test images. Equal answers, task by task: {equal['trained']}; of "
-        f"the control {equal['control']}; before stage 1 {equal['untrained']}. {result['device']}, {versions}, commit "
-        f"{result['commit']}.",
+        f"the control {equal['control']}; before stage 1 {equal['untrained']}. {result['device']}, "
+        f"{versions_of(result)}, commit {result['commit']}.",
     ]
 
 

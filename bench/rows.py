@@ -51,6 +51,11 @@ def gpu_file(kind: str = "") -> Path | None:
     return results_folder() / ("-".join(filter(None, (slug(name), kind))) + ".json")
 
 
+def versions_of(about: dict[str, Any]) -> str:
+    """The versions of a row, or of what `provenance` gives, in words."""
+    return ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+
+
 def provenance(device: str) -> dict[str, Any]:
     """What a row says of where it comes from: the device as named, the versions that matter there, and the commit."""
     import torch
