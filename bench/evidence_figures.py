@@ -106,12 +106,12 @@ def of_one_step() -> Figure | None:
 
 
 def of_scaling() -> Figure | None:
-    """What is reached with more of the images, and by a wider model with all: of seeds that all of them have."""
+    """What is reached with more of the images, of the seeds that all of these have, and by a wider model with all."""
     runs = {share: rows for name, share in SCALED.items() if (rows := runs_of(name))}
-    if not runs.keys() - {1.0}:
-        return None
     for rows in list(runs.values()):
         runs = {share: with_pair(others, rows) for share, others in runs.items()}
+    if not runs.keys() - {1.0} or not all(runs.values()):
+        return None
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, len(PANELS))
     for axis, (title, of) in zip(axes, PANELS.items(), strict=True):

@@ -110,6 +110,12 @@ def test_tables_show_means_and_ranges(tables, tmp_path):
     assert left.lines[1].get_xdata() == pytest.approx([-10])  # against seed 0 alone; the first line is the mark at 0
 
 
+def test_scaling_has_no_figure_where_no_seed_is_common(tables, tmp_path):
+    rows = [{"size": "small", "variant": tables.WHOLE, "seed": 1}, {"size": "small", "variant": tables.PART, "seed": 0}]
+    (tmp_path / "evidence.json").write_text(json.dumps(rows))
+    assert importlib.import_module("evidence_figures").of_scaling() is None
+
+
 def test_without_rows_it_says_so(tables, tmp_path):
     others = ("probe", "parts", "asked", "pace", "speed", "audits", "photographs", "summary")
     made = [*map(tables.table, tables.TABLES), *(getattr(tables, name)() for name in others)]
