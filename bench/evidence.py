@@ -366,8 +366,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; none: all")
     parser.add_argument("--size", choices=SIZES, default="small")
-    most = ", ".join(f"{number} of {part}" for part, number in SEEDS.items())
-    parser.add_argument("--seeds", type=int, help=f"of each part ({most})")
+    default = ", ".join(f"{number} of {part}" for part, number in SEEDS.items())
+    parser.add_argument("--seeds", type=int, help=f"of each part ({default})")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="checkpoints, and data made")
     options = parser.parse_args()
@@ -377,11 +377,12 @@ def main() -> None:
     folder = options.folder / options.size
     if not rows_of(rows, options.size, "data", "floors", 0):
         rows.save(of_data(options.size, folder))
+    seeds = {part: options.seeds or SEEDS[part] for part in options.parts or PARTS}
     todo = [
         (options.size, part, name, seed)
-        for seed in range(options.seeds or max(SEEDS.values()))  # one seed of everything first
-        for part in options.parts or PARTS
-        if seed < (options.seeds or SEEDS[part])
+        for seed in range(max(seeds.values()))  # one seed of everything first
+        for part, number in seeds.items()
+        if seed < number
         for name in PARTS[part]
         if not rows_of(rows, options.size, part, name, seed)
     ]

@@ -220,7 +220,6 @@ def summary() -> list[str]:
         return [NOT_YET]
 
     tokens, step = with_pair(tokens, step), with_pair(step, tokens)
-
     fewer = "" if len(step) == len(whole) else f"; of boxes in one step, of {len(step)}"
 
     def mean(rows: Sequence[Row], title: str) -> str:
